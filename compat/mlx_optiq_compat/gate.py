@@ -1,0 +1,102 @@
+"""Whether mlx-lm's release is one we run on, and what each feature does there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .matrix import Kind, features, rows, supported
+from .version import release
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What we know of one mlx-lm version.
+
+    Attributes:
+        version: The version asked about.
+        kind: ``"pinned"`` (tested), ``"untested"`` (on where signatures match) or ``"outside"``
+            (off; mlx-lm runs as stock).
+        reason: A sentence for the user.
+    """
+
+    version: str
+    kind: Kind
+    reason: str
+
+
+@dataclass(frozen=True)
+class FeatureState:
+    """What a feature does on one mlx-lm version.
+
+    Attributes:
+        name: The feature, for example ``"kv_batched"``.
+        on: Whether it works there. For an untested version also ask ``matching``.
+        reason: A sentence for the user: why it is on or off, and what would turn it on.
+    """
+
+    name: str
+    on: bool
+    reason: str
+
+
+def verdict(version: str) -> Verdict:
+    """What we know of an mlx-lm version.
+
+    A row of the matrix decides for exactly its release. Everything else newer than the oldest
+    supported release is untested: later releases, releases in between that have no row, and
+    ``.dev``, ``rc``, ``.post`` or local builds of a tested one.
+
+    Args:
+        version: For example ``"0.32.2"`` or ``"0.33.0.dev1"``.
+
+    Returns:
+        The verdict; never raises. A version that starts with no number is outside.
+    """
+    try:
+        numbers = release(version)
+    except ValueError:
+        return Verdict(version, "outside", f"mlx-lm's version {version!r} cannot be read")
+    for row in rows():
+        # A suffix makes it another build than the one that was tested.
+        if release(row.mlx_lm) == numbers and not version.lstrip("0123456789."):
+            return Verdict(version, row.verdict, _row_reason(version, row.verdict))
+    if numbers < release(supported()[0].mlx_lm):
+        return Verdict(version, "outside", _row_reason(version, "outside"))
+    return Verdict(version, "untested", _row_reason(version, "untested"))
+
+
+def feature(name: str, version: str) -> FeatureState:
+    """What a feature does on an mlx-lm version.
+
+    Args:
+        name: A feature of ``matrix.toml``.
+        version: For example ``"0.31.3"``.
+
+    Returns:
+        The state, with a sentence for the user.
+
+    Raises:
+        ValueError: The matrix has no such feature.
+    """
+    known = {each.name: each for each in features()}
+    if name not in known:
+        raise ValueError(f"unknown feature {name!r}; known: {', '.join(known)}")
+    found, overall = known[name], verdict(version)
+    if overall.kind == "outside":
+        return FeatureState(name, False, overall.reason)
+    if release(version) < release(found.since):
+        instead = f"; below that, requests run {found.below}" if found.below else ""
+        needs = f"needs {found.since} or newer{instead}"
+        return FeatureState(name, False, f"mlx-lm {version} lacks {found.lacks}: {needs}")
+    return FeatureState(name, True, overall.reason)
+
+
+def _row_reason(version: str, kind: Kind) -> str:
+    oldest, newest = supported()[0].mlx_lm, supported()[-1].mlx_lm
+    if kind == "pinned":
+        row = next(row for row in rows() if release(row.mlx_lm) == release(version))
+        pins = f"mlx {row.tested_mlx} and transformers {row.tested_transformers}"
+        return f"mlx-lm {version} is tested with {pins}"
+    if kind == "untested":
+        return f"mlx-lm {version} is untested (tested: {oldest} to {newest})"
+    return f"mlx-lm {version} is older than {oldest}, the oldest release supported"

@@ -1,0 +1,140 @@
+"""Adds our options to the stock commands.
+
+Every stock command says ``import argparse`` and builds its parser itself, the server inside
+``main``. So each command module gets its own view of argparse, whose ``ArgumentParser`` adds one
+group before parsing and takes our values out of the namespace after it.
+"""
+
+import argparse
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from mlx_optiq_ext._version import __version__
+from mlx_optiq_ext.errors import OptiqError
+
+from . import session
+from .patch import Patch
+
+PREFIX = "optiq_"
+
+COMMANDS = (
+    "benchmark",
+    "cache_prompt",
+    "chat",
+    "convert",
+    "evaluate",
+    "fuse",
+    "generate",
+    "lora",
+    "perplexity",
+    "server",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A stock command's parser with our option group."""
+
+    optiq_command: str = ""
+    _optiq_added = False
+
+    def _add_optiq_arguments(self) -> None:
+        if self._optiq_added:
+            return
+        self._optiq_added = True
+        from . import plugin_manager
+
+        group = self.add_argument_group(f"optiq (mlx-optiq-ext {__version__})")
+        plugin_manager().hook.optiq_add_arguments(command=self.optiq_command, group=group)
+        for action in group._group_actions:
+            if not action.dest.startswith(PREFIX) or action.default is not None:
+                raise OptiqError(
+                    f"A plugin adds {'/'.join(action.option_strings)} to mlx_lm."
+                    f"{self.optiq_command}: options must start with --optiq- and default to None."
+                )
+
+    def format_help(self) -> str:
+        """Help text with our group."""
+        self._add_optiq_arguments()
+        return super().format_help()
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore
+        """Parse, then move our values from the namespace to the session."""
+        try:
+            self._add_optiq_arguments()
+        except OptiqError as error:
+            self.error(str(error))
+        namespace, rest = super().parse_known_args(args, namespace)
+        assert namespace is not None
+        values = {
+            key.removeprefix(PREFIX): namespace.__dict__.pop(key)
+            for key in list(vars(namespace))
+            if key.startswith(PREFIX)
+        }
+        running = session.running()
+        if any(value is not None for value in values.values()):
+            options = SimpleNamespace(**values)
+            if running is None or running.command != self.optiq_command:
+                self.error("--optiq-* options need the command's own main()")
+            try:
+                check(self.optiq_command, options, namespace)
+            except OptiqError as error:
+                self.error(str(error))
+            running.options = options
+        return namespace, rest
+
+
+def check(command: str, options: SimpleNamespace, args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    from . import plugin_manager
+
+    plugin_manager().hook.optiq_check_options(command=command, options=options, args=args)
+
+
+class _View(ModuleType):
+    """argparse as one command module sees it."""
+
+    def __init__(self, command: str):
+        super().__init__("argparse", argparse.__doc__)
+        self.ArgumentParser = type("ArgumentParser", (Parser,), {"optiq_command": command})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(argparse, name)
+
+
+def main(command: str):
+    """Wrapper for a command's ``main``: opens the session and turns our errors into exit 2."""
+
+    def main(wrapped, instance, args, kwargs):
+        with session.session(command):
+            try:
+                return wrapped(*args, **kwargs)
+            except OptiqError as error:
+                print(f"mlx_lm.{command}: error: {error}", file=sys.stderr)
+                raise SystemExit(2) from error
+
+    return main
+
+
+def _patches(command: str) -> tuple[Patch, Patch]:
+    why = f"mlx_lm.{command} has no way to add an option"
+    upstream = "mlx-lm #1578 (plugin registration)"
+    return (
+        Patch(
+            f"mlx_lm.{command}:argparse",
+            feature="flags",
+            why=why,
+            upstream=upstream,
+            replace=lambda original: _View(command),
+        ),
+        Patch(
+            f"mlx_lm.{command}:main",
+            feature="flags",
+            why="scopes the options to one run and prints our errors as the command's own",
+            upstream=upstream,
+            wrapper=main(command),
+        ),
+    )
+
+
+PATCHES = tuple(patch for command in COMMANDS for patch in _patches(command))

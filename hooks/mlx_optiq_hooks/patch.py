@@ -1,0 +1,192 @@
+"""Patches as data, and the engine that applies and undoes them from one table."""
+
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+Wrapper = Callable[[Any, Any, tuple, dict], Any]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One changed attribute of mlx-lm.
+
+    Attributes:
+        target: ``"module:attribute"``, the attribute dotted inside a class.
+        feature: The capability it belongs to; a feature's patches apply all or none.
+        why: One line for the reader of ``status()``.
+        upstream: The issue or PR that would make it unnecessary, or ``"none: <reason>"``.
+        wrapper: ``(wrapped, instance, args, kwargs)``, for a function or method.
+        replace: Maps the original to its stand-in, for anything that is not called.
+    """
+
+    target: str
+    feature: str
+    why: str
+    upstream: str
+    wrapper: Wrapper | None = None
+    replace: Callable[[Any], Any] | None = None
+
+    @property
+    def module(self) -> str:
+        """The target's module."""
+        return self.target.partition(":")[0]
+
+    @property
+    def attribute(self) -> str:
+        """The target's attribute, dotted inside a class."""
+        return self.target.partition(":")[2]
+
+
+@dataclass
+class _Applied:
+    patch: Patch
+    parent: Any
+    name: str
+    original: Any
+    stand_in: Any
+    own: bool
+    rebound: list[tuple[ModuleType, str]]
+    switch: dict[str, bool]
+
+
+@dataclass
+class Engine:
+    """Applies a table of patches as their modules are imported.
+
+    Attributes:
+        failures: Feature -> reason, for features whose patches could not be applied.
+    """
+
+    patches: tuple[Patch, ...]
+    failures: dict[str, str] = field(default_factory=dict)
+    _applied: dict[str, _Applied] = field(default_factory=dict)
+    _watched: set[str] = field(default_factory=set)
+    _enabled: bool = False
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def apply(self) -> None:
+        """Patch the modules that are loaded and watch for the others. Idempotent."""
+        self._enabled = True
+        for module in dict.fromkeys(patch.module for patch in self.patches):
+            if module in self._watched:
+                if module in sys.modules:
+                    self._on_import(sys.modules[module])
+                continue
+            self._watched.add(module)
+            # The hook runs at once if the module is loaded already.
+            wrapt.register_post_import_hook(self._on_import, module)
+
+    def undo(self) -> None:
+        """Put every original back where our stand-in still is, and disable the rest."""
+        with self._lock:
+            self._enabled = False
+            self._undo(list(self._applied.values()))
+
+    def live(self, patch: Patch) -> bool | None:
+        """Whether consumers call our stand-in; None while the target's module is not loaded."""
+        module = sys.modules.get(patch.module)
+        if module is None:
+            return None
+        applied = self._applied.get(patch.target)
+        if applied is None or _aliases(applied.original):
+            return False
+        current = vars(applied.parent).get(applied.name)
+        while current is not None and current is not applied.stand_in:
+            current = getattr(current, "__wrapped__", None)  # another tool may sit on top
+        return current is not None
+
+    def _on_import(self, module: ModuleType) -> None:
+        # Whatever goes wrong here must not break the import that is going on.
+        with self._lock:
+            if not self._enabled:
+                return
+            for patch in self.patches:
+                if patch.module != module.__name__ or patch.feature in self.failures:
+                    continue
+                if patch.target in self._applied:
+                    continue
+                try:
+                    self._apply(patch, module)
+                except Exception as error:
+                    self._fail(patch.feature, f"{patch.target}: {type(error).__name__}: {error}")
+
+    def _apply(self, patch: Patch, module: ModuleType) -> None:
+        *path, name = patch.attribute.split(".")
+        parent: Any = module
+        for step in path:
+            parent = getattr(parent, step)
+        own = name in vars(parent)
+        # vars() keeps staticmethod and classmethod objects, which wrapt needs to bind rightly.
+        original = vars(parent)[name] if own else getattr(parent, name)
+        switch = {"on": True}
+        if patch.replace is not None:
+            stand_in = patch.replace(original)
+        else:
+            assert patch.wrapper is not None, f"{patch.target} has neither wrapper nor replace"
+            stand_in = wrapt.FunctionWrapper(original, patch.wrapper, enabled=lambda: switch["on"])
+        setattr(parent, name, stand_in)
+        rebound = _aliases(original) if parent is module and patch.wrapper is not None else []
+        for holder, alias in rebound:
+            setattr(holder, alias, stand_in)
+        self._applied[patch.target] = _Applied(
+            patch, parent, name, original, stand_in, own, rebound, switch
+        )
+
+    def _fail(self, feature: str, reason: str) -> None:
+        self.failures[feature] = reason
+        self._undo([a for a in self._applied.values() if a.patch.feature == feature])
+
+    def _undo(self, entries: Iterable[_Applied]) -> None:
+        for entry in entries:
+            entry.switch["on"] = False
+            # Another tool may sit on top by now; then leave it, ours is disabled underneath.
+            if vars(entry.parent).get(entry.name) is entry.stand_in:
+                if entry.own:
+                    setattr(entry.parent, entry.name, entry.original)
+                else:
+                    delattr(entry.parent, entry.name)
+            for holder, alias in entry.rebound + _aliases(entry.stand_in):
+                if vars(holder).get(alias) is entry.stand_in:
+                    setattr(holder, alias, entry.original)
+            del self._applied[entry.patch.target]
+
+
+def _aliases(value: Any) -> list[tuple[ModuleType, str]]:
+    """Names in loaded mlx_lm modules that are bound to ``value`` (``from .x import name``)."""
+    if isinstance(value, ModuleType):
+        return []
+    return [
+        (module, name)
+        for module_name, module in list(sys.modules.items())
+        if module is not None and (module_name == "mlx_lm" or module_name.startswith("mlx_lm."))
+        for name, bound in list(vars(module).items())
+        if bound is value
+    ]
+
+
+def bind(wrapped: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """Arguments of a call by name: positions have moved between mlx-lm releases."""
+    import inspect
+
+    bound = inspect.signature(wrapped).bind(*args, **kwargs)
+    named = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name, {}))
+    return named
+
+
+def resolve(target: str) -> Any:
+    """Import a target's module and return the attribute, patched or not."""
+    module, _, attribute = target.partition(":")
+    value: Any = importlib.import_module(module)
+    for step in attribute.split("."):
+        value = getattr(value, step)
+    return value

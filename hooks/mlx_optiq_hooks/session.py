@@ -1,0 +1,47 @@
+"""What the running stock command was asked for."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+
+@dataclass
+class Session:
+    """One run of a stock command's ``main``.
+
+    Attributes:
+        command: Name after ``mlx_lm.``.
+        options: Parsed ``--optiq-*`` values without their prefix, or None if none was given.
+        results: What one wrapper leaves for another, such as the weight plan.
+    """
+
+    command: str
+    options: SimpleNamespace | None = None
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+# A plain stack: the server generates in a thread of its own, which would not see a ContextVar.
+_stack: list[Session] = []
+
+
+def current() -> Session | None:
+    """The session of the running command, if one runs and was given one of our options."""
+    return _stack[-1] if _stack and _stack[-1].options is not None else None
+
+
+def running() -> Session | None:
+    """The session of the running command, with or without our options."""
+    return _stack[-1] if _stack else None
+
+
+@contextmanager
+def session(command: str) -> Iterator[Session]:
+    """Open a session for the duration of a command."""
+    entry = Session(command)
+    _stack.append(entry)
+    try:
+        yield entry
+    finally:
+        _stack.remove(entry)

@@ -1,0 +1,78 @@
+"""The hooks a plugin can implement.
+
+A plugin is any module or object whose functions are marked with ``mlx_optiq_ext.hookimpl`` and
+which is named in the entry-point group ``mlx_optiq_ext``. Arguments are passed by name; an
+implementation lists only those it wants. Hooks marked *first result* stop at the first answer that
+is not None, and installed plugins are asked before the built-in ones.
+"""
+
+from mlx_optiq_ext.plugins import hookspec
+
+
+@hookspec
+def optiq_add_arguments(command, group):
+    """Add options to a stock command. Called once per command, before it parses.
+
+    ``command`` is the name after ``mlx_lm.`` (``"convert"``, ``"server"``, ...), ``group`` an
+    argparse argument group. Option names must start with ``--optiq-`` and default to None. The
+    parsed values never reach mlx-lm; they are attributes of ``options`` without the ``optiq_``
+    prefix.
+    """
+
+
+@hookspec
+def optiq_check_options(command, options, args):
+    """Refuse bad input. Called after parsing, before anything is loaded, if an option was given.
+
+    ``args`` is the stock namespace. Raise ``mlx_optiq_ext.OptiqError`` to end the command with
+    exit status 2 and that message.
+    """
+
+
+@hookspec(firstresult=True)
+def optiq_quant_predicate(model, config, options):
+    """Choose the precision of each module. First result; called by ``quantize_model``.
+
+    Return a callable ``(path, module) -> bool | dict`` as mlx-lm's own ``quant_predicate``, or
+    None for mlx-lm's choice. Not called without an ``--optiq-*`` option, nor when the caller passes
+    a predicate of its own.
+    """
+
+
+@hookspec
+def optiq_sensitivity_methods():
+    """Offer ways to measure sensitivity, as a dict of name to function. All results are merged.
+
+    The names become choices of ``--optiq-sensitivity``. A function takes a
+    ``mlx_optiq_ext.weights.Problem`` and returns its ``Sensitivity``.
+    """
+
+
+@hookspec(firstresult=True)
+def optiq_prompt_cache(model, max_kv_size, options):
+    """Build the list of per-layer caches. First result; None means mlx-lm's own caches.
+
+    Called whenever a stock command makes a prompt cache. ``options`` is None outside a command.
+    """
+
+
+@hookspec(firstresult=True)
+def optiq_lora_rank(path, module, rank, options):
+    """Choose the LoRA rank of one layer. First result; None keeps ``rank``.
+
+    Called for each module that mlx-lm is about to adapt; ``path`` is its layer path in the model
+    and ``module`` the base layer.
+    """
+
+
+@hookspec(firstresult=True)
+def optiq_resolve_adapter(name):
+    """Turn an adapter's name into the folder that holds it. First result; None leaves it as given.
+
+    Called before mlx-lm reads an adapter, with whatever the user wrote.
+    """
+
+
+@hookspec
+def optiq_status():
+    """Add lines to ``mlx_optiq_ext.status()``: return a list of strings."""

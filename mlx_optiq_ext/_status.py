@@ -1,0 +1,58 @@
+"""What is active, what is off and why."""
+
+import sys
+from collections.abc import Callable
+from importlib import metadata
+
+from . import _activation
+from ._version import __version__
+
+_reports: list[tuple[Callable[[], list[str]], Callable[[], None]]] = []
+
+
+def register(lines: Callable[[], list[str]], load: Callable[[], None]) -> None:
+    """Let the hooks add their lines; the library itself does not know them."""
+    if (lines, load) not in _reports:
+        _reports.append((lines, load))
+
+
+def status(*, load: bool = False) -> str:
+    """Describe this installation as text.
+
+    Args:
+        load: Whether to import mlx-lm's patched modules first, so that every patch can be proved
+            live; else a patch whose module is not loaded yet is listed as waiting.
+
+    Returns:
+        Versions, how activation happened, the verdict on the installed mlx-lm, each feature with
+        the reason why it is on or off, and each patch with whether it is live.
+    """
+    _activation.arm()
+    lines = [
+        f"mlx-optiq-ext {__version__}, Python {sys.version.split()[0]}",
+        *(f"{name} {_installed(name)}" for name in ("mlx-lm", "mlx", "wrapt", "pluggy")),
+        f"start-up file (.pth): {'ran' if 'site' in _activation.sources else 'did not run'}"
+        + ("" if "site" in _activation.sources else _PTH_HINT),
+    ]
+    if _activation.switched_off():
+        lines.append("switched off: MLX_OPTIQ_EXT=0 is set, mlx-lm runs as stock")
+    elif _activation.failure:
+        lines.append(f"off: arming failed with {_activation.failure}")
+    for report, load_targets in _reports:
+        if load:
+            load_targets()
+        lines.extend(report())
+    return "\n".join(lines)
+
+
+_PTH_HINT = (
+    " (import mlx_optiq_ext before mlx_lm; on macOS a hidden .pth is skipped:"
+    " chflags -R nohidden <the virtual environment>)"
+)
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "is not installed"

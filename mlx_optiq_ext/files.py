@@ -1,0 +1,71 @@
+"""Reading and writing without ever leaving half a file or half a folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that takes its name if the block succeeds.
+
+    Raises:
+        InputError: ``target`` exists already, or its parent cannot be written to.
+    """
+    if target.exists():
+        raise InputError(f"{target} exists already: remove it or name another output folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot write beside {target}: {error}") from error
+    try:
+        yield holder / target.name
+        (holder / target.name).replace(target)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file by moving a complete one into place."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON by moving a complete file into place."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        InputError: The file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): check that it is complete") from error
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept: ``$MLX_OPTIQ_EXT_CACHE`` or ``~/.cache/mlx-optiq-ext``."""
+    root = os.environ.get("MLX_OPTIQ_EXT_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "mlx-optiq-ext"

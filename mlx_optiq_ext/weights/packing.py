@@ -1,0 +1,187 @@
+"""How a weight can be stored: MLX's affine packings and what they cost in bits."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, order=True)
+class Packing:
+    """One way to store a weight.
+
+    Attributes:
+        bits: Bits of one packed element; for an unpacked weight those of its dtype.
+        group_size: Elements that share a scale and a bias; 0 for an unpacked weight.
+    """
+
+    bits: int
+    group_size: int
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weight is quantized at all."""
+        return self.group_size > 0
+
+    def stored_bits(self, shape: tuple[int, ...], dtype_bits: int) -> int:
+        """Bits in the file: elements plus one scale and one bias a group.
+
+        Args:
+            shape: The unpacked shape, packed along the last axis.
+            dtype_bits: Width of the weight's dtype, which its scales and biases keep.
+        """
+        size = math.prod(shape)
+        if not self.packed:
+            return size * self.bits
+        return size * self.bits + size // self.group_size * 2 * dtype_bits
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether MLX can pack a weight of this shape."""
+        return not self.packed or (len(shape) >= 2 and shape[-1] % self.group_size == 0)
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit g{self.group_size}" if self.packed else f"{self.bits}-bit"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A weight that can be quantized.
+
+    Attributes:
+        path: Layer path of its module, such as ``model.layers.0.self_attn.q_proj``.
+        shape: Unpacked shape ``(..., out, in)``.
+        dtype_bits: Width of its dtype.
+        packings: The candidates, by rising stored bits.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype_bits: int
+    packings: tuple[Packing, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def stored_bits(self, packing: Packing) -> int:
+        """Bits in the file under one packing."""
+        return packing.stored_bits(self.shape, self.dtype_bits)
+
+    @property
+    def unpacked(self) -> Packing:
+        """The weight as it is."""
+        return Packing(self.dtype_bits, 0)
+
+
+def quantize(weight: mx.array, packing: Packing) -> tuple[mx.array, mx.array, mx.array]:
+    """MLX's affine quantization: ``(packed, scales, biases)`` of a weight ``(..., out, in)``."""
+    return mx.quantize(weight, group_size=packing.group_size, bits=packing.bits)
+
+
+def dequantized(weight: mx.array, packing: Packing, dtype: mx.Dtype) -> mx.array:
+    """What a weight ``(..., out, in)`` becomes under a packing, computed in ``dtype``.
+
+    Scales and biases are rounded to the weight's own dtype first, as in the file.
+    """
+    if not packing.packed:
+        return weight.astype(dtype)
+    packed, scales, biases = quantize(weight, packing)
+    return mx.dequantize(
+        packed,
+        scales.astype(dtype),
+        biases.astype(dtype),
+        group_size=packing.group_size,
+        bits=packing.bits,
+    )
+
+
+def quantizable(model: nn.Module) -> list[tuple[str, Any]]:
+    """``(path, module)`` of every module that ``nn.quantize`` would offer to a predicate."""
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    assert isinstance(leaves, list)
+    return [(path, module) for path, module in leaves if hasattr(module, "to_quantized")]
+
+
+def tensors(
+    model: nn.Module,
+    bits: Iterable[int] = BITS,
+    group_sizes: Iterable[int] = GROUP_SIZES,
+    *,
+    allow_unpacked: bool = False,
+) -> list[Tensor]:
+    """The quantizable weights of a model with their candidate packings.
+
+    The model's own ``quant_predicate`` is a floor: what it refuses is left alone, and where it asks
+    for certain bits and group size (routers, gates) nothing coarser is a candidate.
+
+    Args:
+        model: An mlx-lm model; nothing is evaluated.
+        bits: Widths to consider.
+        group_sizes: Group sizes to consider.
+        allow_unpacked: Whether leaving a weight unpacked is a candidate too.
+    """
+    predicate: Callable[[str, Any], bool | dict] | None = getattr(model, "quant_predicate", None)
+    grid = [Packing(b, g) for b in sorted(set(bits)) for g in sorted(set(group_sizes))]
+    result = []
+    for path, module in quantizable(model):
+        shape, dtype_bits = tuple(module.weight.shape), module.weight.dtype.size * 8
+        own = True if predicate is None else predicate(path, module)
+        if own is False:
+            continue
+        options = [p for p in grid if p.fits(shape)]
+        if isinstance(own, dict):
+            floor = Packing(own.get("bits", 4), own.get("group_size", 64))
+            options = [
+                p for p in options if p.bits >= floor.bits and p.group_size <= floor.group_size
+            ] or [p for p in (floor,) if p.fits(shape)]
+        if not options:
+            continue
+        if allow_unpacked:
+            options.append(Packing(dtype_bits, 0))
+        options.sort(key=lambda p: (p.stored_bits(shape, dtype_bits), -p.bits))
+        result.append(Tensor(path, shape, dtype_bits, tuple(options)))
+    return result
+
+
+@dataclass(frozen=True)
+class Size:
+    """What mlx-lm counts when it prints bits per weight.
+
+    Attributes:
+        parameters: Number of parameters of the unpacked model.
+        fixed_bits: Stored bits of everything that is not a candidate.
+    """
+
+    parameters: int
+    fixed_bits: int
+
+    @classmethod
+    def of(cls, model: nn.Module, candidates: Iterable[Tensor]) -> "Size":
+        """Count a model. Nothing is evaluated."""
+        parameters = reduce(lambda n, entry: n + entry[1].size, _arrays(model.parameters()), 0)
+        # mlx-lm counts the bytes of every array in the module tree, private ones included.
+        total = reduce(lambda n, entry: n + entry[1].nbytes * 8, _arrays(model), 0)
+        return cls(parameters, total - sum(t.size * t.dtype_bits for t in candidates))
+
+    def bits_per_weight(self, stored_bits: int) -> float:
+        """Bits per weight when the candidates take ``stored_bits``."""
+        return (self.fixed_bits + stored_bits) / self.parameters
+
+    def room(self, bits_per_weight: float) -> int:
+        """Stored bits left for the candidates under a budget; may be negative."""
+        return math.floor(bits_per_weight * self.parameters) - self.fixed_bits
+
+
+def _arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    entries = tree_flatten(tree)
+    assert isinstance(entries, list)
+    return [(path, value) for path, value in entries if isinstance(value, mx.array)]

@@ -1,0 +1,171 @@
+"""A finished choice of packings, and the file that records it."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from .._version import __version__
+from ..errors import InputError, OptiqError
+from .packing import Packing
+
+FILE = "optiq_metadata.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which packing each tensor gets.
+
+    Attributes:
+        packings: Tensor path -> packing, for every candidate tensor.
+        costs: Tensor path -> expected KL in nats per token of its packing.
+        method: Name of the sensitivity method.
+        target_bpw: The budget, in bits per weight as mlx-lm counts them.
+        achieved_bpw: What the plan takes.
+        kl: End-to-end KL on held-out calibration windows, in nats per token.
+        uniform: The best uniform packing within the same bits, if there is one.
+        uniform_kl: Its end-to-end KL on the same windows.
+        calibration: Source, number of windows and their length.
+        versions: Of the packages that made it.
+    """
+
+    packings: dict[str, Packing]
+    costs: dict[str, float]
+    method: str
+    target_bpw: float
+    achieved_bpw: float
+    kl: float
+    uniform: Packing | None = None
+    uniform_kl: float | None = None
+    calibration: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def default(self) -> Packing:
+        """The commonest packing, for config.json's top level.
+
+        Its group size is the smallest one: mlx-lm leaves a tensor alone, before it asks any
+        predicate, if the default group size does not divide its last axis.
+        """
+        packed = [p for p in self.packings.values() if p.packed]
+        if not packed:
+            return Packing(4, 32)
+        (bits, _), *_ = Counter(p.bits for p in packed).most_common()
+        return Packing(bits, min(p.group_size for p in packed))
+
+    def predicate(self) -> Callable[[str, Any], bool | dict[str, Any]]:
+        """The plan as mlx-lm's ``quant_predicate``.
+
+        The predicate raises OptiqError if it is asked for a tensor it plans to pack in another way
+        than the model allows; a module it does not know is left alone.
+        """
+
+        def predicate(path: str, module: Any) -> bool | dict[str, Any]:
+            packing = self.packings.get(path)
+            if packing is None or not packing.packed:
+                return False
+            if module.weight.shape[-1] % packing.group_size:
+                raise OptiqError(
+                    f"the plan packs {path} in groups of {packing.group_size}, but its last axis "
+                    f"is {module.weight.shape[-1]}: measure this model anew"
+                )
+            return {"group_size": packing.group_size, "bits": packing.bits, "mode": "affine"}
+
+        return predicate
+
+    def summary(self) -> str:
+        """A few lines for the terminal."""
+        counts = Counter(str(p) for p in self.packings.values())
+        parts = ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
+        lines = [
+            f"[optiq] {self.achieved_bpw:.3f} bits per weight of a budget of {self.target_bpw:g}: "
+            f"{parts}",
+            f"[optiq] KL to the unquantized model on held-out calibration text: {self.kl:.4g} nats "
+            "per token",
+        ]
+        if self.uniform is not None and self.uniform_kl is not None:
+            ratio = self.kl / self.uniform_kl if self.uniform_kl > 0 else float("inf")
+            lines.append(
+                f"[optiq] stock uniform {self.uniform} within the same bytes: {self.uniform_kl:.4g}"
+                f" (the plan has {ratio:.2f} x that)"
+            )
+        return "\n".join(lines)
+
+    def save(self, folder: Path) -> None:
+        """Write ``optiq_metadata.json`` into a model folder."""
+        files.write_json(
+            folder / FILE,
+            {
+                "method": self.method,
+                "target_bpw": self.target_bpw,
+                "achieved_bpw": round(self.achieved_bpw, 6),
+                "kl": self.kl,
+                "uniform": self.uniform
+                and {
+                    "bits": self.uniform.bits,
+                    "group_size": self.uniform.group_size,
+                    "kl": self.uniform_kl,
+                },
+                "per_layer": {
+                    path: {
+                        "bits": packing.bits,
+                        "group_size": packing.group_size,
+                        "kl": self.costs[path],
+                    }
+                    for path, packing in self.packings.items()
+                },
+                "calibration": self.calibration,
+                "versions": self.versions,
+                "post_processing": [],
+            },
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes a plan."""
+    from importlib import metadata
+
+    names = ("mlx", "mlx-lm")
+    return {"mlx-optiq-ext": __version__, **{name: metadata.version(name) for name in names}}
+
+
+def check_written(folder: Path, plan: Plan) -> None:
+    """Make sure that a converted folder holds complete files with the plan's packings.
+
+    Raises:
+        OptiqError: A weight file is cut off or a planned tensor is missing from config.json.
+    """
+    config = files.read_json(folder / "config.json")
+    written = config.get("quantization", {})
+    for path, packing in plan.packings.items():
+        entry = written.get(path)
+        found = Packing(entry["bits"], entry["group_size"]) if isinstance(entry, dict) else None
+        if found != (packing if packing.packed else None):
+            raise OptiqError(
+                f"{path} was planned as {packing} but written as {found or 'unpacked'}: "
+                "mlx-lm did not follow the plan; please report this with your mlx-lm version"
+            )
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        raise InputError(f"no weights were written to {folder}")
+    for path in weights:
+        _check_complete(path)
+
+
+def _check_complete(path: Path) -> None:
+    import json
+    import struct
+
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        body = stream.read(length)
+    try:
+        header = json.loads(body)
+        end = max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
+    except (ValueError, KeyError, TypeError) as error:
+        raise OptiqError(f"{path.name} was not written completely: is the disk full?") from error
+    if path.stat().st_size < 8 + length + end:
+        raise OptiqError(f"{path.name} was not written completely: is the disk full?")

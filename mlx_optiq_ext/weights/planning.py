@@ -1,0 +1,255 @@
+"""From a model and a budget to a plan."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..errors import BudgetError, InputError
+from . import calibration as calibrations
+from .allocation import allocate
+from .calibration import Calibration
+from .journal import model_digest
+from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, quantizable, tensors
+from .plan import Plan, versions
+from .sensitivity import Method, Problem, Sensitivity, end_to_end, kl
+
+METHODS: Mapping[str, Method] = {"kl": kl}
+
+
+def plan_model(
+    model: nn.Module,
+    tokenizer: Any,
+    budget: float,
+    *,
+    bits: tuple[int, ...] | None = None,
+    group_sizes: tuple[int, ...] | None = None,
+    calibration: Path | None = None,
+    method: Method = kl,
+    method_name: str = "kl",
+    digest: str | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """Give every quantizable tensor its own packing within a budget.
+
+    Args:
+        model: An unquantized mlx-lm model in the dtype it will be saved in. On a CPU its parameters
+            are replaced by float32 copies, since half precision is slow there.
+        tokenizer: Its tokenizer.
+        budget: Bits per weight as mlx-lm prints them: all stored bits over all parameters.
+        bits: Widths to consider; None for all, with "leave unpacked" among the candidates.
+        group_sizes: Group sizes to consider; None for all.
+        calibration: A text or JSON-lines file, or None for mlx-lm's own text.
+        method: Measures the sensitivities.
+        method_name: Its name, for the metadata.
+        digest: Hash of the model, under which measurements are kept; None keeps none for later.
+        progress: Whether to show progress bars.
+        say: Receives one-line messages.
+
+    Returns:
+        The plan with the least expected KL whose stored bits fit the budget.
+
+    Raises:
+        BudgetError: The budget is outside of what this model allows; the message names the range.
+        InputError: The model or an argument is not usable.
+    """
+    started = time.perf_counter()
+    mx.reset_peak_memory()
+    candidates = tuple(
+        tensors(model, bits or BITS, group_sizes or GROUP_SIZES, allow_unpacked=bits is None)
+    )
+    if not candidates:
+        raise InputError(
+            f"no tensor of this model can be packed in groups of {_names(group_sizes)}: give other "
+            "--optiq-group-sizes"
+        )
+    size = Size.of(model, candidates)
+    check_budget(budget, size, candidates)
+    modules = dict(quantizable(model))
+    weights = {t.path: modules[t.path].weight for t in candidates}
+    to_compute_dtype(model)
+    data = load_calibration(model, tokenizer, calibration, say)
+    key = {"model": digest or f"unnamed {time.time_ns()}", "device": str(mx.default_device())}
+    problem = Problem(model, weights, candidates, data, key, progress)
+    say(
+        f"[optiq] Measuring {len(candidates)} tensors with {method_name} on "
+        f"{data.measured.size} tokens ({data.source})"
+    )
+    plan = solve(problem, size, method(problem), budget, method_name)
+    seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
+    say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
+    return plan
+
+
+def _names(values: tuple[int, ...] | None) -> str:
+    return ", ".join(str(v) for v in values or GROUP_SIZES)
+
+
+def check_budget(budget: float, size: Size, candidates: tuple[Tensor, ...]) -> None:
+    """Raise BudgetError with the feasible range if no plan fits a budget."""
+    least = size.bits_per_weight(sum(t.stored_bits(t.packings[0]) for t in candidates))
+    most = size.bits_per_weight(sum(t.stored_bits(t.packings[-1]) for t in candidates))
+    if size.room(budget) < sum(t.stored_bits(t.packings[0]) for t in candidates):
+        raise BudgetError(
+            f"a budget of {budget:g} bits per weight is too small for this model: with these "
+            f"candidates it takes from {least:.3f} to {most:.3f}, counting scales, biases and what "
+            "stays unpacked"
+        )
+
+
+def load_calibration(
+    model: nn.Module, tokenizer: Any, path: Path | None, say: Callable[[str], None] = print
+) -> Calibration:
+    """Calibration windows from a file, else mlx-lm's own text, else drawn from the model."""
+    if path is not None:
+        return calibrations.from_texts(calibrations.read_texts(path), tokenizer, path.name)
+    text = calibrations.stock_text()
+    if text is not None:
+        return calibrations.from_texts([text], tokenizer, "mlx-lm")
+    say(
+        "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
+        "sampled from the model itself (--optiq-calibration FILE gives better plans)"
+    )
+    return calibrations.sampled(model, tokenizer)
+
+
+def to_compute_dtype(model: nn.Module) -> None:
+    """On a CPU, put the parameters into float32: half precision is emulated there."""
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.update(
+            tree_map(
+                lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a,
+                model.parameters(),
+            )
+        )
+
+
+def solve(
+    problem: Problem, size: Size, sensitivity: Sensitivity, budget: float, method_name: str
+) -> Plan:
+    """Allocate a budget over measured tensors and judge the result end to end."""
+    candidates = problem.tensors
+    choice = allocate(
+        [[sensitivity[t.path][p] for p in t.packings] for t in candidates],
+        [[t.stored_bits(p) for p in t.packings] for t in candidates],
+        size.room(budget),
+    )
+    packings = {t.path: t.packings[c] for t, c in zip(candidates, choice, strict=True)}
+    stored = sum(t.stored_bits(packings[t.path]) for t in candidates)
+    uniform = best_uniform(candidates, size, budget)
+    judged = [packings] + ([{t.path: uniform for t in candidates}] if uniform else [])
+    measured = end_to_end(problem, judged)
+    return Plan(
+        packings=packings,
+        costs={path: sensitivity[path][packing] for path, packing in packings.items()},
+        method=method_name,
+        target_bpw=budget,
+        achieved_bpw=size.bits_per_weight(stored),
+        kl=measured[0],
+        uniform=uniform,
+        uniform_kl=measured[1] if uniform else None,
+        calibration={
+            "source": problem.calibration.source,
+            "windows": len(problem.calibration.tokens),
+            "length": problem.calibration.tokens.shape[1],
+            "sha256": problem.calibration.digest,
+        },
+        versions=versions(),
+    )
+
+
+def best_uniform(candidates: tuple[Tensor, ...], size: Size, budget: float) -> Packing | None:
+    """The uniform packing of stock mlx-lm that uses most of a budget, if all tensors allow it."""
+    room = size.room(budget)
+    grid = [Packing(b, g) for b in BITS for g in GROUP_SIZES]
+    fitting = [
+        (sum(t.stored_bits(p) for t in candidates), p.bits, p)
+        for p in grid
+        if all(p.fits(t.shape) for t in candidates)
+    ]
+    return max((entry for entry in fitting if entry[0] <= room), default=(0, 0, None))[2]
+
+
+def plan_folder(
+    path_or_repo: str,
+    budget: float,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **settings: Any,
+) -> Plan:
+    """Load a model as ``mlx_lm.convert`` does and plan it.
+
+    Args:
+        path_or_repo: A folder or a Hub repository.
+        budget: Bits per weight.
+        dtype: As ``mlx_lm.convert --dtype``.
+        revision: Of the repository.
+        trust_remote_code: As in mlx-lm.
+        settings: For `plan_model`.
+
+    Raises:
+        InputError: The model is quantized already.
+    """
+    model, tokenizer, config = load(path_or_repo, revision, trust_remote_code)
+    if "quantization" in config or "quantization_config" in config:
+        raise InputError(
+            f"{path_or_repo} is quantized already: convert from its unquantized original"
+        )
+    cast(model, config, dtype)
+    digest = f"{model_digest(local_folder(path_or_repo))}-{dtype}"
+    return plan_model(model, tokenizer, budget, digest=digest, **settings)
+
+
+def load(path_or_repo: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any, dict]:
+    """``mlx_lm.load``, lazily, with its config."""
+    import inspect
+
+    import mlx_lm
+
+    extra: dict[str, Any] = {}
+    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
+        extra["trust_remote_code"] = trust_remote_code
+    loaded: Any = mlx_lm.load(
+        path_or_repo,
+        tokenizer_config={"trust_remote_code": trust_remote_code},
+        lazy=True,
+        return_config=True,
+        revision=revision,
+        **extra,
+    )
+    return loaded
+
+
+def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
+    """Cast a loaded model's parameters as ``mlx_lm.convert`` does before it quantizes."""
+    from mlx.utils import tree_map_with_path
+
+    dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    if dtype not in ("float16", "bfloat16", "float32"):
+        return
+    keep: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
+    target = getattr(mx, dtype)
+
+    def to_dtype(path: str, value: mx.array) -> mx.array:
+        if keep(path) and mx.issubdtype(value.dtype, mx.floating):
+            return value.astype(target)
+        return value
+
+    model.update(tree_map_with_path(to_dtype, model.parameters()))
+
+
+def local_folder(path_or_repo: str) -> Path:
+    """Where a model's files are after loading."""
+    path = Path(path_or_repo)
+    if path.exists():
+        return path
+    from mlx_lm.utils import hf_repo_to_path
+
+    return Path(hf_repo_to_path(path_or_repo))

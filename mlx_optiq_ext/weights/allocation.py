@@ -47,7 +47,9 @@ def allocate(
     lower, price = _relax(rows, capacity)
     best = _fill(rows, [_cheapest(row, price) for row in rows], capacity)
     best = min(best, _fill(rows, [0] * len(rows), capacity), key=lambda c: _cost(rows, c))
-    gap = _cost(rows, best) - lower
+    # Rounding in the bound must not rule out what an exact bound would keep.
+    slack = 1e-9 * (abs(lower) + price * capacity + _cost(rows, best))
+    gap = max(_cost(rows, best) - lower, 0.0) + slack
     kept = [_reduced(row, price, gap) for row in rows]
     exact = _programme(rows, kept, capacity)
     if exact is not None and _cost(rows, exact) < _cost(rows, best):
@@ -125,8 +127,7 @@ def _fill(rows: Sequence[Row], start: Sequence[int], capacity: int) -> list[int]
 def _reduced(row: Row, price: float, gap: float) -> np.ndarray:
     """Candidates that a solution better than the known one may still hold."""
     priced = row[0] + price * row[1]
-    slack = 1e-9 * (abs(float(priced.min())) + gap)
-    return np.flatnonzero(priced - priced.min() <= gap + slack)
+    return np.flatnonzero(priced - priced.min() <= gap)
 
 
 def _programme(rows: Sequence[Row], kept: Sequence[np.ndarray], capacity: int) -> list[int] | None:

@@ -23,18 +23,22 @@ def model_digest(folder: Path) -> str:
 
 
 class Journal:
-    """A JSON-lines file of probes, keyed by everything that decides their result."""
+    """A JSON-lines file of probes, keyed by everything that decides their result.
 
-    def __init__(self, key: dict[str, Any]):
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        self.path = files.cache_dir() / "sensitivity" / f"{name}.jsonl"
-        self.key = key
+    With ``key`` None it is kept in memory only.
+    """
+
+    def __init__(self, key: dict[str, Any] | None):
+        self.path: Path | None = None
         self._known: dict[tuple[str, Packing], float] = {}
-        self._read()
+        if key is not None:
+            name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+            self.path = files.cache_dir() / "sensitivity" / f"{name}.jsonl"
+            self._read(self.path)
 
-    def _read(self) -> None:
+    def _read(self, path: Path) -> None:
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
         except OSError:
             return
         for line in lines:
@@ -52,6 +56,8 @@ class Journal:
     def add(self, path: str, packing: Packing, kl: float) -> None:
         """Store one measurement at once."""
         self._known[path, packing] = kl
+        if self.path is None:
+            return
         entry = {"path": path, "bits": packing.bits, "group_size": packing.group_size, "kl": kl}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A line break first closes a line that an earlier run may have left cut off.

@@ -74,7 +74,7 @@ def plan_model(
     weights = {t.path: modules[t.path].weight for t in candidates}
     to_compute_dtype(model)
     data = load_calibration(model, tokenizer, calibration, say)
-    key = {"model": digest or f"unnamed {time.time_ns()}", "device": str(mx.default_device())}
+    key = {"model": digest, "device": str(mx.default_device())} if digest else None
     problem = Problem(model, weights, candidates, data, key, progress)
     say(
         f"[optiq] Measuring {len(candidates)} tensors with {method_name} on "

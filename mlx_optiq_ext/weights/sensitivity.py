@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,9 @@ Sensitivity = dict[str, dict[Packing, float]]
 #: Windows run at once.
 BATCH = 4
 
+#: Nats per token that count as no measured effect; keeps finer packings preferred even then.
+LEAST = 1e-9
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -32,7 +35,8 @@ class Problem:
         weights: Tensor path -> weight ``(..., out, in)`` in the dtype it is stored in.
         tensors: The tensors to measure, with their candidates.
         calibration: Token windows.
-        key: What identifies the model and the dtype, for the journal.
+        key: What identifies the model and the device, under which measurements are kept on disk;
+            None keeps none.
         progress: Whether to show a progress bar.
     """
 
@@ -40,13 +44,14 @@ class Problem:
     weights: dict[str, mx.array]
     tensors: tuple[Tensor, ...]
     calibration: Calibration
-    key: dict[str, Any] = field(default_factory=dict)
+    key: dict[str, Any] | None = None
     progress: bool = True
 
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype that products are computed in."""
-        return quantizable(self.model)[0][1].weight.dtype
+        modules = dict(quantizable(self.model))
+        return modules[self.tensors[0].path].weight.dtype
 
     @contextmanager
     def packed(self, choice: dict[str, Packing]) -> Iterator[None]:
@@ -94,34 +99,38 @@ def error(weight: mx.array, packing: Packing) -> float:
 def kl(problem: Problem) -> Sensitivity:
     """Direct measurement: the KL of the final logits with one tensor packed at a time.
 
-    Each tensor is probed at two coarse packings, with the layers before it replayed; the cost of
-    the other candidates follows from their squared error on a power law through the probes, and
-    rises in proportion to it beyond them.
+    Each tensor is probed at one coarse packing, with the layers before it replayed; the cost of the
+    other candidates follows in proportion to their squared error (HIGGS, arXiv 2411.17525, shows
+    that the divergence is linear in it at medium bits).
     """
-    journal = Journal(
-        {**problem.key, "method": "kl", "tokens": problem.calibration.digest, "version": 1}
-    )
-    layers = layer_index(problem.model)
-    anchors = {t.path: _anchors(t) for t in problem.tensors}
-    missing = [
-        (t, packing)
-        for t in problem.tensors
-        for packing in anchors[t.path]
-        if journal.get(t.path, packing) is None
-    ]
+    key = problem.key and {
+        **problem.key,
+        "method": "kl",
+        "tokens": problem.calibration.digest,
+        "version": 1,
+    }
+    journal = Journal(key)
+    probes = {t.path: _probe(t) for t in problem.tensors}
+    missing = [t for t in problem.tensors if journal.get(t.path, probes[t.path]) is None]
     if missing:
+        layers = layer_index(problem.model)
         data = [_Recorded.of(problem.model, b) for b in batches(problem.calibration.measured)]
-        bar = tqdm(missing, desc="Measuring sensitivity", disable=not problem.progress)
-        for tensor, packing in bar:
-            start = layers.get(tensor.path, 0)
-            with problem.packed({tensor.path: packing}):
+        count = sum(d.tokens.size for d in data)
+        for tensor in tqdm(missing, desc="Measuring", disable=not problem.progress):
+            probe = probes[tensor.path]
+            with problem.packed({tensor.path: probe}):
+                start = layers.get(tensor.path, 0)
                 total = sum(d.divergence(problem.model, start) for d in data)
-            journal.add(tensor.path, packing, total / sum(d.tokens.size for d in data))
+            journal.add(tensor.path, probe, total / count)
     result: Sensitivity = {}
     for tensor in problem.tensors:
-        errors = {p: error(problem.weights[tensor.path], p) for p in tensor.packings}
-        probes = {p: journal.get(tensor.path, p) or 0.0 for p in anchors[tensor.path]}
-        result[tensor.path] = _interpolate(errors, probes)
+        weight, probe = problem.weights[tensor.path], probes[tensor.path]
+        measured, scale = journal.get(tensor.path, probe) or 0.0, error(weight, probe)
+        # A tensor that quantizes without error (all zeros) costs nothing in any packing.
+        result[tensor.path] = {
+            p: max(measured, LEAST) * error(weight, p) / scale if scale > 0 else 0.0
+            for p in tensor.packings
+        }
     return result
 
 
@@ -141,32 +150,7 @@ class _Recorded:
         return float(self.reference.divergence(logits).sum())
 
 
-def _anchors(tensor: Tensor) -> tuple[Packing, ...]:
-    """The two packings to probe: coarse enough to stand out of the noise."""
+def _probe(tensor: Tensor) -> Packing:
+    """The packing to measure: coarse enough to stand out of the noise, fine enough to be linear."""
     packed = [p for p in tensor.packings if p.packed]
-
-    def nearest(bits: int) -> Packing:
-        return min(packed, key=lambda p: (abs(p.bits - bits), abs(p.group_size - 64)))
-
-    return tuple(dict.fromkeys((nearest(2), nearest(3)))) if packed else ()
-
-
-def _interpolate(
-    errors: dict[Packing, float], probes: dict[Packing, float]
-) -> dict[Packing, float]:
-    """Cost of every candidate from the probes, rising strictly with the squared error."""
-    points = sorted((errors[p], max(kl, 1e-12)) for p, kl in probes.items() if errors[p] > 0)
-    if not points:
-        return dict.fromkeys(errors, 0.0)
-    (low_error, low_cost), (high_error, high_cost) = points[0], points[-1]
-    power = 1.0
-    if high_error > low_error:
-        power = float(np.log(high_cost / low_cost) / np.log(high_error / low_error))
-    power = min(max(power, 0.5), 3.0)
-
-    def cost(squared: float) -> float:
-        if squared <= low_error:
-            return low_cost * squared / low_error
-        return low_cost * (squared / low_error) ** power
-
-    return {packing: cost(squared) for packing, squared in errors.items()}
+    return min(packed, key=lambda p: (abs(p.bits - 3), abs(p.group_size - 64), p.bits))

@@ -1,0 +1,62 @@
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models import qwen3
+from mlx_lm.utils import save_model
+
+TINY = Path(__file__).parent.parent / "data" / "tiny-qwen3"
+TEXT = "There are 12 apples in each box and Mia buys 7 boxes. How many apples are there? "
+
+
+def toy_config(**changes) -> dict:
+    """A Qwen3 small enough to be measured in a moment, with the tiny model's tokenizer."""
+    config = json.loads((TINY / "config.json").read_text())
+    config.update(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32)
+    config.update(num_attention_heads=2, num_key_value_heads=1)
+    config.update(layer_types=["full_attention"] * 2, **changes)
+    return config
+
+
+def write_toy(folder: Path, **changes) -> Path:
+    """A random model on disk, loadable by mlx-lm."""
+    config = toy_config(**changes)
+    mx.random.seed(0)
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    save_model(folder, model)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(TINY / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A folder with a random two-layer model."""
+    return write_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture
+def loaded(toy):
+    """The toy model and its tokenizer, in float32."""
+    model, tokenizer = mlx_lm.load(str(toy))[:2]
+    model.set_dtype(mx.float32)
+    return model, tokenizer
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A calibration file of a few hundred tokens."""
+    path = tmp_path / "calibration.txt"
+    path.write_text(TEXT * 10)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Measurements of a test stay with it."""
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / "cache"))

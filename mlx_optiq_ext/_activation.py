@@ -48,10 +48,10 @@ def switched_off() -> bool:
 
 
 def arm() -> None:
-    """Load the hooks package and let it register its patches. Never raises."""
+    """Load the hooks package and let it register its patches. Idempotent, never raises."""
     global armed, failure
-    if _trigger in sys.meta_path:
-        sys.meta_path.remove(_trigger)  # pyright: ignore[reportArgumentType]
+    # The trigger stays in sys.meta_path: removing it while the import system walks that list would
+    # make it skip the next finder, which may be another tool's.
     if armed or switched_off():
         return
     armed = True

@@ -1,5 +1,6 @@
 """Reading and writing without ever leaving half a file or half a folder."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, OptiqError
 
 
 @contextmanager
@@ -18,6 +19,7 @@ def staged(target: Path) -> Iterator[Path]:
 
     Raises:
         InputError: ``target`` exists already, or its parent cannot be written to.
+        OptiqError: The disk filled up; nothing is left behind.
     """
     if target.exists():
         raise InputError(f"{target} exists already: remove it or name another output folder")
@@ -29,8 +31,20 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         yield holder / target.name
         (holder / target.name).replace(target)
+    except (OSError, RuntimeError) as error:
+        if not _disk_full(error):
+            raise
+        raise OptiqError(
+            f"could not write {target} ({error}): free some disk space; nothing was left behind"
+        ) from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _disk_full(error: OSError | RuntimeError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return str(error).startswith("[write]")  # MLX's writer raises RuntimeError
 
 
 def write_text(path: Path, text: str) -> None:

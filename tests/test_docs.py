@@ -1,0 +1,56 @@
+import argparse
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import mlx_optiq_compat as compat
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def own_flags() -> dict[str, set[str]]:
+    """Every --optiq option by command."""
+    builtin = importlib.import_module("mlx_optiq_hooks.builtin")
+    flags = importlib.import_module("mlx_optiq_hooks.flags")
+    found = {}
+    for command in flags.COMMANDS:
+        group = argparse.ArgumentParser().add_argument_group()
+        builtin.optiq_add_arguments(command=command, group=group)
+        found[command] = {name for action in group._group_actions for name in action.option_strings}
+    return found
+
+
+def test_every_flag_stands_in_the_readme_and_every_flag_there_exists():
+    existing = set().union(*own_flags().values())
+    named = set(re.findall(r"--optiq-[a-z-]+[a-z]", README))
+    assert existing
+    assert named == existing
+
+
+def test_the_compat_table_is_the_matrix():
+    assert compat.readme_table() in README
+
+
+def test_every_benchmark_named_in_the_readme_exists_with_its_command_line():
+    named = set(re.findall(r"`tests/benchmarks/(\w+)\.py`", README))
+    assert named == {path.stem for path in (ROOT / "tests" / "benchmarks").glob("*.py")}
+    for name in named:
+        source = (ROOT / "tests" / "benchmarks" / f"{name}.py").read_text()
+        assert f"python tests/benchmarks/{name}.py" in source
+
+
+def test_ci_runs_the_command_that_the_readme_gives():
+    command = (ROOT / ".ci" / "run").read_text().splitlines()[-1]
+    assert command in README
+    assert "nox -f compat/noxfile.py" in command
+
+
+@pytest.mark.parametrize("switch", ["", "_BLOCK", "_TRACE", "_CACHE"])
+def test_every_environment_switch_stands_in_the_readme(switch):
+    name = f"MLX_OPTIQ_EXT{switch}"
+    sources = [*(ROOT / "mlx_optiq_ext").rglob("*.py"), *(ROOT / "hooks").rglob("*.py")]
+    assert any(f'"{name}"' in path.read_text() for path in sources)
+    assert f"`{name}=" in README

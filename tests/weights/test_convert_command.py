@@ -1,0 +1,121 @@
+"""The stock command with a budget, in processes of its own."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mlx_optiq_ext import files
+from mlx_optiq_ext.errors import InputError
+
+LOAD = """
+import sys, mlx_lm
+from mlx_lm.utils import compute_bits_per_weight
+model, tokenizer = mlx_lm.load(sys.argv[1])
+assert "mlx_optiq_hooks" not in sys.modules
+print(compute_bits_per_weight(model))
+"""
+
+
+FORMS = [
+    ("mlx_lm.convert",),
+    ("python", "-m", "mlx_lm", "convert"),
+    ("python", "-m", "mlx_lm.convert"),
+]
+# The umbrella script came with mlx-lm 0.30.6.
+if Path(sys.executable).with_name("mlx_lm").exists():
+    FORMS.append(("mlx_lm", "convert"))
+
+
+@pytest.mark.parametrize("command", FORMS, ids=" ".join)
+def test_every_form_of_the_command_writes_a_model_for_bare_mlx_lm(
+    run, toy, text, tmp_path, command
+):
+    out = tmp_path / "out"
+    source = ("--hf-path", toy, "--mlx-path", out, "--optiq-calibration", text)
+    done = run(*command, *source, "--optiq-budget", "3.5", check=True)
+    printed = float(re.search(r"with (\S+) bits per weight", done.stdout)[1])  # pyright: ignore
+    assert printed <= 3.5
+    loaded = run("python", "-c", LOAD, out, env={"MLX_OPTIQ_EXT": "0"}, check=True)
+    assert float(loaded.stdout) == pytest.approx(printed, abs=5e-4)
+    assert json.loads((out / "optiq_metadata.json").read_text())["target_bpw"] == 3.5
+    assert "peak memory" in done.stdout
+    assert "stock uniform" in done.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# A limit on file size is a full disk that needs no root and harms no one else.
+FULL_DISK = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+sys.argv = ["mlx_lm", "convert", *sys.argv[1:]]
+runpy.run_module("mlx_lm", run_name="__main__")
+"""
+
+
+def test_a_full_disk_leaves_no_folder_behind(run, toy, text, tmp_path):
+    out = tmp_path / "deep" / "out"
+    source = ("--hf-path", toy, "--mlx-path", out, "--optiq-calibration", text)
+    done = run("python", "-c", FULL_DISK, *source, "--optiq-budget", "4.5")
+    assert done.returncode == 2
+    assert "free some disk space" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(out.parent.iterdir()) == []
+
+
+def test_ctrl_c_keeps_what_was_measured(toy, text, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(cache))
+    command = [sys.executable, "-m", "mlx_lm", "convert", "--optiq-budget", "3.5"]
+    command += ["--hf-path", str(toy), "--mlx-path", str(tmp_path / "out")]
+    command += ["--optiq-calibration", str(text)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (journals := list(cache.rglob("*.jsonl"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert not (tmp_path / "out").exists()
+    measured = journals[0].read_text()
+    assert measured.strip()
+    subprocess.run(command, check=True, capture_output=True)
+    assert journals[0].read_text().startswith(measured)
+    assert list(cache.rglob("*.jsonl")) == journals
+
+
+def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "a" / "out"
+
+    def interrupted():
+        with files.staged(target) as folder:
+            folder.mkdir()
+            (folder / "half").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(target.parent.iterdir()) == []
+    with files.staged(target) as folder:
+        folder.mkdir()
+        (folder / "whole").write_text("x")
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    with pytest.raises(InputError, match="exists already"), files.staged(target):
+        pass
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert files.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        files.read_json(path)

@@ -67,7 +67,7 @@ def optiq_add_arguments(command, group):
     group.add_argument(
         "--optiq-sensitivity",
         choices=sorted(sensitivity_methods()),
-        help="How to measure what each tensor costs. Default: kl.",
+        help="How to measure what each tensor costs. Default: taylor, from one backward pass; kl probes each.",
     )
     group.add_argument(
         "--optiq-calibration",

@@ -19,7 +19,7 @@ def convert(wrapped, instance, args, kwargs):
     gate().require("weights")
     options, call = running.options, bind(wrapped, args, kwargs)
     target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
-    name = options.sensitivity or "kl"
+    name = options.sensitivity or "taylor"
     with files.staged(target) as folder:
         plan = weights.plan_folder(
             call["hf_path"],

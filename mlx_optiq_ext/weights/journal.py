@@ -55,14 +55,21 @@ class Journal:
 
     def add(self, path: str, packing: Packing, kl: float) -> None:
         """Store one measurement at once."""
-        self._known[path, packing] = kl
+        self.add_all(path, {packing: kl})
+
+    def add_all(self, path: str, costs: dict[Packing, float]) -> None:
+        """Store one tensor's measurements at once."""
+        self._known.update({(path, packing): kl for packing, kl in costs.items()})
         if self.path is None:
             return
-        entry = {"path": path, "bits": packing.bits, "group_size": packing.group_size, "kl": kl}
+        lines = [
+            json.dumps({"path": path, "bits": p.bits, "group_size": p.group_size, "kl": kl})
+            for p, kl in costs.items()
+        ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A line break first closes a line that an earlier run may have left cut off.
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write("\n" + json.dumps(entry))
+            stream.write("\n" + "\n".join(lines))
 
     def __len__(self) -> int:
         return len(self._known)

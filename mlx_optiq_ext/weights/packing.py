@@ -60,12 +60,14 @@ class Tensor:
         shape: Unpacked shape ``(..., out, in)``.
         dtype_bits: Width of its dtype.
         packings: The candidates, by rising stored bits.
+        own: What the model's own ``quant_predicate`` asks for, if it does.
     """
 
     path: str
     shape: tuple[int, ...]
     dtype_bits: int
     packings: tuple[Packing, ...]
+    own: Packing | None = None
 
     @property
     def size(self) -> int:
@@ -137,7 +139,7 @@ def tensors(
         own = True if predicate is None else predicate(path, module)
         if own is False:
             continue
-        options = [p for p in grid if p.fits(shape)]
+        options, floor = [p for p in grid if p.fits(shape)], None
         if isinstance(own, dict):
             floor = Packing(own.get("bits", 4), own.get("group_size", 64))
             options = [
@@ -148,7 +150,7 @@ def tensors(
         if allow_unpacked:
             options.append(Packing(dtype_bits, 0))
         options.sort(key=lambda p: (p.stored_bits(shape, dtype_bits), -p.bits))
-        result.append(Tensor(path, shape, dtype_bits, tuple(options)))
+        result.append(Tensor(path, shape, dtype_bits, tuple(options), floor))
     return result
 
 

@@ -25,6 +25,7 @@ class Plan:
         target_bpw: The budget, in bits per weight as mlx-lm counts them.
         achieved_bpw: What the plan takes.
         kl: End-to-end KL on held-out calibration windows, in nats per token.
+        variant: Which of the plans that were tried this is.
         uniform: The best uniform packing within the same bits, if there is one.
         uniform_kl: Its end-to-end KL on the same windows.
         calibration: Source, number of windows and their length.
@@ -37,6 +38,7 @@ class Plan:
     target_bpw: float
     achieved_bpw: float
     kl: float
+    variant: str = "allocated"
     uniform: Packing | None = None
     uniform_kl: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Plan:
         parts = ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
         lines = [
             f"[optiq] {self.achieved_bpw:.3f} bits per weight of a budget of {self.target_bpw:g}: "
-            f"{parts}",
+            f"{parts} (plan: {self.variant})",
             f"[optiq] KL to the unquantized model on held-out calibration text: {self.kl:.4g} nats "
             "per token",
         ]
@@ -102,6 +104,7 @@ class Plan:
                 "target_bpw": self.target_bpw,
                 "achieved_bpw": round(self.achieved_bpw, 6),
                 "kl": self.kl,
+                "variant": self.variant,
                 "uniform": self.uniform
                 and {
                     "bits": self.uniform.bits,

@@ -11,14 +11,16 @@ from mlx.utils import tree_map
 
 from ..errors import BudgetError, InputError
 from . import calibration as calibrations
-from .allocation import allocate
 from .calibration import Calibration
 from .journal import model_digest
-from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, quantizable, tensors
-from .plan import Plan, versions
-from .sensitivity import Method, Problem, Sensitivity, end_to_end, kl
+from .kl import kl
+from .packing import BITS, GROUP_SIZES, Size, Tensor, quantizable, tensors
+from .plan import Plan
+from .search import search
+from .sensitivity import Method, Problem
+from .taylor import taylor
 
-METHODS: Mapping[str, Method] = {"kl": kl}
+METHODS: Mapping[str, Method] = {"taylor": taylor, "kl": kl}
 
 
 def plan_model(
@@ -29,8 +31,8 @@ def plan_model(
     bits: tuple[int, ...] | None = None,
     group_sizes: tuple[int, ...] | None = None,
     calibration: Path | None = None,
-    method: Method = kl,
-    method_name: str = "kl",
+    method: Method = taylor,
+    method_name: str = "taylor",
     digest: str | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -80,7 +82,7 @@ def plan_model(
         f"[optiq] Measuring {len(candidates)} tensors with {method_name} on "
         f"{data.measured.size} tokens ({data.source})"
     )
-    plan = solve(problem, size, method(problem), budget, method_name)
+    plan = search(problem, size, method(problem), budget, method_name)
     seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
     say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
     return plan
@@ -127,52 +129,6 @@ def to_compute_dtype(model: nn.Module) -> None:
                 model.parameters(),
             )
         )
-
-
-def solve(
-    problem: Problem, size: Size, sensitivity: Sensitivity, budget: float, method_name: str
-) -> Plan:
-    """Allocate a budget over measured tensors and judge the result end to end."""
-    candidates = problem.tensors
-    choice = allocate(
-        [[sensitivity[t.path][p] for p in t.packings] for t in candidates],
-        [[t.stored_bits(p) for p in t.packings] for t in candidates],
-        size.room(budget),
-    )
-    packings = {t.path: t.packings[c] for t, c in zip(candidates, choice, strict=True)}
-    stored = sum(t.stored_bits(packings[t.path]) for t in candidates)
-    uniform = best_uniform(candidates, size, budget)
-    judged = [packings] + ([{t.path: uniform for t in candidates}] if uniform else [])
-    measured = end_to_end(problem, judged)
-    return Plan(
-        packings=packings,
-        costs={path: sensitivity[path][packing] for path, packing in packings.items()},
-        method=method_name,
-        target_bpw=budget,
-        achieved_bpw=size.bits_per_weight(stored),
-        kl=measured[0],
-        uniform=uniform,
-        uniform_kl=measured[1] if uniform else None,
-        calibration={
-            "source": problem.calibration.source,
-            "windows": len(problem.calibration.tokens),
-            "length": problem.calibration.tokens.shape[1],
-            "sha256": problem.calibration.digest,
-        },
-        versions=versions(),
-    )
-
-
-def best_uniform(candidates: tuple[Tensor, ...], size: Size, budget: float) -> Packing | None:
-    """The uniform packing of stock mlx-lm that uses most of a budget, if all tensors allow it."""
-    room = size.room(budget)
-    grid = [Packing(b, g) for b in BITS for g in GROUP_SIZES]
-    fitting = [
-        (sum(t.stored_bits(p) for t in candidates), p.bits, p)
-        for p in grid
-        if all(p.fits(t.shape) for t in candidates)
-    ]
-    return max((entry for entry in fitting if entry[0] <= room), default=(0, 0, None))[2]
 
 
 def plan_folder(

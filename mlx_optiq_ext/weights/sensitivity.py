@@ -8,9 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from tqdm import tqdm
 
-from .blocks import Recording, layer_index, record, resume
 from .calibration import Calibration
 from .divergence import Reference
 from .journal import Journal
@@ -19,11 +17,11 @@ from .packing import Packing, Tensor, dequantized, quantizable
 #: Tensor path -> packing -> expected KL in nats per token when only that tensor is packed.
 Sensitivity = dict[str, dict[Packing, float]]
 
+#: Counted up when a method measures anew what an older version kept.
+VERSION = 2
+
 #: Windows run at once.
 BATCH = 4
-
-#: Nats per token that count as no measured effect; keeps finer packings preferred even then.
-LEAST = 1e-9
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Problem:
         key: What identifies the model and the device, under which measurements are kept on disk;
             None keeps none.
         progress: Whether to show a progress bar.
+        refine: Whether the packed weights will be refined, which leaves less error.
     """
 
     model: nn.Module
@@ -46,6 +45,19 @@ class Problem:
     calibration: Calibration
     key: dict[str, Any] | None = None
     progress: bool = True
+    refine: bool = False
+
+    def journal(self, method: str) -> Journal:
+        """The measurements kept for this problem under one method."""
+        return Journal(
+            self.key
+            and {
+                **self.key,
+                "method": method,
+                "tokens": self.calibration.digest,
+                "version": VERSION,
+            }
+        )
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -94,63 +106,3 @@ def error(weight: mx.array, packing: Packing) -> float:
         return 0.0
     difference = weight.astype(mx.float32) - dequantized(weight, packing, mx.float32)
     return float(mx.square(difference).sum())
-
-
-def kl(problem: Problem) -> Sensitivity:
-    """Direct measurement: the KL of the final logits with one tensor packed at a time.
-
-    Each tensor is probed at one coarse packing, with the layers before it replayed; the cost of the
-    other candidates follows in proportion to their squared error (HIGGS, arXiv 2411.17525, shows
-    that the divergence is linear in it at medium bits).
-    """
-    key = problem.key and {
-        **problem.key,
-        "method": "kl",
-        "tokens": problem.calibration.digest,
-        "version": 1,
-    }
-    journal = Journal(key)
-    probes = {t.path: _probe(t) for t in problem.tensors}
-    missing = [t for t in problem.tensors if journal.get(t.path, probes[t.path]) is None]
-    if missing:
-        layers = layer_index(problem.model)
-        data = [_Recorded.of(problem.model, b) for b in batches(problem.calibration.measured)]
-        count = sum(d.tokens.size for d in data)
-        for tensor in tqdm(missing, desc="Measuring", disable=not problem.progress):
-            probe = probes[tensor.path]
-            with problem.packed({tensor.path: probe}):
-                start = layers.get(tensor.path, 0)
-                total = sum(d.divergence(problem.model, start) for d in data)
-            journal.add(tensor.path, probe, total / count)
-    result: Sensitivity = {}
-    for tensor in problem.tensors:
-        weight, probe = problem.weights[tensor.path], probes[tensor.path]
-        measured, scale = journal.get(tensor.path, probe) or 0.0, error(weight, probe)
-        # A tensor that quantizes without error (all zeros) costs nothing in any packing.
-        result[tensor.path] = {
-            p: max(measured, LEAST) * error(weight, p) / scale if scale > 0 else 0.0
-            for p in tensor.packings
-        }
-    return result
-
-
-@dataclass(frozen=True)
-class _Recorded:
-    tokens: mx.array
-    recording: Recording
-    reference: Reference
-
-    @classmethod
-    def of(cls, model: nn.Module, tokens: mx.array) -> "_Recorded":
-        logits, recording = record(model, tokens)
-        return cls(tokens, recording, Reference.of(logits))
-
-    def divergence(self, model: nn.Module, start: int) -> float:
-        logits = resume(model, self.tokens, self.recording, start)
-        return float(self.reference.divergence(logits).sum())
-
-
-def _probe(tensor: Tensor) -> Packing:
-    """The packing to measure: coarse enough to stand out of the noise, fine enough to be linear."""
-    packed = [p for p in tensor.packings if p.packed]
-    return min(packed, key=lambda p: (abs(p.bits - 3), abs(p.group_size - 64), p.bits))

@@ -74,7 +74,7 @@ def test_ctrl_c_keeps_what_was_measured(toy, text, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(cache))
     command = [sys.executable, "-m", "mlx_lm", "convert", "--optiq-budget", "3.5"]
     command += ["--hf-path", str(toy), "--mlx-path", str(tmp_path / "out")]
-    command += ["--optiq-calibration", str(text)]
+    command += ["--optiq-calibration", str(text), "--optiq-sensitivity", "kl"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (journals := list(cache.rglob("*.jsonl"))):
         assert process.poll() is None

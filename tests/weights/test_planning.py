@@ -7,7 +7,7 @@ import pytest
 from mlx_lm.utils import compute_bits_per_weight
 
 from mlx_optiq_ext.errors import BudgetError, InputError, OptiqError
-from mlx_optiq_ext.weights import Packing, plan_folder, plan_model, sensitivity
+from mlx_optiq_ext.weights import METHODS, Packing, plan_folder, plan_model
 from mlx_optiq_ext.weights.journal import Journal, model_digest
 from mlx_optiq_ext.weights.packing import quantizable
 from mlx_optiq_ext.weights.plan import check_written
@@ -51,7 +51,7 @@ def test_measured_costs_are_the_divergence_of_each_tensor_alone(toy, text, loade
 
     def spy(problem):
         found["problem"] = problem
-        found["costs"] = sensitivity.kl(problem)
+        found["costs"] = METHODS["kl"](problem)
         return found["costs"]
 
     plan_model(model, tokenizer, 4.0, calibration=text, method=spy, progress=False)
@@ -90,12 +90,12 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(toy, text, monkeypatch):
 
     monkeypatch.setattr(Journal, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        plan(toy, 3.5, text)
-    resumed = plan(toy, 3.5, text)
+        plan(toy, 3.5, text, method=METHODS["kl"])
+    resumed = plan(toy, 3.5, text, method=METHODS["kl"])
     assert len(calls) == len(set(calls)) == len(resumed.packings)
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(text.parent / "elsewhere"))
     calls.extend(["counted"] * 5)
-    assert plan(toy, 3.5, text).packings == resumed.packings
+    assert plan(toy, 3.5, text, method=METHODS["kl"]).packings == resumed.packings
 
 
 def test_a_cut_off_journal_line_is_measured_again(tmp_path):

@@ -1,0 +1,133 @@
+"""Plans for one budget, judged end to end; the best one is kept.
+
+Sensitivities add up well at medium bits and less so below (IMPQ, arXiv 2509.15455). So a few plans
+that differ in how far they trust them are tried on calibration windows kept apart for that.
+"""
+
+from collections.abc import Callable, Iterable
+
+from ..errors import BudgetError
+from .allocation import allocate
+from .blocks import decoder_layers, layer_index
+from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor
+from .plan import Plan, versions
+from .sensitivity import Problem, Sensitivity, end_to_end
+
+Packings = dict[str, Packing]
+
+
+def search(
+    problem: Problem, size: Size, sensitivity: Sensitivity, budget: float, method_name: str
+) -> Plan:
+    """Allocate a budget over measured tensors.
+
+    Args:
+        problem: The measured problem.
+        size: Of its model.
+        sensitivity: Costs of every candidate of every tensor.
+        budget: Bits per weight.
+        method_name: For the metadata.
+
+    Returns:
+        Of the plans in `variants`, the one with the least KL on the held-out windows.
+    """
+    plans = variants(problem, size, sensitivity, budget)
+    uniform = best_uniform(problem.tensors, size, budget)
+    judged = list(plans.values())
+    if uniform is not None:
+        judged.append(uniformly(problem.tensors, uniform))
+    divergences = end_to_end(problem, judged)
+    measured = dict(zip(plans, divergences, strict=False))
+    name = min(measured, key=lambda n: measured[n])
+    packings, data = plans[name], problem.calibration
+    return Plan(
+        packings=packings,
+        costs={path: sensitivity[path].get(packing, 0.0) for path, packing in packings.items()},
+        method=method_name,
+        target_bpw=budget,
+        achieved_bpw=size.bits_per_weight(stored(problem.tensors, packings)),
+        kl=measured[name],
+        variant=name,
+        uniform=uniform,
+        uniform_kl=divergences[-1] if uniform else None,
+        calibration={
+            "source": data.source,
+            "windows": len(data.tokens),
+            "length": data.tokens.shape[1],
+            "sha256": data.digest,
+        },
+        versions=versions(),
+    )
+
+
+def stored(tensors: Iterable[Tensor], packings: Packings) -> int:
+    """Stored bits of a plan's tensors."""
+    return sum(t.stored_bits(packings[t.path]) for t in tensors)
+
+
+def variants(
+    problem: Problem, size: Size, sensitivity: Sensitivity, budget: float
+) -> dict[str, Packings]:
+    """Plans by name: over all candidates, without the coarsest bits, and with both ends protected.
+
+    A variant that the budget does not allow is left out; the first one it always allows.
+    """
+    coarsest = min(p.bits for t in problem.tensors for p in t.packings)
+    ends = protected(problem)
+    rules: dict[str, Callable[[Tensor, Packing], bool]] = {
+        "allocated": lambda tensor, packing: True,
+        f"above {coarsest} bits": lambda tensor, packing: packing.bits > coarsest,
+        "protected": lambda tensor, packing: tensor.path not in ends or packing.bits >= 8,
+    }
+    plans: dict[str, Packings] = {}
+    for name, rule in rules.items():
+        # A tensor that a rule leaves nothing to choose from keeps all its candidates.
+        allowed = {
+            t.path: [p for p in t.packings if rule(t, p)] or list(t.packings)
+            for t in problem.tensors
+        }
+        try:
+            plans[name] = _allocated(problem.tensors, allowed, size, sensitivity, budget)
+        except BudgetError:
+            if name == "allocated":
+                raise
+    return plans
+
+
+def protected(problem: Problem) -> set[str]:
+    """Tensors outside the decoder layers, and those of the first and last layer."""
+    index, last = layer_index(problem.model), len(decoder_layers(problem.model)) - 1
+    return {t.path for t in problem.tensors if index.get(t.path) in (None, 0, last)}
+
+
+def _allocated(
+    tensors: Iterable[Tensor],
+    allowed: dict[str, list[Packing]],
+    size: Size,
+    sensitivity: Sensitivity,
+    budget: float,
+) -> Packings:
+    tensors = list(tensors)
+    choice = allocate(
+        [[sensitivity[t.path][p] for p in allowed[t.path]] for t in tensors],
+        [[t.stored_bits(p) for p in allowed[t.path]] for t in tensors],
+        size.room(budget),
+    )
+    return {t.path: allowed[t.path][c] for t, c in zip(tensors, choice, strict=True)}
+
+
+def best_uniform(tensors: Iterable[Tensor], size: Size, budget: float) -> Packing | None:
+    """The packing that ``mlx_lm.convert -q`` would use most of a budget with, if any fits."""
+    tensors, room = list(tensors), size.room(budget)
+    sizes = {
+        p: stored(tensors, uniformly(tensors, p))
+        for p in (Packing(b, g) for b in BITS for g in GROUP_SIZES)
+        if all(t.own or p.fits(t.shape) for t in tensors)
+    }
+    fitting = [p for p, bits in sizes.items() if bits <= room]
+    return max(fitting, key=lambda p: (sizes[p], p.bits), default=None)
+
+
+def uniformly(tensors: Iterable[Tensor], packing: Packing) -> Packings:
+    """Stock's uniform quantization, which follows the model's own predicate where it asks."""
+    return {t.path: t.own or packing for t in tensors}

@@ -1,0 +1,69 @@
+"""Seeing what goes in and out of a model's quantizable layers while it runs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a quantizable layer.
+
+    Attributes:
+        path: Its layer path.
+        inputs: (..., in), or token ids (...) where an embedding is looked up.
+        indices: Expert of each output row (...), for stacked experts; else None.
+        outputs: (..., out).
+    """
+
+    path: str
+    inputs: mx.array
+    indices: mx.array | None
+    outputs: mx.array
+
+    @property
+    def lookup(self) -> bool:
+        """Whether an embedding was looked up, rather than multiplied with."""
+        return mx.issubdtype(self.inputs.dtype, mx.integer)
+
+
+#: Takes a use and returns what the layer shall return in its stead.
+Tap = Callable[[Use], mx.array]
+
+
+@contextmanager
+def tapped(modules: Mapping[str, nn.Module], tap: Tap) -> Iterator[None]:
+    """Hand every use of these layers to ``tap``.
+
+    A tied embedding is two layers in one: its look-up calls it, the head calls ``as_linear``.
+
+    Args:
+        modules: Layer path -> module. The class of each is swapped for a subclass while inside.
+        tap: Called with each use, in the order they happen.
+    """
+    classes = {path: type(module) for path, module in modules.items()}
+
+    def subclass(path: str, cls: type) -> type:
+        def call(self, x, *args, **kwargs):
+            indices = args[0] if args and isinstance(args[0], mx.array) else kwargs.get("indices")
+            return tap(Use(path, x, indices, cls.__call__(self, x, *args, **kwargs)))
+
+        def as_linear(self, x):
+            return tap(Use(path, x, None, cls.as_linear(self, x)))  # pyright: ignore
+
+        body: dict[str, Any] = {"__call__": call}
+        if hasattr(cls, "as_linear"):
+            body["as_linear"] = as_linear
+        return type(cls.__name__, (cls,), body)
+
+    try:
+        for path, module in modules.items():
+            module.__class__ = subclass(path, classes[path])
+        yield
+    finally:
+        for path, module in modules.items():
+            module.__class__ = classes[path]

@@ -45,7 +45,12 @@ class Parser(argparse.ArgumentParser):
         from . import plugin_manager
 
         group = self.add_argument_group(f"optiq (mlx-optiq-ext {__version__})")
-        plugin_manager().hook.optiq_add_arguments(command=self.optiq_command, group=group)
+        try:
+            plugin_manager().hook.optiq_add_arguments(command=self.optiq_command, group=group)
+        except argparse.ArgumentError as error:
+            raise OptiqError(
+                f"A plugin adds an option that mlx_lm.{self.optiq_command} has already: {error}"
+            ) from error
         for action in group._group_actions:
             if not action.dest.startswith(PREFIX) or action.default is not None:
                 raise OptiqError(

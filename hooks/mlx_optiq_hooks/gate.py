@@ -67,15 +67,13 @@ class Gate:
             elif feature == "flags":
                 # The flags stay even where nothing else works: they carry the reason to the user.
                 states[feature] = State(True, "options are parsed and refused if off")
-            elif verdict.kind == "outside":
-                states[feature] = State(False, verdict.reason)
             elif not (known := compat.feature(feature, version)).on:
                 states[feature] = State(False, known.reason)
             elif verdict.kind == "untested" and (wrong := compat.matching(targets[feature])):
                 states[feature] = State(
                     False,
-                    f"mlx-lm {version} is newer than any tested release and differs where "
-                    f"{feature} needs it ({wrong[0]}): install a release from the compat table",
+                    f"mlx-lm {version} is untested and differs where {feature} needs it "
+                    f"({wrong[0]}): install a release from the compat table",
                 )
             else:
                 states[feature] = State(True, verdict.reason)

@@ -45,17 +45,24 @@ class _Finder:
         return spec
 
 
-def requested(argv: list[str]) -> str | None:
-    """The command module that ``python -m`` is about to run with our options, if any."""
-    if "-m" not in argv or not any(argument.startswith("--optiq") for argument in argv):
+def requested(argv: list[str], original: list[str]) -> str | None:
+    """The command module that ``python -m`` is about to run with our options, if any.
+
+    Args:
+        argv: ``sys.argv``, which starts with ``"-m"`` while Python looks for the module.
+        original: ``sys.orig_argv``, the interpreter's own options included.
+    """
+    if argv[:1] != ["-m"] or not any(argument.startswith("--optiq") for argument in argv):
         return None
-    module = argv[argv.index("-m") + 1]
+    module = original[len(original) - len(argv)]
+    if module.startswith("-"):
+        module = module.partition("m")[2]  # joined: -mmlx_lm.convert
     package, _, command = module.partition(".")
     return module if package == "mlx_lm" and command in COMMANDS else None
 
 
 def redirect() -> None:
     """Let ``python -m mlx_lm.X --optiq-...`` run the patched module."""
-    name = requested(sys.orig_argv)
+    name = requested(sys.argv, sys.orig_argv)
     if name is not None:
         sys.meta_path.insert(0, _Finder(name))  # pyright: ignore[reportArgumentType]

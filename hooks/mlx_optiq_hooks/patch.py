@@ -1,6 +1,5 @@
 """Patches as data, and the engine that applies and undoes them from one table."""
 
-import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -181,12 +180,3 @@ def bind(wrapped: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named
-
-
-def resolve(target: str) -> Any:
-    """Import a target's module and return the attribute, patched or not."""
-    module, _, attribute = target.partition(":")
-    value: Any = importlib.import_module(module)
-    for step in attribute.split("."):
-        value = getattr(value, step)
-    return value

@@ -10,7 +10,7 @@ def load() -> None:
     """Import every patched module that imports here, so that its patches can be proved live."""
     from . import engine
 
-    for module in {patch.module for patch in engine().patches}:
+    for module in dict.fromkeys(patch.module for patch in engine().patches):
         # mlx_lm.evaluate needs the lm-eval package, which few have.
         with contextlib.suppress(ImportError):
             importlib.import_module(module)

@@ -1,0 +1,122 @@
+"""Fixtures for every test: a tiny model, commands in clean processes, a stand-in mlx-lm."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+SHARED = Path(os.environ.get("MLX_OPTIQ_SHARED") or TESTS.parent.parent / "shared")
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_configure(config):
+    # Before any test module imports mlx_lm: nothing is read from or left in the developer's home,
+    # nothing is downloaded, and the switches of the developer's shell do not count.
+    home = tempfile.mkdtemp(prefix="mlx-optiq-ext-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    for name in ("MLX_OPTIQ_EXT", "MLX_OPTIQ_EXT_BLOCK", "MLX_OPTIQ_EXT_TRACE"):
+        os.environ.pop(name, None)
+    os.environ.update(
+        HOME=home,
+        HF_HOME=f"{home}/huggingface",
+        HF_HUB_OFFLINE="1",
+        MLX_OPTIQ_EXT_CACHE=f"{home}/cache",
+    )
+
+
+def pytest_collection_modifyitems(items):
+    if not SHARED.is_dir():
+        absent = pytest.mark.skip(reason=f"{SHARED} is absent")
+        for item in items:
+            if item.get_closest_marker("shared"):
+                item.add_marker(absent)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """A real Qwen3 of 1.6 million parameters, with its tokenizer."""
+    return TESTS / "data" / "tiny-qwen3"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Models and data sets too large for the repository; for tests marked ``shared``."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Run:
+    """Runs a command in a process of its own.
+
+    The first word is ``"python"`` or a console script beside it, such as ``"mlx_lm.convert"``. The
+    working folder is new and empty unless given; ``env`` is added to the environment.
+    """
+
+    def run(
+        *command: str | Path,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
+        check: bool = False,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        name, *arguments = map(str, command)
+        python = Path(sys.executable)
+        program = python if name == "python" else python.with_name(name)
+        surroundings = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            [str(program), *arguments],
+            cwd=cwd or tmp_path_factory.mktemp("run"),
+            env={**surroundings, "COLUMNS": "100", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(done.args)}\n{done.stdout}{done.stderr}")
+        return done
+
+    return run
+
+
+@pytest.fixture
+def fake_mlx_lm(tmp_path) -> Callable[..., dict[str, str]]:
+    """Copies a small stand-in for mlx-lm and returns the environment that puts it first.
+
+    Give it the version that it should claim.
+    """
+
+    def fake(version: str = "0.32.2") -> dict[str, str]:
+        folder = tmp_path / "fake"
+        shutil.copytree(TESTS / "fake_mlx_lm", folder, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "mlx_lm" / "_version.py").write_text(f'__version__ = "{version}"\n')
+        return {"PYTHONPATH": str(folder)}
+
+    return fake
+
+
+@pytest.fixture
+def plugin(tmp_path) -> Callable[..., dict[str, str]]:
+    """Writes a module and the metadata of an installed distribution that names it as a plugin.
+
+    Returns ``environment`` with the folder added to PYTHONPATH.
+    """
+
+    def plugin(environment: dict[str, str], name: str, source: str) -> dict[str, str]:
+        folder = tmp_path / "plugins"
+        metadata = folder / f"{name}-1.0.dist-info"
+        metadata.mkdir(parents=True)
+        (folder / f"{name}.py").write_text(source)
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[mlx_optiq_ext]\n{name} = {name}\n")
+        known = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+        paths = dict.fromkeys([str(folder), *known])
+        return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+    return plugin

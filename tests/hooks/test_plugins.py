@@ -1,0 +1,109 @@
+"""Installed plugins: their order, their failures, blocking and tracing."""
+
+import pytest
+
+GOOD = """
+from mlx_optiq_ext import hookimpl
+
+@hookimpl
+def optiq_status():
+    return ["good: here"]
+
+@hookimpl
+def optiq_sensitivity_methods():
+    return {"kl": "better", "mine": "new"}
+
+@hookimpl
+def optiq_resolve_adapter(name):
+    return "/adapters/good" if name == "good" else None
+
+@hookimpl
+def optiq_prompt_cache(model, max_kv_size):
+    return [f"{model} {max_kv_size}"]
+"""
+BROKEN = {
+    "misspelt": (
+        "from mlx_optiq_ext import hookimpl\n\n@hookimpl\ndef optiq_statuss():\n    return []\n",
+        "PluginValidationError: unknown hook 'optiq_statuss'",
+    ),
+    "argument": (
+        "from mlx_optiq_ext import hookimpl\n\n@hookimpl\ndef optiq_status(more):\n    return []\n",
+        "more",
+    ),
+    "raising": ("raise RuntimeError('cannot load')\n", "RuntimeError: cannot load"),
+    "missing": ("import no_such_module_anywhere\n", "ModuleNotFoundError: No module named"),
+}
+STATUS = "import mlx_optiq_ext; print(mlx_optiq_ext.status())"
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_is_left_out_and_the_others_go_on(run, fake_mlx_lm, plugin, kind):
+    source, reason = BROKEN[kind]
+    # Loaded before the good one: it stands first on the path.
+    env = plugin(plugin(fake_mlx_lm(), "good", GOOD), "broken", source)
+    done = run("python", "-c", STATUS, env=env, check=True)
+    assert done.stderr.startswith("mlx_optiq_ext: plugin 'broken' left out (")
+    assert reason in done.stderr
+    assert "good: here" in done.stdout
+    assert "plugins: optiq, good\n" in done.stdout
+    assert "  left out: broken (" in done.stdout
+    asked = run("python", "-m", "mlx_lm", "convert", "--optiq-budget", "0", env=env)
+    assert asked.returncode == 2
+    assert "argument --optiq-budget: '0' is not" in asked.stderr
+
+
+@pytest.mark.parametrize("kind", ["misspelt", "raising"])
+def test_a_broken_plugin_is_one_line_on_stderr(run, fake_mlx_lm, plugin, kind):
+    env = plugin(fake_mlx_lm(), "broken", BROKEN[kind][0])
+    assert run("python", "-c", STATUS, env=env, check=True).stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", [GOOD, BROKEN["raising"][0]], ids=["good", "raising"])
+def test_a_blocked_plugin_is_not_even_imported(run, fake_mlx_lm, plugin, source):
+    env = plugin(fake_mlx_lm(), "good", source)
+    code = f"import sys; {STATUS}; print('good' in sys.modules)"
+    done = run("python", "-c", code, env={**env, "MLX_OPTIQ_EXT_BLOCK": "good"}, check=True)
+    assert done.stdout.endswith("plugins: optiq\nFalse\n")
+    assert done.stderr == ""
+
+
+def test_an_installed_plugin_wins_over_the_built_in_one(run, fake_mlx_lm, plugin):
+    code = """
+import mlx_lm, mlx_optiq_hooks
+methods = mlx_optiq_hooks.sensitivity_methods()
+print(methods["kl"], methods["mine"])
+manager = mlx_optiq_hooks.plugin_manager()
+implementations = manager.hook.optiq_sensitivity_methods.get_hookimpls()
+print([each.plugin_name for each in reversed(implementations)])
+"""
+    env = plugin(fake_mlx_lm(), "good", GOOD)
+    done = run("python", "-c", code, env=env, check=True)
+    assert done.stdout == "better new\n['good', 'optiq']\n"
+
+
+TARGETS = """
+import mlx_lm.models.cache, mlx_lm.tuner.utils
+print(mlx_lm.models.cache.make_prompt_cache("model", max_kv_size=8))
+print(mlx_lm.tuner.utils.load_adapters("model", "good"))
+print(mlx_lm.tuner.utils.load_adapters("model", adapter_path="other"))
+"""
+
+
+def test_hooks_answer_for_mlx_lm_and_none_leaves_it_as_given(run, fake_mlx_lm, plugin):
+    env = plugin(fake_mlx_lm(), "good", GOOD)
+    done = run("python", "-c", TARGETS, env=env, check=True)
+    assert done.stdout == "['model 8']\n/adapters/good\nother\n"
+
+
+def test_without_a_plugin_the_same_calls_are_stock(run, fake_mlx_lm):
+    done = run("python", "-c", TARGETS, env=fake_mlx_lm(), check=True)
+    assert done.stdout == "['stock']\ngood\nother\n"
+
+
+def test_tracing_prints_each_call_with_its_arguments(run, fake_mlx_lm, plugin):
+    env = {**plugin(fake_mlx_lm(), "good", GOOD), "MLX_OPTIQ_EXT_TRACE": "1"}
+    done = run("python", "-c", TARGETS, env=env, check=True)
+    assert "optiq_resolve_adapter [hook]" in done.stderr
+    assert "name: good" in done.stderr
+    assert "finish optiq_resolve_adapter --> /adapters/good" in done.stderr
+    assert done.stdout == "['model 8']\n/adapters/good\nother\n"

@@ -1,0 +1,93 @@
+"""status(): versions, the verdict, the features and every patch."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from mlx_optiq_compat import rows
+from mlx_optiq_hooks import tables
+
+VERDICTS = {
+    "0.32.2": "mlx-lm 0.32.2: pinned (mlx-lm 0.32.2 is tested with mlx ",
+    "0.99.0": "mlx-lm 0.99.0: untested (mlx-lm 0.99.0 is untested (tested: ",
+    "0.29.1": "mlx-lm 0.29.1: outside (mlx-lm 0.29.1 is older than ",
+}
+STATUS = "import mlx_optiq_ext; print(mlx_optiq_ext.status())"
+
+
+def entries(text):
+    """The indented lines of a status, by what stands before their first colon and space."""
+    lines = [line.strip().split(": ", 1) for line in text.splitlines() if line.startswith("  ")]
+    return {line[0]: line[1] for line in lines}
+
+
+@pytest.mark.parametrize("version", VERDICTS)
+def test_status_gives_the_verdict_and_each_features_state(run, fake_mlx_lm, version):
+    text = run("python", "-c", STATUS, env=fake_mlx_lm(version), check=True).stdout
+    assert f"\n{VERDICTS[version]}" in text
+    on = version != "0.29.1"
+    assert entries(text)["flags"] == "on (options are parsed and refused if off)"
+    for feature in ("weights", "plugins"):
+        assert entries(text)[feature].startswith("on (" if on else "off (mlx-lm 0.29.1 is older")
+    assert ("mlx_lm.utils:quantize_model" in entries(text)) is on
+
+
+def test_status_names_this_package_and_those_it_stands_on(run, fake_mlx_lm):
+    from importlib.metadata import version
+
+    lines = run("python", "-c", STATUS, env=fake_mlx_lm(), check=True).stdout.splitlines()
+    assert lines[0].startswith(f"mlx-optiq-ext {version('mlx-optiq-ext')}, Python 3.")
+    assert f"wrapt {version('wrapt')}" in lines
+    assert f"pluggy {version('pluggy')}" in lines
+    assert "start-up file (.pth): ran" in lines
+    assert "plugins: optiq" in lines
+
+
+def test_status_says_that_the_pth_did_not_run_and_what_to_do(run, fake_mlx_lm):
+    code = "import mlx_optiq_ext; mlx_optiq_ext._activation.sources.remove('site')\n" + STATUS
+    text = run("python", "-c", code, env=fake_mlx_lm(), check=True).stdout
+    assert "start-up file (.pth): did not run (import mlx_optiq_ext before mlx_lm;" in text
+    assert "chflags -R nohidden" in text
+
+
+def test_status_tells_waiting_from_live_patches(run, fake_mlx_lm):
+    code = f"import mlx_lm.utils; {STATUS}"
+    found = entries(run("python", "-c", code, env=fake_mlx_lm(), check=True).stdout)
+    assert found["mlx_lm.utils:quantize_model"].startswith("live (")
+    assert found["mlx_lm.convert:convert"].startswith("live (")
+    assert found["mlx_lm.server:main"].startswith("waiting for its import (")
+
+
+def test_status_shows_a_patch_that_somebody_replaced(run, fake_mlx_lm):
+    code = f"import mlx_lm.utils; mlx_lm.utils.quantize_model = print; {STATUS}"
+    found = entries(run("python", "-c", code, env=fake_mlx_lm(), check=True).stdout)
+    assert found["mlx_lm.utils:quantize_model"].startswith("NOT live (")
+
+
+def test_status_says_why_a_feature_failed(run, fake_mlx_lm):
+    env = fake_mlx_lm()
+    Path(env["PYTHONPATH"], "mlx_lm", "models", "cache.py").write_text("# nothing here\n")
+    code = f"import mlx_lm.models.cache, mlx_lm.tuner.utils; {STATUS}"
+    found = entries(run("python", "-c", code, env=env, check=True).stdout)
+    assert found["plugins"].startswith("off (mlx_lm.models.cache:make_prompt_cache: Attrib")
+    assert found["weights"].startswith("on (")
+    assert found["mlx_lm.tuner.utils:load_adapters"].startswith("NOT live (")
+
+
+def test_status_says_that_the_switch_is_off(run, fake_mlx_lm):
+    env = {**fake_mlx_lm(), "MLX_OPTIQ_EXT": "0"}
+    text = run("python", "-c", STATUS, env=env, check=True).stdout
+    assert "switched off: MLX_OPTIQ_EXT=0 is set, mlx-lm runs as stock" in text
+    assert "patches:" not in text
+
+
+def test_every_patch_is_live_in_the_installed_mlx_lm(run):
+    done = run("python", "-m", "mlx_optiq_ext", check=True)
+    found = entries(done.stdout)
+    waiting = {each for each, text in found.items() if text.startswith("waiting for its import")}
+    without = set() if importlib.util.find_spec("lm_eval") else {"mlx_lm.evaluate"}
+    assert {each.partition(":")[0] for each in waiting} == without
+    targets = {patch.target for patch in tables()}
+    assert targets <= set(found)
+    assert all(found[each].startswith("live (") for each in targets - waiting)
+    assert [row for row in rows() if f"\nmlx-lm {row.mlx_lm}: {row.verdict} (" in done.stdout]

@@ -1,0 +1,101 @@
+"""What happens on an mlx-lm release that is too old, unknown, or different where it counts."""
+
+from pathlib import Path
+
+import mlx_optiq_compat as compat
+import mlx_optiq_hooks
+import pytest
+from mlx_optiq_hooks.gate import FEATURES, Gate
+
+from mlx_optiq_ext.errors import UnsupportedError
+
+ASK = ("python", "-m", "mlx_lm", "convert", "--hf-path", "no/such-model", "--optiq-budget", "4")
+
+
+@pytest.fixture
+def claim(monkeypatch):
+    """Makes the installed mlx-lm claim another version."""
+
+    def claim(version):
+        monkeypatch.setattr(compat, "installed_version", lambda: version)
+
+    return claim
+
+
+def test_a_flag_on_an_old_release_is_refused_with_the_reason(run, fake_mlx_lm):
+    done = run(*ASK, env=fake_mlx_lm("0.29.1"))
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "error: mlx-lm 0.29.1 is older than 0.30.4, the oldest release supported\n"
+    )
+    assert done.stdout == ""
+
+
+def test_without_a_flag_an_old_release_runs_as_stock_and_silently(run, fake_mlx_lm):
+    done = run("python", "-m", "mlx_lm", "convert", env=fake_mlx_lm("0.29.1"), check=True)
+    assert "'quant_predicate': None" in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_flag_on_an_unknown_release_that_differs_is_refused_by_symbol(run, fake_mlx_lm):
+    env = fake_mlx_lm("0.99.0")
+    utils = Path(env["PYTHONPATH"], "mlx_lm", "utils.py")
+    utils.write_text(utils.read_text().replace("quant_predicate=None", "predicates=()"))
+    done = run(*ASK, env=env)
+    assert done.returncode == 2
+    assert (
+        "error: mlx-lm 0.99.0 is untested and differs where weights needs it "
+        "(mlx_lm.utils:quantize_model has changed: " in done.stderr
+    )
+    assert done.stderr.endswith("install a release from the compat table\n")
+
+
+def test_a_missing_symbol_on_an_unknown_release_is_named(run, fake_mlx_lm):
+    env = fake_mlx_lm("0.99.0")
+    Path(env["PYTHONPATH"], "mlx_lm", "utils.py").write_text("from .utils_core import *\n")
+    Path(env["PYTHONPATH"], "mlx_lm", "utils_core.py").write_text("quantize_model = print\n")
+    done = run(*ASK, env=env)
+    assert done.returncode == 2
+    assert "(mlx_lm.utils:quantize_model is missing: " in done.stderr
+
+
+def test_the_installed_release_under_an_unknown_number_has_every_feature_on(
+    claim, command, fresh_gate, tiny
+):
+    claim("0.99.0")
+    assert mlx_optiq_hooks.gate().verdict == "untested"
+    for feature in FEATURES:
+        assert mlx_optiq_hooks.gate().state(feature).on, feature
+    assert "untested" in mlx_optiq_hooks.gate().state("weights").reason
+    # Past the gate, to the library's own refusal of the budget.
+    outcome = command("convert", "--hf-path", tiny, "--optiq-budget", "1")
+    assert outcome.status == 2
+    assert "untested" not in outcome.err
+
+
+def test_a_flag_is_refused_when_the_installed_release_claims_an_old_number(
+    claim, command, fresh_gate
+):
+    claim("0.29.1")
+    outcome = command("convert", "--hf-path", "no/such-model", "--optiq-budget", "4")
+    assert outcome.status == 2
+    assert "mlx-lm 0.29.1 is older than" in outcome.err
+
+
+@pytest.mark.parametrize("version", ["0.30.4", "0.32.2", "0.29.1", "0.99.0", "who knows", None])
+def test_every_feature_has_a_state_and_a_reason(claim, version):
+    claim(version)
+    gate = Gate.for_installed(mlx_optiq_hooks.tables())
+    assert tuple(gate.states) == FEATURES
+    assert all(state.reason for state in gate.states.values())
+    on = version in ("0.30.4", "0.32.2", "0.99.0")
+    assert gate.state("weights").on is on
+    if not on:
+        with pytest.raises(UnsupportedError, match="mlx-lm"):
+            gate.require("weights")
+
+
+def test_without_mlx_lm_the_reason_says_how_to_get_it(claim):
+    claim(None)
+    gate = Gate.for_installed(mlx_optiq_hooks.tables())
+    assert gate.reason == "mlx-lm is not installed: pip install mlx-lm"

@@ -1,0 +1,69 @@
+"""A plugin that uses every hook. Copy what you need."""
+
+import os
+from pathlib import Path
+
+from mlx_optiq_ext import OptiqError, hookimpl
+
+
+@hookimpl
+def optiq_add_arguments(command, group):
+    if command == "convert":
+        group.add_argument(
+            "--optiq-example-bits", type=int, metavar="N", help="Bits of every quantized layer."
+        )
+
+
+@hookimpl
+def optiq_check_options(command, options, args):
+    if command != "convert" or options.example_bits is None:
+        return
+    if not args.quantize:
+        raise OptiqError("--optiq-example-bits needs -q")
+
+
+@hookimpl
+def optiq_quant_predicate(options):
+    bits = getattr(options, "example_bits", None)
+    if bits is None:
+        return None
+    return lambda path, module: {"bits": bits, "group_size": 64}
+
+
+@hookimpl
+def optiq_sensitivity_methods():
+    return {"by-size": by_size}
+
+
+def by_size(problem):
+    """Treat every element alike: rounding to n bits costs about 4 to the power of -n."""
+    return {
+        tensor.path: {packing: tensor.size * 4.0**-packing.bits for packing in tensor.packings}
+        for tensor in problem.tensors
+    }
+
+
+@hookimpl
+def optiq_prompt_cache(model, max_kv_size):
+    from mlx_lm.models.cache import RotatingKVCache
+
+    # None leaves the caches to mlx-lm.
+    if max_kv_size is None:
+        return None
+    return [RotatingKVCache(max_size=max_kv_size // 2) for _ in model.layers]
+
+
+@hookimpl
+def optiq_lora_rank(path, rank):
+    return 2 * rank if path.endswith("v_proj") else None
+
+
+@hookimpl
+def optiq_resolve_adapter(name):
+    scheme, _, folder = name.partition(":")
+    return Path(os.environ["OPTIQ_EXAMPLE_ADAPTERS"]) / folder if scheme == "example" else None
+
+
+@hookimpl
+def optiq_status():
+    return ["example: every hook is in use"]

@@ -9,7 +9,7 @@ _activation.install("import")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from . import weights
+    from . import modalities, weights
     from ._status import status
     from ._version import __version__
     from .errors import OptiqError
@@ -20,12 +20,21 @@ _PUBLIC = {
     "OptiqError": "errors",
     "hookimpl": "plugins",
     "hookspec": "plugins",
+    "modalities": "modalities",
     "status": "_status",
     "weights": "weights",
     "__version__": "_version",
 }
 
-__all__ = ["OptiqError", "__version__", "hookimpl", "hookspec", "status", "weights"]
+__all__ = [
+    "OptiqError",
+    "__version__",
+    "hookimpl",
+    "hookspec",
+    "modalities",
+    "status",
+    "weights",
+]
 
 
 def __getattr__(name: str):

@@ -67,13 +67,21 @@ def optiq_add_arguments(command, group):
     group.add_argument(
         "--optiq-sensitivity",
         choices=sorted(sensitivity_methods()),
-        help="How to measure what each tensor costs. Default: taylor, from one backward pass; kl probes each.",
+        help="How to measure what each tensor costs: from one backward pass (taylor) or with one "
+        "probe a tensor (kl). Default: taylor.",
     )
     group.add_argument(
         "--optiq-calibration",
         metavar="FILE",
         type=Path,
         help="Calibration text (.txt or .jsonl). Default: mlx-lm's own calibration data.",
+    )
+    group.add_argument(
+        "--optiq-keep-unused-modalities",
+        action="store_true",
+        default=None,
+        help="Keep the multimodal class and config of a vision-language or audio checkpoint. "
+        "Default: convert to the text model in it.",
     )
 
 
@@ -92,9 +100,17 @@ def _check_convert(options, args):
     if options.budget is None:
         given = [name for name, value in vars(options).items() if value is not None]
         names = ", ".join(f"--optiq-{name.replace('_', '-')}" for name in given)
-        if set(given) <= {"bits", "group_sizes", "sensitivity", "calibration"}:
+        if set(given) <= {
+            "bits",
+            "group_sizes",
+            "sensitivity",
+            "calibration",
+            "keep_unused_modalities",
+        }:
             raise InputError(f"{names} needs --optiq-budget, such as --optiq-budget 4.5")
         return
+    if not options.keep_unused_modalities:
+        gate().require("modalities")
     stock = {
         "--quant-predicate": args.quant_predicate is not None,
         "--q-bits": args.q_bits is not None,

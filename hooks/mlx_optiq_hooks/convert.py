@@ -12,7 +12,7 @@ def convert(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     from mlx_lm.utils import upload_to_hub
 
-    from mlx_optiq_ext import files, weights
+    from mlx_optiq_ext import files, modalities, weights
 
     from . import gate, sensitivity_methods
 
@@ -41,8 +41,13 @@ def convert(wrapped, instance, args, kwargs):
             q_bits=plan.default.bits,
         )
         wrapped(**call)
-        plan.save(folder)
+        report = running.results.get("modalities")
+        if report is not None:
+            modalities.remove_processor_files(folder)
+        plan.save(folder, post_processing=[report.entry()] if report else [])
         weights.check_written(folder, plan)
+    if report is not None:
+        print(report.summary())
     print(plan.summary())
     if upload is not None:
         upload_to_hub(str(target), upload)

@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import mlx_optiq_compat as compat
-
 from mlx_optiq_ext import plugins
 from mlx_optiq_ext.errors import UnsupportedError
 
 from .patch import Patch
 
 #: The capabilities that patches belong to. ``flags`` is ours alone, compat/ knows the others.
-FEATURES = ("flags", "weights", "plugins")
+FEATURES = ("flags", "weights", "modalities", "plugins")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,16 @@ def running() -> Session | None:
     return _stack[-1] if _stack else None
 
 
+def text_only(entry: Session) -> bool:
+    """Whether a session converts by plan and was not asked to keep other modalities."""
+    options = entry.options
+    return (
+        entry.command == "convert"
+        and getattr(options, "budget", None) is not None
+        and not getattr(options, "keep_unused_modalities", None)
+    )
+
+
 @contextmanager
 def session(command: str) -> Iterator[Session]:
     """Open a session for the duration of a command."""

@@ -1,7 +1,20 @@
-"""``mlx_lm.utils``: the predicate that quantizes by plan."""
+"""``mlx_lm.utils``: the text model of a checkpoint, and the predicate that quantizes by plan."""
 
 from . import session
 from .patch import Patch, bind
+
+
+def load(wrapped, instance, args, kwargs):
+    running = session.current()
+    if running is None or not session.text_only(running):
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import modalities
+
+    call = bind(wrapped, args, kwargs)
+    return_config = call.pop("return_config", False)
+    loaded = modalities.load_text(wrapped, **call)
+    running.results["modalities"] = loaded.report
+    return loaded[:3] if return_config else loaded[:2]
 
 
 def quantize_model(wrapped, instance, args, kwargs):
@@ -21,6 +34,13 @@ def quantize_model(wrapped, instance, args, kwargs):
 
 
 PATCHES = (
+    Patch(
+        "mlx_lm.utils:load",
+        feature="modalities",
+        why="hands the convert command the text model of a multimodal checkpoint",
+        upstream="none: mlx-lm keeps the wrapper and its config keys",
+        wrapper=load,
+    ),
     Patch(
         "mlx_lm.utils:quantize_model",
         feature="weights",

@@ -1,7 +1,7 @@
 """A finished choice of packings, and the file that records it."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,13 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def save(self, folder: Path) -> None:
-        """Write ``optiq_metadata.json`` into a model folder."""
+    def save(self, folder: Path, post_processing: Sequence[dict[str, Any]] = ()) -> None:
+        """Write ``optiq_metadata.json`` into a model folder.
+
+        Args:
+            folder: The model folder.
+            post_processing: What else was done to the model, one entry per operation.
+        """
         files.write_json(
             folder / FILE,
             {
@@ -121,7 +126,7 @@ class Plan:
                 },
                 "calibration": self.calibration,
                 "versions": self.versions,
-                "post_processing": [],
+                "post_processing": list(post_processing),
             },
         )
 

@@ -4,8 +4,9 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 
-import mlx_optiq_compat
 import pytest
+
+import mlx_optiq_compat
 from mlx_optiq_compat import feature, features, installed_version, verdict
 from mlx_optiq_compat.version import release
 

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from mlx_optiq_compat import features, readme_table, rows
 from mlx_optiq_compat.matrix import supported
 from mlx_optiq_compat.version import release

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from mlx_optiq_compat import installed_version, matching, signature
 from mlx_optiq_compat.matrix import rows, supported
 from mlx_optiq_compat.version import package_folder

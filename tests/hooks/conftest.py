@@ -3,8 +3,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import mlx_optiq_hooks
 import pytest
+
+import mlx_optiq_hooks
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from mlx_optiq_compat import rows
 from mlx_optiq_compat.signature import of_release
 from mlx_optiq_hooks import tables

@@ -7,6 +7,7 @@ from textwrap import dedent
 
 import pytest
 import wrapt
+
 from mlx_optiq_hooks.patch import Engine, Patch, bind
 
 # wrapt's list of post-import hooks is global, so every module of every test has its own name.

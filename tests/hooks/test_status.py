@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+
 from mlx_optiq_compat import rows
 from mlx_optiq_hooks import tables
 

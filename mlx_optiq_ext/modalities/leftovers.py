@@ -1,0 +1,69 @@
+"""What other modalities leave in a model folder beside the model itself."""
+
+import json
+import struct
+from pathlib import Path
+
+from .. import files
+from ..errors import InputError
+from .families import in_tower
+
+#: Files of image, video and audio processors; none of them serves a tokenizer.
+PROCESSOR_FILES = (
+    "feature_extraction_*.py",
+    "image_processing_*.py",
+    "preprocessor_config.json",
+    "processing_*.py",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "video_processing_*.py",
+    "*_processor.py",
+    "*_vision_processing.py",
+)
+
+
+def tower_tensors(folder: Path) -> dict[str, int]:
+    """Bytes of each tensor of a checkpoint that serves another modality than text.
+
+    Reads only the headers of ``model*.safetensors``: a little-endian u64 length, then JSON with
+    ``data_offsets`` per tensor (https://huggingface.co/docs/safetensors).
+
+    Raises:
+        InputError: A file is cut off.
+    """
+    sizes: dict[str, int] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            with path.open("rb") as stream:
+                (length,) = struct.unpack("<Q", stream.read(8))
+                header = json.loads(stream.read(length))
+        except (ValueError, struct.error) as error:
+            raise InputError(
+                f"{path} is not a complete safetensors file: fetch it again"
+            ) from error
+        for name, entry in header.items():
+            if name != "__metadata__" and in_tower(name):
+                begin, end = entry["data_offsets"]
+                sizes[name] = end - begin
+    return sizes
+
+
+def remove_processor_files(folder: Path) -> tuple[str, ...]:
+    """Remove what only a processor reads from a converted folder; chat templates stay.
+
+    Returns:
+        Names of the removed files.
+    """
+    found = sorted({p for pattern in PROCESSOR_FILES for p in folder.glob(pattern)})
+    for path in found:
+        path.unlink()
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.exists():
+        config = files.read_json(tokenizer)
+        auto_map = config.get("auto_map")
+        foreign = config.pop("processor_class", None) is not None
+        if isinstance(auto_map, dict):
+            foreign |= auto_map.pop("AutoProcessor", None) is not None
+        if foreign:
+            files.write_json(tokenizer, config)
+    return tuple(path.name for path in found)

@@ -1,0 +1,71 @@
+"""Loading a multimodal checkpoint as the text model in it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .text import Report, handed_down, to_text
+
+
+class Loaded(NamedTuple):
+    """What ``mlx_lm.load`` returns with its config, and what was left out (None: nothing)."""
+
+    model: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    report: Report | None
+
+
+def load_text(load: Callable[..., Any], path_or_hf_repo: str, **options: Any) -> Loaded:
+    """Load a checkpoint with ``mlx_lm.load`` and keep its text model only.
+
+    Args:
+        load: ``mlx_lm.load``.
+        path_or_hf_repo: A folder or a Hub repository.
+        options: For ``load``, by name.
+
+    Returns:
+        The text model; a checkpoint that is one already is loaded as ``load`` does.
+
+    Raises:
+        UnsupportedError: As for `to_text`.
+    """
+    revision = options.get("revision")
+    if not options.get("model_config"):
+        options["model_config"] = handed_down(_read_config(path_or_hf_repo, revision)) or None
+    model, tokenizer, config = load(path_or_hf_repo, **{**options, "return_config": True})
+    text = to_text(model, config, _folder(path_or_hf_repo, revision))
+    if text is None:
+        return Loaded(model, tokenizer, config, None)
+    return Loaded(text.model, tokenizer, text.config, text.report)
+
+
+def _read_config(source: str, revision: str | None) -> dict[str, Any]:
+    """config.json, or nothing if it cannot be read: mlx-lm's own error is the better one."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = Path(source) / "config.json"
+        if not Path(source).exists():
+            path = Path(hf_hub_download(source, "config.json", revision=revision))
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _folder(source: str, revision: str | None) -> Path | None:
+    """Where mlx-lm loaded it from, or None if that is not the Hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    if Path(source).exists():
+        return Path(source)
+    patterns = ["*.json", "model*.safetensors"]
+    try:
+        found = snapshot_download(
+            source, revision=revision, local_files_only=True, allow_patterns=patterns
+        )
+    except (OSError, ValueError):
+        return None
+    return Path(found)

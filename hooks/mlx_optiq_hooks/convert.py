@@ -8,32 +8,26 @@ from .patch import Patch, bind
 
 def convert(wrapped, instance, args, kwargs):
     running = session.current()
-    if running is None or running.options is None or running.options.budget is None:
+    if running is None or not session.planned(running):
         return wrapped(*args, **kwargs)
     from mlx_lm.utils import upload_to_hub
 
     from mlx_optiq_ext import files, modalities, weights
 
-    from . import gate, sensitivity_methods
+    from . import gate
 
     gate().require("weights")
-    options, call = running.options, bind(wrapped, args, kwargs)
+    call = bind(wrapped, args, kwargs)
     target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
-    name = options.sensitivity or "taylor"
     with files.staged(target) as folder:
-        plan = weights.plan_folder(
+        conversion = weights.prepare(
             call["hf_path"],
-            options.budget,
+            _request(running.options),
             dtype=call.get("dtype"),
             revision=call.get("revision"),
             trust_remote_code=call.get("trust_remote_code", False),
-            bits=options.bits,
-            group_sizes=options.group_sizes,
-            calibration=options.calibration,
-            method=sensitivity_methods()[name],
-            method_name=name,
         )
-        running.results["plan"] = plan
+        plan, running.results["conversion"] = conversion.plan, conversion
         call.update(
             mlx_path=str(folder),
             quantize=True,
@@ -41,16 +35,35 @@ def convert(wrapped, instance, args, kwargs):
             q_bits=plan.default.bits,
         )
         wrapped(**call)
-        report = running.results.get("modalities")
-        if report is not None:
+        stripped = running.results.get("modalities")
+        if stripped is not None:
             modalities.remove_processor_files(folder)
-        plan.save(folder, post_processing=[report.entry()] if report else [])
+        done = [stripped.entry()] if stripped else []
+        plan.save(folder, post_processing=[*done, *conversion.post_processing])
         weights.check_written(folder, plan)
-    if report is not None:
-        print(report.summary())
+    if stripped is not None:
+        print(stripped.summary())
     print(plan.summary())
     if upload is not None:
         upload_to_hub(str(target), upload)
+
+
+def _request(options):
+    from mlx_optiq_ext import weights
+
+    from . import sensitivity_methods
+
+    return weights.Request(
+        budget=options.budget,
+        plan_file=options.plan,
+        bits=options.bits,
+        group_sizes=options.group_sizes,
+        calibration=options.calibration,
+        method=options.sensitivity or "taylor",
+        methods=sensitivity_methods(),
+        refine=bool(options.refine),
+        protect=bool(options.protect),
+    )
 
 
 PATCHES = (

@@ -36,14 +36,17 @@ def running() -> Session | None:
     return _stack[-1] if _stack else None
 
 
+def planned(entry: Session) -> bool:
+    """Whether a session converts by plan."""
+    options = entry.options
+    return entry.command == "convert" and any(
+        getattr(options, name, None) is not None for name in ("budget", "plan")
+    )
+
+
 def text_only(entry: Session) -> bool:
     """Whether a session converts by plan and was not asked to keep other modalities."""
-    options = entry.options
-    return (
-        entry.command == "convert"
-        and getattr(options, "budget", None) is not None
-        and not getattr(options, "keep_unused_modalities", None)
-    )
+    return planned(entry) and not getattr(entry.options, "keep_unused_modalities", None)
 
 
 @contextmanager

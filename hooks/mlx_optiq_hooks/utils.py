@@ -30,7 +30,13 @@ def quantize_model(wrapped, instance, args, kwargs):
         )
         if predicate is not None:
             call["quant_predicate"] = predicate
-    return wrapped(**call)
+    model, config = wrapped(**call)
+    conversion = running.results.get("conversion")
+    if conversion is not None and conversion.refined:
+        from mlx_optiq_ext.weights import put
+
+        put(model, conversion.refined)
+    return model, config
 
 
 PATCHES = (

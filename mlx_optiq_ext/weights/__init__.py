@@ -1,10 +1,14 @@
-"""Weights: candidates, sensitivity, allocation and the plan that mlx-lm then applies."""
+"""Weights: candidates, sensitivity, allocation, refinement, and the plan for mlx-lm to apply."""
 
 from .allocation import allocate
 from .calibration import Calibration
+from .conversion import Conversion, Request, prepare
 from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, tensors
 from .plan import Plan, check_written
-from .planning import METHODS, plan_folder, plan_model
+from .plan_file import read_plan
+from .planning import METHODS, plan_folder, plan_model, study_model
+from .refinement import put, refine
+from .search import Study, search
 from .sensitivity import Problem, Sensitivity
 
 __all__ = [
@@ -12,15 +16,24 @@ __all__ = [
     "GROUP_SIZES",
     "METHODS",
     "Calibration",
+    "Conversion",
     "Packing",
     "Plan",
     "Problem",
+    "Request",
     "Sensitivity",
     "Size",
+    "Study",
     "Tensor",
     "allocate",
     "check_written",
     "plan_folder",
     "plan_model",
+    "prepare",
+    "put",
+    "read_plan",
+    "refine",
+    "search",
+    "study_model",
     "tensors",
 ]

@@ -17,6 +17,8 @@ WINDOW = 256
 COUNT = 16
 #: Every so many windows one is held out of the measurement, to judge finished plans on.
 HELD_OUT = 4
+#: Windows that refinement uses at most.
+REFINING = 256
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Calibration:
     Attributes:
         tokens: int32 of shape (windows, window length).
         source: A file's name, ``"mlx-lm"`` or ``"sampled from the model"``.
+        more: Further windows of the same text, (n, window length), for refinement only.
     """
 
     tokens: np.ndarray
     source: str
+    more: np.ndarray | None = None
 
     @property
     def digest(self) -> str:
@@ -42,6 +46,13 @@ class Calibration:
         if len(self.tokens) < 2:
             return self.tokens
         return np.delete(self.tokens, np.s_[HELD_OUT - 1 :: HELD_OUT], axis=0)
+
+    @property
+    def refining(self) -> np.ndarray:
+        """Windows to refine on: all but the held-out ones."""
+        if self.more is None:
+            return self.measured
+        return np.concatenate([self.measured, self.more])
 
     @property
     def held_out(self) -> np.ndarray:
@@ -113,7 +124,11 @@ def from_texts(texts: list[str | list[dict[str, str]]], tokenizer: Any, source: 
     length = min(WINDOW, len(tokens))
     windows = np.asarray(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
     chosen = np.unique(np.linspace(0, len(windows) - 1, COUNT).round().astype(int))
-    return Calibration(np.ascontiguousarray(windows[chosen]), source)
+    others = np.delete(windows, chosen, axis=0)
+    wanted = min(len(others), REFINING - len(chosen))
+    spread = np.unique(np.linspace(0, max(len(others) - 1, 0), wanted).round().astype(int))
+    more = others[spread] if wanted > 0 else None
+    return Calibration(np.ascontiguousarray(windows[chosen]), source, more)
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:

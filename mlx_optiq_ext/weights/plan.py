@@ -24,7 +24,7 @@ class Plan:
         method: Name of the sensitivity method.
         target_bpw: The budget, in bits per weight as mlx-lm counts them.
         achieved_bpw: What the plan takes.
-        kl: End-to-end KL on held-out calibration windows, in nats per token.
+        kl: End-to-end KL on held-out calibration windows, in nats per token, if measured.
         variant: Which of the plans that were tried this is.
         uniform: The best uniform packing within the same bits, if there is one.
         uniform_kl: Its end-to-end KL on the same windows.
@@ -37,7 +37,7 @@ class Plan:
     method: str
     target_bpw: float
     achieved_bpw: float
-    kl: float
+    kl: float | None = None
     variant: str = "allocated"
     uniform: Packing | None = None
     uniform_kl: float | None = None
@@ -83,15 +83,17 @@ class Plan:
         parts = ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
         lines = [
             f"[optiq] {self.achieved_bpw:.3f} bits per weight of a budget of {self.target_bpw:g}: "
-            f"{parts} (plan: {self.variant})",
-            f"[optiq] KL to the unquantized model on held-out calibration text: {self.kl:.4g} nats "
-            "per token",
+            f"{parts} (plan: {self.variant})"
         ]
-        if self.uniform is not None and self.uniform_kl is not None:
-            ratio = self.kl / self.uniform_kl if self.uniform_kl > 0 else float("inf")
+        if self.kl is not None:
+            lines.append(
+                "[optiq] KL to the unquantized model on held-out calibration text: "
+                f"{self.kl:.4g} nats per token"
+            )
+        if self.kl is not None and self.uniform is not None and self.uniform_kl:
             lines.append(
                 f"[optiq] stock uniform {self.uniform} within the same bytes: {self.uniform_kl:.4g}"
-                f" (the plan has {ratio:.2f} x that)"
+                f" (the plan has {self.kl / self.uniform_kl:.2f} x that)"
             )
         return "\n".join(lines)
 

@@ -1,6 +1,5 @@
 """From a model and a budget to a plan."""
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,52 +15,49 @@ from .journal import model_digest
 from .kl import kl
 from .packing import BITS, GROUP_SIZES, Size, Tensor, quantizable, tensors
 from .plan import Plan
-from .search import search
+from .search import Study, search
 from .sensitivity import Method, Problem
 from .taylor import taylor
 
 METHODS: Mapping[str, Method] = {"taylor": taylor, "kl": kl}
 
 
-def plan_model(
+def study_model(
     model: nn.Module,
     tokenizer: Any,
-    budget: float,
     *,
+    budget: float | None = None,
     bits: tuple[int, ...] | None = None,
     group_sizes: tuple[int, ...] | None = None,
     calibration: Path | None = None,
     method: Method = taylor,
     method_name: str = "taylor",
+    refine: bool = False,
     digest: str | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
-) -> Plan:
-    """Give every quantizable tensor its own packing within a budget.
+) -> Study:
+    """Measure what every candidate packing of every quantizable tensor costs.
 
     Args:
         model: An unquantized mlx-lm model in the dtype it will be saved in. On a CPU its parameters
             are replaced by float32 copies, since half precision is slow there.
         tokenizer: Its tokenizer.
-        budget: Bits per weight as mlx-lm prints them: all stored bits over all parameters.
+        budget: Bits per weight to check before anything is measured.
         bits: Widths to consider; None for all, with "leave unpacked" among the candidates.
         group_sizes: Group sizes to consider; None for all.
         calibration: A text or JSON-lines file, or None for mlx-lm's own text.
         method: Measures the sensitivities.
         method_name: Its name, for the metadata.
+        refine: Whether the packed weights will be refined.
         digest: Hash of the model, under which measurements are kept; None keeps none for later.
         progress: Whether to show progress bars.
         say: Receives one-line messages.
-
-    Returns:
-        The plan with the least expected KL whose stored bits fit the budget.
 
     Raises:
         BudgetError: The budget is outside of what this model allows; the message names the range.
         InputError: The model or an argument is not usable.
     """
-    started = time.perf_counter()
-    mx.reset_peak_memory()
     candidates = tuple(
         tensors(model, bits or BITS, group_sizes or GROUP_SIZES, allow_unpacked=bits is None)
     )
@@ -71,21 +67,38 @@ def plan_model(
             "--optiq-group-sizes"
         )
     size = Size.of(model, candidates)
-    check_budget(budget, size, candidates)
+    if budget is not None:
+        check_budget(budget, size, candidates)
     modules = dict(quantizable(model))
     weights = {t.path: modules[t.path].weight for t in candidates}
     to_compute_dtype(model)
     data = load_calibration(model, tokenizer, calibration, say)
     key = {"model": digest, "device": str(mx.default_device())} if digest else None
-    problem = Problem(model, weights, candidates, data, key, progress)
+    problem = Problem(model, weights, candidates, data, key, progress, refine)
     say(
         f"[optiq] Measuring {len(candidates)} tensors with {method_name} on "
         f"{data.measured.size} tokens ({data.source})"
     )
-    plan = search(problem, size, method(problem), budget, method_name)
-    seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
-    say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
-    return plan
+    return Study(problem, size, method(problem), method_name)
+
+
+def plan_model(model: nn.Module, tokenizer: Any, budget: float, **settings: Any) -> Plan:
+    """Give every quantizable tensor of a loaded model its own packing within a budget.
+
+    Args:
+        model: As for `study_model`.
+        tokenizer: Its tokenizer.
+        budget: Bits per weight as mlx-lm prints them: all stored bits over all parameters.
+        settings: For `study_model`.
+
+    Returns:
+        A plan whose stored bits fit the budget.
+
+    Raises:
+        BudgetError: The budget is outside of what this model allows; the message names the range.
+        InputError: The model or an argument is not usable.
+    """
+    return search(study_model(model, tokenizer, budget=budget, **settings), budget)
 
 
 def _names(values: tuple[int, ...] | None) -> str:
@@ -131,24 +144,38 @@ def to_compute_dtype(model: nn.Module) -> None:
         )
 
 
-def plan_folder(
-    path_or_repo: str,
-    budget: float,
-    *,
-    dtype: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    **settings: Any,
-) -> Plan:
+def plan_folder(path_or_repo: str, budget: float, **settings: Any) -> Plan:
     """Load a model as ``mlx_lm.convert`` does and plan it.
 
     Args:
         path_or_repo: A folder or a Hub repository.
-        budget: Bits per weight.
+        budget: Bits per weight as mlx-lm prints them.
+        settings: dtype, revision and trust_remote_code for `load_unquantized`, the others for
+            `study_model`.
+    """
+    names = ("dtype", "revision", "trust_remote_code")
+    source = {name: settings.pop(name) for name in names if name in settings}
+    model, tokenizer, digest = load_unquantized(path_or_repo, **source)
+    return plan_model(model, tokenizer, budget, digest=digest, **settings)
+
+
+def load_unquantized(
+    path_or_repo: str,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any, str]:
+    """Load a model as ``mlx_lm.convert`` does before it quantizes.
+
+    Args:
+        path_or_repo: A folder or a Hub repository.
         dtype: As ``mlx_lm.convert --dtype``.
         revision: Of the repository.
         trust_remote_code: As in mlx-lm.
-        settings: For `plan_model`.
+
+    Returns:
+        The model, not evaluated; its tokenizer; and a hash of its files and dtype.
 
     Raises:
         InputError: The model is quantized already.
@@ -159,8 +186,7 @@ def plan_folder(
             f"{path_or_repo} is quantized already: convert from its unquantized original"
         )
     cast(model, config, dtype)
-    digest = f"{model_digest(local_folder(path_or_repo))}-{dtype}"
-    return plan_model(model, tokenizer, budget, digest=digest, **settings)
+    return model, tokenizer, f"{model_digest(local_folder(path_or_repo))}-{dtype}"
 
 
 def load(path_or_repo: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any, dict]:

@@ -5,6 +5,7 @@ that differ in how far they trust them are tried on calibration windows kept apa
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from ..errors import BudgetError
 from .allocation import allocate
@@ -16,22 +17,46 @@ from .sensitivity import Problem, Sensitivity, end_to_end
 Packings = dict[str, Packing]
 
 
-def search(
-    problem: Problem, size: Size, sensitivity: Sensitivity, budget: float, method_name: str
-) -> Plan:
+@dataclass(frozen=True)
+class Study:
+    """A measured model, from which a plan for any budget follows in moments.
+
+    Attributes:
+        problem: The model, its weights and its calibration windows.
+        size: What it stores.
+        sensitivity: Costs of every candidate of every tensor.
+        method: Name of the method that measured them.
+    """
+
+    problem: Problem
+    size: Size
+    sensitivity: Sensitivity
+    method: str
+
+
+def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
     """Allocate a budget over measured tensors.
 
     Args:
-        problem: The measured problem.
-        size: Of its model.
-        sensitivity: Costs of every candidate of every tensor.
+        study: The measured model.
         budget: Bits per weight.
-        method_name: For the metadata.
+        protect: Whether the plan must keep the tensors at both ends at 8 bits or more.
 
     Returns:
         Of the plans in `variants`, the one with the least KL on the held-out windows.
+
+    Raises:
+        BudgetError: No plan fits, or none that protects both ends.
     """
-    plans = variants(problem, size, sensitivity, budget)
+    problem, size = study.problem, study.size
+    plans = variants(study, budget)
+    if protect:
+        if "protected" not in plans:
+            raise BudgetError(
+                f"a budget of {budget:g} bits per weight is too small to keep the first and last "
+                "layer, embeddings and head at 8 bits: raise it or leave out --optiq-protect"
+            )
+        plans = {"protected": plans["protected"]}
     uniform = best_uniform(problem.tensors, size, budget)
     judged = list(plans.values())
     if uniform is not None:
@@ -40,10 +65,11 @@ def search(
     measured = dict(zip(plans, divergences, strict=False))
     name = min(measured, key=lambda n: measured[n])
     packings, data = plans[name], problem.calibration
+    costs = study.sensitivity
     return Plan(
         packings=packings,
-        costs={path: sensitivity[path].get(packing, 0.0) for path, packing in packings.items()},
-        method=method_name,
+        costs={path: costs[path].get(packing, 0.0) for path, packing in packings.items()},
+        method=study.method,
         target_bpw=budget,
         achieved_bpw=size.bits_per_weight(stored(problem.tensors, packings)),
         kl=measured[name],
@@ -65,13 +91,15 @@ def stored(tensors: Iterable[Tensor], packings: Packings) -> int:
     return sum(t.stored_bits(packings[t.path]) for t in tensors)
 
 
-def variants(
-    problem: Problem, size: Size, sensitivity: Sensitivity, budget: float
-) -> dict[str, Packings]:
+def variants(study: Study, budget: float) -> dict[str, Packings]:
     """Plans by name: over all candidates, without the coarsest bits, and with both ends protected.
 
-    A variant that the budget does not allow is left out; the first one it always allows.
+    A variant that the budget does not allow is left out.
+
+    Raises:
+        BudgetError: Not even the first one fits.
     """
+    problem = study.problem
     coarsest = min(p.bits for t in problem.tensors for p in t.packings)
     ends = protected(problem)
     rules: dict[str, Callable[[Tensor, Packing], bool]] = {
@@ -87,7 +115,7 @@ def variants(
             for t in problem.tensors
         }
         try:
-            plans[name] = _allocated(problem.tensors, allowed, size, sensitivity, budget)
+            plans[name] = _allocated(study, allowed, budget)
         except BudgetError:
             if name == "allocated":
                 raise
@@ -100,18 +128,12 @@ def protected(problem: Problem) -> set[str]:
     return {t.path for t in problem.tensors if index.get(t.path) in (None, 0, last)}
 
 
-def _allocated(
-    tensors: Iterable[Tensor],
-    allowed: dict[str, list[Packing]],
-    size: Size,
-    sensitivity: Sensitivity,
-    budget: float,
-) -> Packings:
-    tensors = list(tensors)
+def _allocated(study: Study, allowed: dict[str, list[Packing]], budget: float) -> Packings:
+    tensors, costs = study.problem.tensors, study.sensitivity
     choice = allocate(
-        [[sensitivity[t.path][p] for p in allowed[t.path]] for t in tensors],
+        [[costs[t.path][p] for p in allowed[t.path]] for t in tensors],
         [[t.stored_bits(p) for p in allowed[t.path]] for t in tensors],
-        size.room(budget),
+        study.size.room(budget),
     )
     return {t.path: allowed[t.path][c] for t, c in zip(tensors, choice, strict=True)}
 

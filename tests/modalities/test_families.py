@@ -23,10 +23,11 @@ def test_bare_mlx_lm_loads_it_as_the_text_class(kind, converted):
     assert type(model) is text_class(kind)
 
 
-def test_its_logits_are_those_of_the_wrapper_to_the_last_bit(converted):
+def test_its_logits_are_those_of_the_wrapper(converted):
     model = mlx_lm.load(str(converted.folder))[0]
     expected, logits = converted.wrapper(TOKENS), model(TOKENS)
-    assert mx.array_equal(logits, expected).item()
+    # Not to the last bit: a threaded BLAS may sum the same products in another order.
+    assert mx.allclose(logits, expected, rtol=1e-4, atol=1e-5).item()
     assert mx.any(logits != 0).item()
 
 

@@ -12,12 +12,12 @@ TINY = Path(__file__).parent.parent / "data" / "tiny-qwen3"
 TEXT = "There are 12 apples in each box and Mia buys 7 boxes. How many apples are there? "
 
 
-def toy_config(**changes) -> dict:
+def toy_config(layers: int = 2, **changes) -> dict:
     """A Qwen3 small enough to be measured in a moment, with the tiny model's tokenizer."""
     config = json.loads((TINY / "config.json").read_text())
-    config.update(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=32)
+    config.update(hidden_size=64, intermediate_size=128, num_hidden_layers=layers, head_dim=32)
     config.update(num_attention_heads=2, num_key_value_heads=1)
-    config.update(layer_types=["full_attention"] * 2, **changes)
+    config.update(layer_types=["full_attention"] * layers, **changes)
     return config
 
 

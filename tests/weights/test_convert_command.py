@@ -13,6 +13,8 @@ import pytest
 from mlx_optiq_ext import files
 from mlx_optiq_ext.errors import InputError
 
+from .conftest import write_toy
+
 LOAD = """
 import sys, mlx_lm
 from mlx_lm.utils import compute_bits_per_weight
@@ -69,11 +71,13 @@ def test_a_full_disk_leaves_no_folder_behind(run, toy, text, tmp_path):
     assert list(out.parent.iterdir()) == []
 
 
-def test_ctrl_c_keeps_what_was_measured(toy, text, tmp_path, monkeypatch):
+def test_ctrl_c_keeps_what_was_measured(text, tmp_path, monkeypatch):
+    # Deep enough that the sweep is still running when the signal arrives.
+    model = write_toy(tmp_path / "deep", layers=40)
     cache = tmp_path / "cache"
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(cache))
     command = [sys.executable, "-m", "mlx_lm", "convert", "--optiq-budget", "3.5"]
-    command += ["--hf-path", str(toy), "--mlx-path", str(tmp_path / "out")]
+    command += ["--hf-path", str(model), "--mlx-path", str(tmp_path / "out")]
     command += ["--optiq-calibration", str(text), "--optiq-sensitivity", "kl"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (journals := list(cache.rglob("*.jsonl"))):

@@ -1,0 +1,157 @@
+"""Our options of ``mlx_lm.convert`` and what is refused before anything is loaded."""
+
+import argparse
+import math
+from pathlib import Path
+
+from mlx_optiq_ext.errors import InputError
+
+#: Options that mean nothing without --optiq-budget or --optiq-plan.
+DEPENDENT = (
+    "bits",
+    "group_sizes",
+    "sensitivity",
+    "calibration",
+    "keep_unused_modalities",
+    "refine",
+    "protect",
+)
+
+
+def budget(text: str) -> float:
+    """Parse bits per weight."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 16:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of bits per weight above 0 and up to 16, such as 4.5"
+        )
+    return value
+
+
+def choices(allowed: tuple[int, ...], what: str):
+    """A parser for a comma-separated list of allowed numbers."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(sorted({int(part) for part in text.split(",")}))
+        except ValueError:
+            values = ()
+        if not values or not set(values) <= set(allowed):
+            names = ", ".join(map(str, allowed))
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a comma-separated list of {what} that MLX packs: {names}"
+            )
+        return values
+
+    return parse
+
+
+def add_arguments(group):
+    from . import sensitivity_methods
+
+    group.add_argument(
+        "--optiq-budget",
+        metavar="BPW",
+        type=budget,
+        help="Quantize each tensor at its own bits and group size, within this many bits per "
+        "weight as printed after conversion (uniform 4-bit at group size 64 takes 4.5).",
+    )
+    group.add_argument(
+        "--optiq-refine",
+        action="store_true",
+        default=None,
+        help="Round with error feedback behind the quantized layers; takes longer, loses less.",
+    )
+    group.add_argument(
+        "--optiq-plan",
+        metavar="FILE",
+        type=Path,
+        help="Apply a saved plan (optiq_metadata.json, edited or not) without measuring.",
+    )
+    group.add_argument(
+        "--optiq-bits",
+        metavar="LIST",
+        type=choices((2, 3, 4, 5, 6, 8), "widths"),
+        help="Bits to choose from. Default: 2,3,4,5,6,8 and unquantized.",
+    )
+    group.add_argument(
+        "--optiq-group-sizes",
+        metavar="LIST",
+        type=choices((32, 64, 128), "group sizes"),
+        help="Group sizes to choose from. Default: 32,64,128.",
+    )
+    group.add_argument(
+        "--optiq-protect",
+        action="store_true",
+        default=None,
+        help="Keep embeddings, head and the first and last layer at 8 bits or more.",
+    )
+    group.add_argument(
+        "--optiq-sensitivity",
+        choices=sorted(sensitivity_methods()),
+        help="How to measure what each tensor costs: from one backward pass (taylor) or with one "
+        "probe a tensor (kl). Default: taylor.",
+    )
+    group.add_argument(
+        "--optiq-calibration",
+        metavar="FILE",
+        type=Path,
+        help="Calibration text (.txt or .jsonl). Default: mlx-lm's own calibration data.",
+    )
+    group.add_argument(
+        "--optiq-keep-unused-modalities",
+        action="store_true",
+        default=None,
+        help="Keep the multimodal class and config of a vision-language or audio checkpoint. "
+        "Default: convert to the text model in it.",
+    )
+
+
+def check(options, args):
+    from mlx_optiq_ext.weights.calibration import read_texts
+    from mlx_optiq_ext.weights.plan_file import read_entries
+
+    from . import gate
+
+    gate().require("weights")
+    given = [name for name, value in vars(options).items() if value is not None]
+    if options.budget is None and options.plan is None:
+        if set(given) <= set(DEPENDENT):
+            raise InputError(
+                f"{_flags(given)} needs --optiq-budget, such as --optiq-budget 4.5, or --optiq-plan"
+            )
+        return
+    if options.plan is not None:
+        clash = set(given) & {"budget", "bits", "group_sizes", "sensitivity", "protect"}
+        if clash:
+            raise InputError(
+                f"--optiq-plan decides already what {_flags(sorted(clash))} would: "
+                "leave one of them out"
+            )
+        read_entries(options.plan)
+    if not options.keep_unused_modalities:
+        gate().require("modalities")
+    own = "--optiq-plan" if options.plan else "--optiq-budget"
+    stock = {
+        "--quant-predicate": args.quant_predicate is not None,
+        "--q-bits": args.q_bits is not None,
+        "--q-group-size": args.q_group_size is not None,
+        f"--q-mode {args.q_mode}": args.q_mode != "affine",
+        "--dequantize": args.dequantize,
+    }
+    for name, used in stock.items():
+        if used:
+            raise InputError(f"{own} and {name} both decide how to quantize: leave one of them out")
+    if Path(args.mlx_path).exists():
+        raise InputError(
+            f"{args.mlx_path} exists already: remove it or name another folder with --mlx-path"
+        )
+    if options.calibration is not None:
+        read_texts(options.calibration)
+
+
+def _flags(names) -> str:
+    return ", ".join(f"--optiq-{name.replace('_', '-')}" for name in names)

@@ -1,0 +1,136 @@
+"""Everything that ``mlx_lm.convert`` needs to know before it quantizes by plan."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .packing import Size, tensors
+from .plan import Plan
+from .plan_file import read_plan
+from .planning import METHODS, load_unquantized, study_model
+from .refinement import Refined, judge, refine
+from .search import Study, search
+from .sensitivity import Method
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; one of ``budget`` and ``plan_file`` is given.
+
+    Attributes:
+        budget: Bits per weight as mlx-lm prints them.
+        plan_file: A plan to apply instead of measuring one.
+        bits: Widths to consider; None for all.
+        group_sizes: Group sizes to consider; None for all.
+        calibration: Calibration file; None for mlx-lm's own text.
+        method: Name of the sensitivity method.
+        methods: All methods by name.
+        refine: Whether to round anew with error feedback.
+        protect: Whether both ends must keep 8 bits or more.
+    """
+
+    budget: float | None = None
+    plan_file: Path | None = None
+    bits: tuple[int, ...] | None = None
+    group_sizes: tuple[int, ...] | None = None
+    calibration: Path | None = None
+    method: str = "taylor"
+    methods: dict[str, Method] = field(default_factory=lambda: dict(METHODS))
+    refine: bool = False
+    protect: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to do to the model.
+
+    Attributes:
+        plan: The packing of each tensor.
+        refined: What to store instead of MLX's own rounding, by tensor path.
+        post_processing: Entries for the metadata.
+        study: The measurements, if any were made.
+    """
+
+    plan: Plan
+    refined: Refined = field(default_factory=dict)
+    post_processing: list[dict[str, Any]] = field(default_factory=list)
+    study: Study | None = None
+
+
+def prepare(
+    path_or_repo: str,
+    request: Request,
+    *,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+    **source: Any,
+) -> Conversion:
+    """Plan a conversion, and refine it if asked.
+
+    Args:
+        path_or_repo: A folder or a Hub repository.
+        request: What to do.
+        say: Receives one-line messages.
+        progress: Whether to show progress bars.
+        source: For `load_unquantized`: dtype, revision, trust_remote_code.
+
+    Raises:
+        OptiqError: The request cannot be met; the message says what to change.
+    """
+    started = time.perf_counter()
+    mx.reset_peak_memory()
+    model, tokenizer, digest = load_unquantized(path_or_repo, **source)
+    if request.plan_file is not None:
+        found = tuple(tensors(model, allow_unpacked=True))
+        plan = read_plan(request.plan_file, found, Size.of(model, found))
+        if not request.refine:
+            return Conversion(plan)
+    study = study_model(
+        model,
+        tokenizer,
+        budget=request.budget,
+        bits=request.bits,
+        group_sizes=request.group_sizes,
+        calibration=request.calibration,
+        method=_unmeasured if request.plan_file else request.methods[request.method],
+        method_name=request.method,
+        refine=request.refine,
+        digest=digest,
+        progress=progress,
+        say=say,
+    )
+    if request.plan_file is None:
+        assert request.budget is not None
+        plan = search(study, request.budget, protect=request.protect)
+    conversion = Conversion(plan, study=study)
+    if request.refine:
+        conversion = refined(conversion, study)
+    seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
+    say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
+    return conversion
+
+
+def _unmeasured(problem: Any) -> dict:
+    return {}
+
+
+def refined(conversion: Conversion, study: Study) -> Conversion:
+    """Refine a planned conversion."""
+    plan, problem = conversion.plan, study.problem
+    values = refine(problem, plan.packings)
+    entry = {
+        "op": "refine",
+        "windows": len(problem.calibration.refining),
+        "kl_before": plan.kl,
+    }
+    better = replace(plan, kl=judge(problem, plan.packings, values))
+    return replace(
+        conversion,
+        plan=better,
+        refined=values,
+        post_processing=[*conversion.post_processing, entry],
+    )

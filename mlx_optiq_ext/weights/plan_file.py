@@ -1,0 +1,96 @@
+"""Reading plans: our ``optiq_metadata.json``, edited or not, and mlx-optiq's published ones."""
+
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import InputError
+from .packing import BITS, Packing, Size, Tensor
+from .plan import Plan, versions
+
+
+def read_entries(path: Path) -> dict[str, Packing]:
+    """Layer path -> packing as a file has them.
+
+    Args:
+        path: A file with ``per_layer``, or with ``optimization.per_layer`` as older ones have it.
+
+    Raises:
+        InputError: The file is not such a plan; the message names the field.
+    """
+    content = files.read_json(path)
+    if isinstance(content, dict) and "per_layer" not in content:
+        content = content.get("optimization")
+    entries = content.get("per_layer") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{path} has no per_layer: give an optiq_metadata.json as convert writes")
+    return {name: _packing(path, name, entry) for name, entry in entries.items()}
+
+
+def _packing(path: Path, name: str, entry: Any) -> Packing:
+    bits = entry.get("bits") if isinstance(entry, dict) else None
+    group_size = entry.get("group_size", 64) if isinstance(entry, dict) else None
+    for field, value in (("bits", bits), ("group_size", group_size)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise InputError(f"{path}: {field} of {name} is {value!r}: give a whole number")
+    assert isinstance(bits, int)
+    assert isinstance(group_size, int)
+    if group_size == 0 or bits in (16, 32):
+        return Packing(bits, 0)
+    if bits not in BITS or group_size not in (32, 64, 128):
+        raise InputError(
+            f"{path}: {name} has {bits} bits in groups of {group_size}, which MLX cannot pack: "
+            "give 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128"
+        )
+    return Packing(bits, group_size)
+
+
+def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
+    """Read a plan for a model.
+
+    Args:
+        path: See `read_entries`.
+        tensors: The model's quantizable tensors.
+        size: Of the model.
+
+    Returns:
+        A plan without measurements. A tensor that the file does not name stays unpacked.
+
+    Raises:
+        InputError: The file is not a plan, names a layer that the model lacks, or packs one in a
+            way that its shape does not allow.
+    """
+    known = {t.path: t for t in tensors}
+    packings = {t.path: t.unpacked for t in tensors}
+    for name, packing in read_entries(path).items():
+        tensor = known.get(_layer(name, known))
+        if tensor is None:
+            raise InputError(
+                f"{path} names {name}, which this model does not have or cannot quantize: was the "
+                "plan made for another model?"
+            )
+        if not packing.fits(tensor.shape):
+            raise InputError(
+                f"{path}: {name} has {tensor.shape[-1]} inputs, which groups of "
+                f"{packing.group_size} do not divide: give a smaller group_size"
+            )
+        packings[tensor.path] = packing if packing.packed else tensor.unpacked
+    stored = sum(t.stored_bits(packings[t.path]) for t in tensors)
+    achieved = size.bits_per_weight(stored)
+    return Plan(
+        packings=packings,
+        costs=dict.fromkeys(packings, 0.0),
+        method=f"read from {path.name}",
+        target_bpw=round(achieved, 4),
+        achieved_bpw=achieved,
+        variant="from a file",
+        versions=versions(),
+    )
+
+
+def _layer(name: str, known: dict[str, Tensor]) -> str:
+    """The model's path for a name that may lack or have a wrapper's prefix."""
+    if name in known:
+        return name
+    matches = [path for path in known if path.endswith(f".{name}") or name.endswith(f".{path}")]
+    return matches[0] if len(matches) == 1 else name

@@ -1,0 +1,296 @@
+"""Refinement of a plan: rounding that makes up for its own error, behind the quantized prefix.
+
+Every tensor keeps the plan's bits and group size, so the result is a plain MLX model. Decoder
+layers go in order. Each tensor's second moment comes from the inputs it will really see, those
+behind the layers that are quantized already; its target leans towards the reference's output on the
+reference's own inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
+
+from ..errors import OptiqError
+from .blocks import Call, Recording, chained, decoder_layers, finish, record
+from .divergence import Reference
+from .fisher import Factors, factors
+from .packing import Packing, quantizable, quantize
+from .rounding import Packed, round_weight
+from .sensitivity import Problem, batches
+from .taps import Use, tapped
+
+#: How far targets make up for the error of the layers before, from 0 to 1.
+SHARE = 0.5
+#: Ridge of that solution, as a share of the mean diagonal.
+RIDGE = 0.05
+
+#: Tensor path -> (packed, scales, biases).
+Refined = dict[str, Packed]
+
+
+def refine(problem: Problem, packings: dict[str, Packing]) -> Refined:
+    """Round every planned tensor anew.
+
+    Args:
+        problem: The problem that was planned; its model is left as it was.
+        packings: The plan's packing of each tensor.
+
+    Returns:
+        What to store for each packed tensor. Stacked experts, and models whose layers do not pass
+        a hidden state on plainly, are rounded as MLX does it.
+    """
+    refiner = _Refiner(problem, packings)
+    originals = {path: module.weight for path, module in refiner.modules.items()}
+    try:
+        refiner.run()
+    finally:
+        for path, module in refiner.modules.items():
+            module.weight = originals[path]
+    return refiner.result
+
+
+def judge(problem: Problem, packings: dict[str, Packing], refined: Refined) -> float:
+    """KL(reference || refined) on the held-out windows, in nats per token."""
+    modules = dict(quantizable(problem.model))
+    references = [
+        (tokens, Reference.of(problem.model(tokens)))
+        for tokens in batches(problem.calibration.held_out)
+    ]
+    originals = {path: modules[path].weight for path in refined}
+    try:
+        for path, packed in refined.items():
+            modules[path].weight = restored(packed, packings[path], problem.dtype)
+        total = sum(
+            float(reference.divergence(problem.model(tokens)).sum())
+            for tokens, reference in references
+        )
+    finally:
+        for path, weight in originals.items():
+            modules[path].weight = weight
+    return total / problem.calibration.held_out.size
+
+
+def restored(packed: Packed, packing: Packing, dtype: mx.Dtype) -> mx.array:
+    """The weight (..., out, in) that a packed one stands for, computed in ``dtype``."""
+    return mx.dequantize(
+        packed[0],
+        packed[1].astype(dtype),
+        packed[2].astype(dtype),
+        group_size=packing.group_size,
+        bits=packing.bits,
+    )
+
+
+def put(model: nn.Module, refined: Refined) -> None:
+    """Replace what ``quantize_model`` stored in a model by the refined values.
+
+    Raises:
+        OptiqError: A tensor is not there, or is packed in another way.
+    """
+    modules = dict(model.named_modules())
+    for path, packed in refined.items():
+        module = modules.get(path)
+        for name, value in zip(("weight", "scales", "biases"), packed, strict=True):
+            stored = None if module is None else module.get(name)
+            if stored is None or (stored.shape, stored.dtype) != (value.shape, value.dtype):
+                raise OptiqError(
+                    f"{path}.{name} was refined as {value.dtype} {value.shape}, but mlx-lm made "
+                    f"{'nothing' if stored is None else f'{stored.dtype} {stored.shape}'} of it: "
+                    "please report this with your mlx-lm version"
+                )
+            setattr(module, name, value)
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens for one tensor, both (in, in)."""
+
+    own: mx.array
+    cross: mx.array
+
+
+class _Refiner:
+    def __init__(self, problem: Problem, packings: dict[str, Packing]):
+        self.problem = problem
+        self.modules = dict(quantizable(problem.model))
+        self.plan = {path: p for path, p in packings.items() if p.packed}
+        self.result: Refined = {}
+
+    def run(self) -> None:
+        model, data = self.problem.model, batches(self.problem.calibration.refining)
+        layers = decoder_layers(model)
+        inside = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
+        own: list[list[str]] = [[] for _ in layers]
+        outer = []
+        for path in self.plan:
+            index = inside.get(id(self.modules[path]))
+            (outer if index is None else own[index]).append(path)
+        recordings = [record(model, tokens)[1] for tokens in data]
+        if not layers or not all(chained(r) for r in recordings):
+            for path in self.plan:
+                self.store(path, self.plain(path))
+            return
+        found = factors(model, batches(self.problem.calibration.measured))
+        lookups = [path for path in outer if found[path].columns is not None]
+        for path in lookups:
+            self.store(path, self.embedding(path, found[path]))
+        # With the embedding rounded, the first layer sees other inputs than the reference's.
+        hidden = [
+            record(model, t)[1][0].hidden if lookups else r[0].hidden
+            for t, r in zip(data, recordings, strict=True)
+        ]
+        for index in tqdm(range(len(layers)), desc="Refining", disable=not self.problem.progress):
+            calls = [r[index] for r in recordings]
+            hidden = self.layer(layers[index], own[index], calls, hidden)
+        rest = [path for path in outer if path not in lookups]
+        self.head(rest, data, recordings, hidden)
+
+    def store(self, path: str, packed: Packed) -> None:
+        """Keep a tensor's result and put what it stands for into the model."""
+        weight = restored(packed, self.plan[path], self.problem.dtype)
+        mx.eval(packed, weight)
+        self.result[path], self.modules[path].weight = packed, weight
+
+    def plain(self, path: str) -> Packed:
+        """MLX's own rounding."""
+        return quantize(self.problem.weights[path], self.plan[path])
+
+    def rounded(self, path: str, moment: mx.array, cross: mx.array | None = None) -> Packed:
+        """Error-feedback rounding against a second moment."""
+        weight = self.problem.weights[path]
+        target = weight.astype(mx.float32)
+        if cross is not None:
+            target = compensated(target, moment, cross)
+        return round_weight(target, moment, self.plan[path], weight.dtype)
+
+    def embedding(self, path: str, found: Factors) -> Packed:
+        """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
+        assert found.columns is not None
+        assert found.lookups is not None
+        moment = mx.diag(found.columns) * mx.mean(found.lookups)
+        if found.inputs is not None and found.outputs is not None:
+            moment = moment + found.inputs * mx.mean(found.outputs)
+        return self.rounded(path, moment)
+
+    def layer(
+        self, layer: nn.Module, paths: list[str], calls: list[Call], hidden: list[mx.array]
+    ) -> list[mx.array]:
+        """Refine one decoder layer; returns the hidden states behind it."""
+        modules = {path: self.modules[path] for path in paths}
+
+        def run(call: Call, state: mx.array) -> mx.array:
+            output = layer(state, *call.args[1:], **call.kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        reference = [_inputs(modules, lambda c=c: run(c, c.hidden)) for c in calls]
+        stages = _stages(reference[0]) if reference else []
+        for path in set(paths) - {path for stage in stages for path in stage}:
+            self.store(path, self.plain(path))
+        for stage in stages:
+            moments = self.moments(stage, modules, reference, calls, hidden, run)
+            for path in stage:
+                self.store(path, self.rounded(path, moments[path].own, moments[path].cross))
+        result = [run(c, h) for c, h in zip(calls, hidden, strict=True)]
+        mx.eval(result)
+        return result
+
+    def moments(
+        self,
+        stage: list[str],
+        modules: dict[str, nn.Module],
+        reference: list[dict[str, mx.array]],
+        calls: list[Call],
+        hidden: list[mx.array],
+        run: Callable[[Call, mx.array], mx.array],
+    ) -> dict[str, _Moments]:
+        """Second moments of the inputs behind the quantized prefix, and with the reference's."""
+        totals: dict[str, _Moments] = {}
+        own = {path: modules[path] for path in stage}
+        for seen, call, state in zip(reference, calls, hidden, strict=True):
+            # Lazy: of this run only what leads to the stage's inputs is computed.
+            found = _inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)
+            for path in stage:
+                rows, plain = _rows(found[path]), _rows(seen[path])
+                moment, cross = rows.T @ rows, plain.T @ rows
+                if path in totals:
+                    moment, cross = moment + totals[path].own, cross + totals[path].cross
+                totals[path] = _Moments(moment, cross)
+            mx.eval([(m.own, m.cross) for m in totals.values()])
+        return totals
+
+    def head(
+        self,
+        paths: list[str],
+        data: list[mx.array],
+        recordings: list[Recording],
+        hidden: list[mx.array],
+    ) -> None:
+        """Refine what comes behind the last decoder layer, such as an untied lm_head."""
+        modules = {path: self.modules[path] for path in paths}
+        totals: dict[str, mx.array] = {}
+        for tokens, recording, state in zip(data, recordings, hidden, strict=True):
+            found = _inputs(
+                modules,
+                lambda t=tokens, r=recording, h=state: finish(self.problem.model, t, r, h),
+                evaluate=False,
+            )
+            for path, inputs in found.items():
+                moment = _rows(inputs).T @ _rows(inputs)
+                totals[path] = totals[path] + moment if path in totals else moment
+            mx.eval(totals)
+        for path in paths:
+            packed = self.rounded(path, totals[path]) if path in totals else self.plain(path)
+            self.store(path, packed)
+
+
+def _rows(inputs: mx.array) -> mx.array:
+    return inputs.astype(mx.float32).reshape(-1, inputs.shape[-1])
+
+
+def _inputs(
+    modules: dict[str, nn.Module], run: Callable[[], mx.array], *, evaluate: bool = True
+) -> dict[str, mx.array]:
+    """Inputs of the plain linear layers that a run uses, in the order it uses them."""
+    seen: dict[str, mx.array] = {}
+
+    def see(use: Use) -> mx.array:
+        weight = modules[use.path]["weight"]
+        if use.indices is None and not use.lookup and weight.ndim == 2:
+            seen.setdefault(use.path, use.inputs)
+        return use.outputs
+
+    with tapped(modules, see):
+        output = run()
+    if evaluate:
+        mx.eval(output, seen)
+    return seen
+
+
+def _stages(inputs: dict[str, mx.array]) -> list[list[str]]:
+    """Groups of layers fed by one array, such as q, k and v, in the order they run."""
+    stages: list[tuple[mx.array, list[str]]] = []
+    for path, array in inputs.items():
+        for fed, paths in stages:
+            if fed is array:
+                paths.append(path)
+                break
+        else:
+            stages.append((array, [path]))
+    return [paths for _, paths in stages]
+
+
+def compensated(weight: mx.array, moment: mx.array, cross: mx.array) -> mx.array:
+    """A target that maps the quantized prefix's inputs nearer to the reference's outputs.
+
+    Args:
+        weight: (out, in) float32.
+        moment: Sum of ``x_q x_q^T``, (in, in).
+        cross: Sum of ``x_ref x_q^T``, (in, in).
+    """
+    ridge = RIDGE * mx.mean(mx.diag(moment)) * mx.eye(moment.shape[0])
+    with mx.stream(mx.cpu):  # MLX factorises on the CPU only
+        inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(moment + ridge))
+    return weight + SHARE * (weight @ ((cross - moment) @ inverse))

@@ -13,6 +13,7 @@ def convert(wrapped, instance, args, kwargs):
     from mlx_lm.utils import upload_to_hub
 
     from mlx_optiq_ext import files, modalities, weights
+    from mlx_optiq_ext.weights import report
 
     from . import gate
 
@@ -28,6 +29,9 @@ def convert(wrapped, instance, args, kwargs):
             trust_remote_code=call.get("trust_remote_code", False),
         )
         plan, running.results["conversion"] = conversion.plan, conversion
+        page = running.options.report
+        # Gathered while the model is loaded; the page appears only if the conversion succeeds.
+        evidence = report.gather(conversion.study, plan, call["hf_path"]) if page else None
         call.update(
             mlx_path=str(folder),
             quantize=True,
@@ -44,6 +48,9 @@ def convert(wrapped, instance, args, kwargs):
     if stripped is not None:
         print(stripped.summary())
     print(plan.summary())
+    if evidence is not None:
+        report.write(page, evidence)
+        print(f"[optiq] Report: {page}")
     if upload is not None:
         upload_to_hub(str(target), upload)
 

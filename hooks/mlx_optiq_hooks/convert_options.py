@@ -15,6 +15,7 @@ DEPENDENT = (
     "keep_unused_modalities",
     "refine",
     "protect",
+    "report",
 )
 
 
@@ -102,6 +103,13 @@ def add_arguments(group):
         help="Calibration text (.txt or .jsonl). Default: mlx-lm's own calibration data.",
     )
     group.add_argument(
+        "--optiq-report",
+        metavar="FILE.html",
+        type=Path,
+        help="Write a web page that shows each tensor's bits, what it costs, and uniform "
+        "quantization beside the plan. Needs --optiq-budget.",
+    )
+    group.add_argument(
         "--optiq-keep-unused-modalities",
         action="store_true",
         default=None,
@@ -113,6 +121,7 @@ def add_arguments(group):
 def check(options, args):
     from mlx_optiq_ext.weights.calibration import read_texts
     from mlx_optiq_ext.weights.plan_file import read_entries
+    from mlx_optiq_ext.weights.report import check_target
 
     from . import gate
 
@@ -130,6 +139,10 @@ def check(options, args):
             raise InputError(
                 f"--optiq-plan decides already what {_flags(sorted(clash))} would: "
                 "leave one of them out"
+            )
+        if options.report is not None:
+            raise InputError(
+                "--optiq-report shows measurements and needs --optiq-budget: leave out --optiq-plan"
             )
         read_entries(options.plan)
     if not options.keep_unused_modalities:
@@ -151,6 +164,8 @@ def check(options, args):
         )
     if options.calibration is not None:
         read_texts(options.calibration)
+    if options.report is not None:
+        check_target(options.report)
 
 
 def _flags(names) -> str:

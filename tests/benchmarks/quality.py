@@ -8,6 +8,7 @@ the mean over the first ``--tokens`` tokens in windows of ``--window``, over the
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -46,16 +47,13 @@ def accuracy(model, tokenizer, problems: list[dict], batch: int = 50) -> float:
     right = 0
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": p["question"]}], add_generation_prompt=True
-            )
-            for p in part
-        ]
+        prompts = [tokenizer.encode(f"Question: {p['question']}\nAnswer:") for p in part]
         texts = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=64).texts
         for problem, text in zip(part, texts, strict=True):
             expected = problem["answer"].rsplit("####", 1)[1].strip()
-            right += text.rsplit("####", 1)[-1].strip() == expected
+            # A base model goes on with another question after the number.
+            found = re.search(r"####\s*(-?\d+)", text)
+            right += found is not None and found[1] == expected
     return right / len(problems)
 
 

@@ -1,0 +1,244 @@
+"""What speaks for a plan: uniform packings judged beside it, and what each tensor gained."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+from ...errors import InputError
+from ..blocks import layer_index
+from ..calibration import HELD_OUT
+from ..packing import Packing, Size, Tensor
+from ..plan import Plan
+from ..search import Study, stored, uniformly
+from ..sensitivity import Problem, Sensitivity, end_to_end
+
+#: Widths of the uniform packings that a plan is shown against.
+UNIFORM_BITS = (3, 4, 5, 6)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A uniform packing judged end to end.
+
+    Attributes:
+        packing: Of every tensor, except where the model's own predicate asks for another.
+        stored_bits: Of all candidate tensors together.
+        kl: KL on the held-out calibration windows, in nats per token.
+    """
+
+    packing: Packing
+    stored_bits: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A tensor that takes more bits than the average.
+
+    Attributes:
+        tensor: The tensor.
+        packing: What the plan gives it.
+        cost: Expected KL at the common packing in nats per token; None if that is no candidate.
+        cost_now: Expected KL as planned.
+        share: Of the summed cost of all tensors at the common packing; None with ``cost``.
+        weight_share: Of all candidate weights.
+        extra_bits: Stored bits above those of the common packing.
+    """
+
+    tensor: Tensor
+    packing: Packing
+    cost: float | None
+    cost_now: float
+    share: float | None
+    weight_share: float
+    extra_bits: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a report shows; every number on the page comes from here.
+
+    Attributes:
+        name: Of the model, as the user gave it.
+        plan: The plan.
+        tensors: Its candidate tensors, in the model's order.
+        layers: Tensor path -> index of its decoder layer; tensors outside of them are absent.
+        sensitivity: Costs of every candidate of every tensor.
+        size: Of the model.
+        uniforms: Uniform packings judged on the same windows as the plan, by rising stored bits.
+        judged_on: Tokens that they were judged on.
+        held_out: Whether these were kept out of the measurement; too few windows leave none.
+        refined: Whether the plan's weights were refined before it was judged.
+    """
+
+    name: str
+    plan: Plan
+    tensors: tuple[Tensor, ...]
+    layers: Mapping[str, int]
+    sensitivity: Sensitivity
+    size: Size
+    uniforms: tuple[Judged, ...]
+    judged_on: int
+    held_out: bool = True
+    refined: bool = False
+
+    @property
+    def kl(self) -> float:
+        """End-to-end KL of the plan, in nats per token."""
+        assert self.plan.kl is not None, "gather sees to it"
+        return self.plan.kl
+
+    @cached_property
+    def stored_bits(self) -> int:
+        """Stored bits of the candidates as planned."""
+        return stored(self.tensors, self.plan.packings)
+
+    @cached_property
+    def elements(self) -> int:
+        """Elements of the candidates."""
+        return sum(t.size for t in self.tensors)
+
+    @property
+    def average(self) -> float:
+        """Stored bits per weight of the candidates as planned."""
+        return self.stored_bits / self.elements
+
+    @property
+    def unquantized_bits(self) -> int:
+        """Stored bits of the candidates as they are in the original."""
+        return stored(self.tensors, {t.path: t.unpacked for t in self.tensors})
+
+    def model_bits(self, stored_bits: int) -> int:
+        """Stored bits of the whole model when the candidates take ``stored_bits``."""
+        return self.size.fixed_bits + stored_bits
+
+    @cached_property
+    def common(self) -> Packing | None:
+        """The packing to compare tensors at: shared by the most of them, closest to the average.
+
+        It takes no more than the average where one does; None if nothing can be packed.
+        """
+        counts = Counter(p for t in self.tensors for p in t.packings if p.packed)
+        shared = [p for p, count in counts.items() if count == max(counts.values())]
+        widths = {p: self._width(p) for p in shared}
+        within = [p for p in shared if widths[p] <= self.average]
+        if within:
+            return max(within, key=lambda p: (widths[p], p.bits))
+        return min(shared, key=lambda p: (widths[p], -p.bits), default=None)
+
+    def _width(self, packing: Packing) -> float:
+        """Stored bits per weight of a packing over the tensors that have it as a candidate."""
+        having = [t for t in self.tensors if packing in t.packings]
+        return sum(t.stored_bits(packing) for t in having) / sum(t.size for t in having)
+
+    def cost(self, tensor: Tensor) -> float | None:
+        """Cost at the common packing in nats per token; None if that is no candidate."""
+        return self.sensitivity[tensor.path].get(self.common) if self.common else None
+
+    @cached_property
+    def curve(self) -> list[tuple[Tensor, float]]:
+        """Tensors with their cost at the common packing, the costliest first."""
+        costs = [(t, cost) for t in self.tensors if (cost := self.cost(t)) is not None]
+        return sorted(costs, key=lambda entry: (-entry[1], entry[0].path))
+
+    @cached_property
+    def total_cost(self) -> float:
+        """Costs at the common packing, summed."""
+        return math.fsum(cost for _, cost in self.curve)
+
+    @cached_property
+    def gains(self) -> list[Gain]:
+        """Tensors above the average bits per weight, the costliest first."""
+        common, found = self.common, []
+        for tensor in self.tensors:
+            packing, cost = self.plan.packings[tensor.path], self.cost(tensor)
+            bits = tensor.stored_bits(packing)
+            if common is None or bits <= self.average * tensor.size:
+                continue
+            share = None if cost is None or self.total_cost <= 0 else cost / self.total_cost
+            extra = bits - tensor.stored_bits(common)
+            part, now = tensor.size / self.elements, self.plan.costs[tensor.path]
+            found.append(Gain(tensor, packing, cost, now, share, part, extra))
+        return sorted(found, key=lambda g: (-(g.cost or 0.0), -g.extra_bits, g.tensor.path))
+
+    @property
+    def same_bytes(self) -> Judged | None:
+        """The best uniform packing within the budget, judged with the plan."""
+        uniform, kl = self.plan.uniform, self.plan.uniform_kl
+        if uniform is None or kl is None:
+            return None
+        return Judged(uniform, stored(self.tensors, uniformly(self.tensors, uniform)), kl)
+
+    @cached_property
+    def references(self) -> list[Judged]:
+        """The uniform packings, with the best one within the budget among them."""
+        found = {j.packing: j for j in (*self.uniforms, self.same_bytes) if j is not None}
+        return sorted(found.values(), key=lambda j: (j.stored_bits, j.packing))
+
+    @property
+    def equal_bpw(self) -> float | None:
+        """Bits per weight at which uniform packings would reach the plan's KL.
+
+        Interpolated between `uniforms`, linear in bits and in log KL; None outside of their range.
+        """
+        points = [(self.size.bits_per_weight(j.stored_bits), j.kl) for j in self.uniforms]
+        goal = self.kl
+        for (low, worse), (high, better) in pairwise(points):
+            if worse >= goal >= better > 0 and worse > better:
+                part = math.log(worse / goal) / math.log(worse / better)
+                return low + part * (high - low)
+        return None
+
+
+def uniforms(problem: Problem) -> tuple[Judged, ...]:
+    """Judge uniform 3, 4, 5 and 6 bits end to end, as stock would quantize.
+
+    The group size is 64, mlx-lm's default, or 32 where 64 does not divide every tensor.
+
+    Args:
+        problem: The measured problem; its model is left as it was.
+
+    Returns:
+        By rising stored bits. One pass over the held-out windows for each, and one for reference.
+    """
+    tensors = problem.tensors
+    group = 64 if all(t.own or Packing(4, 64).fits(t.shape) for t in tensors) else 32
+    packings = [Packing(bits, group) for bits in UNIFORM_BITS]
+    choices = [uniformly(tensors, p) for p in packings]
+    divergences = end_to_end(problem, choices)
+    found = [
+        Judged(packing, stored(tensors, choice), kl)
+        for packing, choice, kl in zip(packings, choices, divergences, strict=True)
+    ]
+    return tuple(sorted(found, key=lambda j: j.stored_bits))
+
+
+def gather(study: Study, plan: Plan, name: str) -> Evidence:
+    """Measure what a report needs beyond a plan: the uniform packings.
+
+    Args:
+        study: The measured model that the plan was made from.
+        plan: The plan, with the KL that it ended up with.
+        name: Of the model, as the page should call it.
+
+    Raises:
+        InputError: The plan was applied from a file, not measured.
+    """
+    if plan.kl is None or not study.sensitivity:
+        raise InputError("a report shows measurements: give a budget instead of a saved plan")
+    problem, data = study.problem, study.problem.calibration
+    return Evidence(
+        name=name,
+        plan=plan,
+        tensors=problem.tensors,
+        layers=layer_index(problem.model),
+        sensitivity=study.sensitivity,
+        size=study.size,
+        uniforms=uniforms(problem),
+        judged_on=data.held_out.size,
+        held_out=len(data.tokens) >= HELD_OUT,
+        refined=problem.refine,
+    )

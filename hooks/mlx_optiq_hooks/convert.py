@@ -1,5 +1,6 @@
 """``mlx_lm.convert``: plans the packings before stock converts with them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from . import session
@@ -18,20 +19,23 @@ def convert(wrapped, instance, args, kwargs):
     from . import gate
 
     gate().require("weights")
-    call = bind(wrapped, args, kwargs)
+    options, call = running.options, bind(wrapped, args, kwargs)
+    assert options is not None
     target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
     with files.staged(target) as folder:
         conversion = weights.prepare(
             call["hf_path"],
-            _request(running.options),
+            _request(options),
             dtype=call.get("dtype"),
             revision=call.get("revision"),
             trust_remote_code=call.get("trust_remote_code", False),
         )
-        plan, running.results["conversion"] = conversion.plan, conversion
-        page = running.options.report
-        # Gathered while the model is loaded; the page appears only if the conversion succeeds.
-        evidence = report.gather(conversion.study, plan, call["hf_path"]) if page else None
+        plan, evidence, page = conversion.plan, None, options.report
+        if page is not None and conversion.study is not None:
+            # Gathered while the model is loaded; the page appears only if all else succeeds.
+            evidence = report.gather(conversion.study, plan, call["hf_path"])
+        # Stock loads the model anew; the measured copy must not stay beside it.
+        conversion = running.results["conversion"] = replace(conversion, study=None)
         call.update(
             mlx_path=str(folder),
             quantize=True,
@@ -48,7 +52,7 @@ def convert(wrapped, instance, args, kwargs):
     if stripped is not None:
         print(stripped.summary())
     print(plan.summary())
-    if evidence is not None:
+    if evidence is not None and page is not None:
         report.write(page, evidence)
         print(f"[optiq] Report: {page}")
     if upload is not None:

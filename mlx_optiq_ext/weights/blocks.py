@@ -6,16 +6,16 @@ forward pass is used, so masks, norms, shared keys and the head need no knowledg
 architecture.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 
 @dataclass
@@ -26,11 +26,15 @@ class Call:
         args: Positional arguments; the hidden state (batch, length, dim) comes first.
         kwargs: The others, such as mask and cache.
         output: The hidden state, or a tuple that starts with it.
+        index: Of the layer; a model may run its layers more than once.
+        follows: Whether the hidden state came in just as the layer before returned it.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
+    index: int = 0
+    follows: bool = True
 
     @property
     def hidden(self) -> Any:
@@ -106,24 +110,65 @@ def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
         tokens: int32 of shape (batch, length).
 
     Returns:
-        Logits (batch, length, vocabulary) and the recording, one entry a layer.
+        Logits (batch, length, vocabulary) and the recording, one entry a call. It is empty if the
+        layers hand each other more than arrays, such as a cache that they write to: their outputs
+        then do not tell what they did.
     """
-    layers = decoder_layers(model)
     recording: Recording = []
+    returned: Any = None
 
     def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
-        recording.append(Call(args, kwargs, original(*args, **kwargs)))
-        return recording[-1].output
+        nonlocal returned
+        follows = not recording or (bool(args) and args[0] is returned)
+        kept = _copied(args), _copied(kwargs)
+        output = original(*args, **kwargs)
+        returned = output[0] if isinstance(output, tuple) and output else output
+        recording.append(Call(*kept, _copied(output), index, follows))
+        return output
 
-    with _calls_replaced(layers, call):
+    with _calls_replaced(decoder_layers(model), call):
         logits = model(tokens)
-    mx.eval(logits, [_arrays(c.output) for c in recording], [_arrays(c.args) for c in recording])
+    parts = [part for c in recording for part in (c.args, *c.kwargs.values(), c.output)]
+    if not all(_plain(part) for part in parts):
+        recording = []
+    mx.eval(logits, [arrays(part) for part in parts])
     return logits, recording
 
 
-def _arrays(value: Any) -> list[mx.array]:
-    leaves = tree_flatten(value) if isinstance(value, list | tuple | dict) else [("", value)]
-    return [leaf for _, leaf in leaves if isinstance(leaf, mx.array)]
+def _plain(value: Any) -> bool:
+    """Whether a value is all that it seems: nobody can leave a message in it."""
+    if isinstance(value, tuple):
+        return all(_plain(part) for part in value)
+    return value is None or isinstance(value, mx.array | nn.Module | str | int | float)
+
+
+def _copied(value: Any) -> Any:
+    """The same with new handles on its arrays, which item assignment elsewhere does not change."""
+    return tree_map(
+        lambda leaf: copy(leaf) if isinstance(leaf, mx.array) else leaf,
+        value,
+        is_leaf=nn.Module.is_module,
+    )
+
+
+def arrays(value: Any) -> list[mx.array]:
+    """The floating-point arrays in what a layer takes or returns, in order."""
+    leaves = tree_flatten([value], is_leaf=nn.Module.is_module)
+    return [leaf for _, leaf in leaves if isinstance(leaf, mx.array) and _floating(leaf)]
+
+
+def with_arrays(value: Any, given: list[mx.array]) -> Any:
+    """The same with others in place of its floating-point `arrays`."""
+    others = iter(given)
+    return tree_map(
+        lambda leaf: next(others) if _floating(leaf) else leaf,
+        value,
+        is_leaf=nn.Module.is_module,
+    )
+
+
+def _floating(leaf: Any) -> bool:
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
 def resume(model: nn.Module, tokens: mx.array, recording: Recording, start: int) -> mx.array:
@@ -132,50 +177,72 @@ def resume(model: nn.Module, tokens: mx.array, recording: Recording, start: int)
     Args:
         model: The model that was recorded, changed in layer ``start`` or later only.
         tokens: The recorded batch, int32 (batch, length).
-        recording: From `record`.
+        recording: From `record`; without one the whole model is computed.
         start: Index of the first layer to compute; the number of layers computes the head only.
 
     Returns:
         Logits (batch, length, vocabulary), not evaluated.
     """
-    with _calls_replaced(decoder_layers(model)[:start], lambda index, *_: recording[index].output):
+    later = (n for n, call in enumerate(recording) if call.index >= start)
+    replayed = iter(recording[: next(later, len(recording))])
+
+    def call(_: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        known = next(replayed, None)
+        return original(*args, **kwargs) if known is None else _copied(known.output)
+
+    with _calls_replaced(decoder_layers(model), call):
         return model(tokens)
+
+
+def joined(
+    model: nn.Module,
+    tokens: mx.array,
+    recording: Recording,
+    outputs: Mapping[int, list[mx.array]],
+) -> tuple[list[list[mx.array]], mx.array]:
+    """What a model does around its decoder layers, with their outputs replayed.
+
+    Args:
+        model: The model that was recorded.
+        tokens: The recorded batch, int32 (batch, length).
+        recording: From `record`, not empty.
+        outputs: Number of a call -> other `arrays` for it to return.
+
+    Returns:
+        The `arrays` that each call was handed, and the logits; not evaluated.
+    """
+    handed: list[list[mx.array]] = []
+
+    def call(_: int, __: Any, args: tuple, kwargs: dict) -> Any:
+        number = len(handed)
+        # A sum is an array of its own: what is handed on twice would count once in a gradient.
+        handed.append([array + 0 for array in arrays((args, kwargs))])
+        output = _copied(recording[number].output)
+        return with_arrays(output, outputs[number]) if number in outputs else output
+
+    with _calls_replaced(decoder_layers(model), call):
+        logits = model(tokens)
+    return handed, logits
 
 
 def finish(model: nn.Module, tokens: mx.array, recording: Recording, hidden: mx.array) -> mx.array:
     """Logits when the last decoder layer's hidden state is ``hidden``; not evaluated."""
     last = len(recording) - 1
-
-    def call(index: int, *_: Any) -> Any:
-        return (
-            recording[index].with_hidden_out(hidden) if index == last else recording[index].output
-        )
-
-    with _calls_replaced(decoder_layers(model), call):
-        return model(tokens)
-
-
-def front(model: nn.Module, tokens: mx.array, recording: Recording) -> mx.array:
-    """The hidden state that enters the first decoder layer, computed anew; not evaluated."""
-    entered: list[mx.array] = []
-
-    def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
-        if index == 0:
-            entered.append(args[0])
-        return recording[index].output
-
-    with _calls_replaced(decoder_layers(model), call):
-        model(tokens)
-    return entered[0]
+    others = arrays(recording[last].output)[1:]
+    return joined(model, tokens, recording, {last: [hidden, *others]})[1]
 
 
 def chained(recording: Recording) -> bool:
-    """Whether each layer takes the hidden state just as the one before returned it."""
+    """Whether each layer runs once and takes the hidden state just as the one before returned it.
+
+    Other arrays may be handed on beside it, such as shared keys and values.
+    """
     return (
         bool(recording)
+        and [call.index for call in recording] == list(range(len(recording)))
+        and all(call.follows for call in recording)
         and all(
             isinstance(call.hidden, mx.array) and isinstance(call.hidden_out, mx.array)
             for call in recording
         )
-        and all(later.hidden is earlier.hidden_out for earlier, later in pairwise(recording))
     )

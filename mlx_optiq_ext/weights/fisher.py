@@ -3,16 +3,17 @@
 With labels drawn from the model itself, the expected outer product of the gradient is the Hessian
 of KL(reference || model) at the reference (Martens, arXiv 1412.1193). For one layer it factors into
 the second moments of its inputs and of the gradients at its outputs (K-FAC, Martens and Grosse,
-arXiv 1503.05671); of the latter only the diagonal is kept.
+arXiv 1503.05671); of the latter costing needs the diagonal only, rounding uses it whole.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .blocks import Recording, chained, decoder_layers, finish, front, record
+from .blocks import Recording, arrays, decoder_layers, joined, record, with_arrays
 from .packing import quantizable
 from .taps import Use, tapped
 
@@ -27,8 +28,9 @@ class Factors:
         outputs: Squared gradients at the outputs, (out,) or (experts, out).
         uses: Tokens that each expert saw, (experts,); stacked experts only.
         lookups: How often each row was looked up, (vocabulary,); embeddings only.
-        columns: Squared gradients at what was looked up, (dim,); embeddings only.
-        tokens: Number of tokens in the batches.
+        columns: Second moment of the gradients at what was looked up, (dim, dim); embeddings only.
+        across: Second moment of the gradients at the outputs, (out, out), where it was asked for.
+        tokens: Number of tokens in the batches, once for each draw of labels.
     """
 
     inputs: mx.array | None = None
@@ -36,6 +38,7 @@ class Factors:
     uses: mx.array | None = None
     lookups: mx.array | None = None
     columns: mx.array | None = None
+    across: mx.array | None = None
     tokens: int = 0
 
     @property
@@ -43,40 +46,55 @@ class Factors:
         """Whether any gradient reached the tensor."""
         return self.inputs is not None or self.columns is not None
 
-    def cost(self, error: mx.array, left: mx.array | None = None) -> float:
+    def cost(self, error: mx.array, left: "Residual | None" = None) -> float:
         """KL in nats per token that an error ``(..., out, in)`` in the weight adds.
 
         Args:
             error: What a packing changes, in float32.
-            left: Diagonal (in,) in place of the inputs' second moment, in its units: what error
-                feedback leaves of it, see `residual`.
+            left: What error feedback leaves of the moments, see `residuals`; None without it.
         """
         total = mx.array(0.0)
         if self.inputs is not None and self.outputs is not None:
+            outputs = self.outputs
             if self.uses is not None:
                 energy = (mx.square(error) @ self.inputs[..., None])[..., 0]
                 # Means over each expert's own tokens.
                 energy = energy * (self.tokens / mx.maximum(self.uses, 1))[:, None]
-            elif left is not None:
-                energy = mx.square(error) @ left
+            elif left is not None and left.inputs is not None:
+                energy = mx.square(error) @ left.inputs
+                outputs = outputs if left.outputs is None else left.outputs
             else:
                 energy = ((error @ self.inputs) * error).sum(axis=-1)
-            total = total + (self.outputs * energy).sum()
+            total = total + (outputs * energy).sum()
         if self.lookups is not None and self.columns is not None:
-            total = total + (self.lookups * (mx.square(error) @ self.columns)).sum()
+            if left is not None and left.columns is not None:
+                energy = mx.square(error) @ left.columns
+            else:
+                energy = ((error @ self.columns) * error).sum(axis=-1)
+            total = total + (self.lookups * energy).sum()
         # Both factors are sums over tokens, and the divergence is a mean of their products.
         return 0.5 * float(total) / max(self.tokens, 1) ** 2
 
-    def add(self, use: Use, gradient: mx.array, shape: tuple[int, ...]) -> None:
+    def residuals(self) -> "Residual":
+        """What error feedback along both sides leaves of the moments."""
+        if self.uses is not None:
+            return Residual()
+        parts = (self.inputs, self.across, self.columns)
+        return Residual(*(None if part is None else residual(part) for part in parts))
+
+    def add(
+        self, use: Use, gradient: mx.array, shape: tuple[int, ...], *, across: bool = False
+    ) -> None:
         """Add one use of a weight of this shape, with the gradient at its outputs.
 
         Stacked weights that take no expert indices (one matrix per head) are not factored.
         """
-        squares = mx.square(gradient.astype(mx.float32)).reshape(-1, gradient.shape[-1])
+        gradients = gradient.astype(mx.float32).reshape(-1, gradient.shape[-1])
+        squares = mx.square(gradients)
         if use.lookup:
             counts = mx.zeros(shape[:1]).at[use.inputs.reshape(-1)].add(1.0)
             self.lookups = _plus(self.lookups, counts)
-            self.columns = _plus(self.columns, squares.sum(axis=0))
+            self.columns = _plus(self.columns, gradients.T @ gradients)
         elif use.indices is not None:
             lead = use.outputs.shape[:-1]
             rows = mx.broadcast_to(use.inputs, (*lead, use.inputs.shape[-1]))
@@ -89,7 +107,18 @@ class Factors:
             rows = use.inputs.astype(mx.float32).reshape(-1, use.inputs.shape[-1])
             self.inputs = _plus(self.inputs, rows.T @ rows)
             self.outputs = _plus(self.outputs, squares.sum(axis=0))
+            if across:
+                self.across = _plus(self.across, gradients.T @ gradients)
         mx.eval([a for a in vars(self).values() if isinstance(a, mx.array)])
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Diagonals in place of moments, each in the units of its moment; None where there is none."""
+
+    inputs: mx.array | None = None
+    outputs: mx.array | None = None
+    columns: mx.array | None = None
 
 
 def _plus(total: mx.array | None, more: mx.array) -> mx.array:
@@ -132,33 +161,42 @@ def score(logits: mx.array, key: mx.array) -> mx.array:
 
 
 def factors(
-    model: nn.Module, batches: list[mx.array], each: Callable[[], object] = lambda: None
+    model: nn.Module,
+    batches: list[mx.array],
+    each: Callable[[], object] = lambda: None,
+    *,
+    draws: int = 1,
+    across: Collection[str] = (),
 ) -> dict[str, Factors]:
     """Measure the factors of every quantizable tensor with one backward pass a batch.
 
     The decoder layers' inputs are stored and one layer at a time is run again and differentiated,
     so that memory holds the model, the hidden states and one layer's activations. A model whose
-    layers do not pass a hidden state on plainly is differentiated as a whole.
+    layers cannot be replayed is differentiated as a whole, one window at a time.
 
     Args:
         model: An mlx-lm model; left as it was.
         batches: Token batches, int32 (batch, length).
         each: Called after each batch.
+        draws: How often labels are drawn and differentiated per batch.
+        across: Paths whose whole output moment is wanted.
     """
     modules = dict(quantizable(model))
     found = {path: Factors() for path in modules}
-    training = model.training
+    training = getattr(model, "training", False)  # recurrent_gemma skips nn.Module's set-up
     model.train()  # where a fused kernel has no gradient, mlx-lm trains without it
     try:
         for number, tokens in enumerate(batches):
             logits, recording = record(model, tokens)
-            cotangent = score(logits, mx.random.key(number))
-            for factor in found.values():
-                factor.tokens += tokens.size
-            if chained(recording):
-                _by_layer(model, modules, tokens, recording, cotangent, found)
-            else:
-                _gather(modules, lambda _, t=tokens: model(t), None, cotangent, found)
+            for draw in range(draws):
+                cotangent = score(logits, mx.random.key(number * draws + draw))
+                for factor in found.values():
+                    factor.tokens += tokens.size
+                if recording:
+                    _by_layer(model, modules, tokens, recording, cotangent, found, across)
+                    continue
+                for window, pulled in zip(tokens[:, None], cotangent[:, None], strict=True):
+                    _gather(modules, lambda t=window: [model(t)], [], [pulled], found, across)
             each()
     finally:
         model.train(training)
@@ -172,35 +210,58 @@ def _by_layer(
     recording: Recording,
     cotangent: mx.array,
     found: dict[str, Factors],
+    across: Collection[str],
 ) -> None:
-    layers = decoder_layers(model)
-    inside = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
+    inside = {id(m): i for i, layer in enumerate(decoder_layers(model)) for m in layer.modules()}
+    # Gradients at the arrays that each call was handed, from the last call to the first.
+    pulled: list[list[mx.array]] = [[] for _ in recording]
+    for number in reversed(range(len(recording))):
+        call, layer = recording[number], decoder_layers(model)[recording[number].index]
+
+        def after(*outputs: mx.array, number=number) -> list[mx.array]:
+            handed, logits = joined(model, tokens, recording, {number: list(outputs)})
+            return [logits, *_flat(handed[number + 1 :])]
+
+        def run(*inputs: mx.array, layer=layer, call=call) -> list[mx.array]:
+            args, kwargs = with_arrays((call.args, call.kwargs), list(inputs))
+            return [array + 0 for array in arrays(layer(*args, **kwargs))]
+
+        later = [cotangent, *_flat(pulled[number + 1 :])]
+        _, gradients = mx.vjp(after, arrays(call.output), later)
+        own = {path: m for path, m in modules.items() if inside.get(id(m)) == call.index}
+        inputs = arrays((call.args, call.kwargs))
+        pulled[number] = _gather(own, run, inputs, gradients, found, across)
+
+    def around() -> list[mx.array]:
+        handed, logits = joined(model, tokens, recording, {})
+        return [logits, *_flat(handed)]
+
     outer = {path: m for path, m in modules.items() if id(m) not in inside}
-    last = recording[-1].hidden_out
-    cotangent = _gather(
-        outer, lambda h: finish(model, tokens, recording, h), last, cotangent, found
-    )
-    for index in reversed(range(len(layers))):
-        layer, call = layers[index], recording[index]
-        own = {path: m for path, m in modules.items() if inside.get(id(m)) == index}
+    _gather(outer, around, [], [cotangent, *_flat(pulled)], found, across)
 
-        def run(hidden: mx.array, layer=layer, call=call) -> mx.array:
-            output = layer(hidden, *call.args[1:], **call.kwargs)
-            return output[0] if isinstance(output, tuple) else output
 
-        cotangent = _gather(own, run, call.hidden, cotangent, found)
-    _gather(outer, lambda _: front(model, tokens, recording), None, cotangent, found)
+def _flat(lists: Iterable[list[mx.array]]) -> list[mx.array]:
+    return [array for part in lists for array in part]
 
 
 def _gather(
     modules: Mapping[str, nn.Module],
-    run: Callable[[mx.array], mx.array],
-    hidden: mx.array | None,
-    cotangent: mx.array,
+    run: Callable[..., list[mx.array]],
+    inputs: list[mx.array],
+    cotangents: list[mx.array],
     found: dict[str, Factors],
-) -> mx.array:
-    """Differentiate one stretch, add what its layers saw, and return the gradient in ``hidden``."""
-    start = mx.zeros((1,)) if hidden is None else hidden
+    across: Collection[str],
+) -> list[mx.array]:
+    """Differentiate one stretch, add what its layers saw, and return the gradients at its inputs.
+
+    Args:
+        modules: Layer path -> quantizable layer of this stretch.
+        run: Computes the stretch.
+        inputs: What ``run`` takes.
+        cotangents: Gradients at what ``run`` returns.
+        found: Is added to.
+        across: Paths whose whole output moment is wanted.
+    """
     uses: list[Use] = []
 
     def see(use: Use) -> mx.array:
@@ -208,29 +269,33 @@ def _gather(
         return use.outputs
 
     with tapped(modules, see):
-        run(start)  # only traced, for the shapes: nothing of it is evaluated
-    shapes = [(use.outputs.shape, use.outputs.dtype) for use in uses]
+        run(*inputs)  # only traced, for the shapes: nothing of it is evaluated
+    if not uses and not inputs:
+        return []
 
-    def probed(start: mx.array, *offsets: mx.array) -> list[mx.array]:
+    def probed(*primals: mx.array) -> list[mx.array]:
         again: list[Use] = []
+        given, offsets = primals[: len(inputs)], primals[len(inputs) :]
 
         def shift(use: Use) -> mx.array:
             again.append(use)
             return use.outputs + offsets[len(again) - 1]
 
         with tapped(modules, shift):
-            result = run(start)
-        return [result, *(use.inputs for use in again if not use.lookup)]
+            results = run(*given)
+        return [*results, *(use.inputs for use in again if not use.lookup)]
 
-    offsets = [mx.zeros(shape, dtype) for shape, dtype in shapes]
-    inputs = [use.inputs for use in uses if not use.lookup]
-    zeros = [mx.zeros(i.shape, i.dtype) for i in inputs]
-    values, gradients = mx.vjp(probed, [start, *offsets], [cotangent, *zeros])
-    seen = iter(values[1:])
-    for use, gradient in zip(uses, gradients[1:], strict=True):
-        met = use if use.lookup else Use(use.path, next(seen), use.indices, gradient)
-        # A layer that also runs elsewhere, out of this stretch's reach, shows no gradient here.
-        if bool(mx.any(gradient != 0)):
-            found[use.path].add(met, gradient, tuple(modules[use.path].weight.shape))
-    mx.eval(gradients[0])
-    return gradients[0]
+    offsets = [mx.zeros(use.outputs.shape, use.outputs.dtype) for use in uses]
+    seen = [use.inputs for use in uses if not use.lookup]
+    zeros = [mx.zeros(i.shape, i.dtype) for i in seen]
+    values, gradients = mx.vjp(probed, [*inputs, *offsets], [*cotangents, *zeros])
+    products = iter(values[len(cotangents) :])
+    for use, gradient in zip(uses, gradients[len(inputs) :], strict=True):
+        met = use if use.lookup else Use(use.path, next(products), use.indices, gradient)
+        # A layer that also runs elsewhere, out of this stretch's reach, shows no gradient here;
+        # where gradients overflow, the tensor is better measured directly.
+        if 0 < float(mx.abs(gradient.astype(mx.float32)).sum()) < math.inf:
+            shape = tuple(modules[use.path]["weight"].shape)
+            found[use.path].add(met, gradient, shape, across=use.path in across)
+    mx.eval(gradients[: len(inputs)])
+    return gradients[: len(inputs)]

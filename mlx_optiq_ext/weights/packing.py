@@ -60,7 +60,8 @@ class Tensor:
         shape: Unpacked shape ``(..., out, in)``.
         dtype_bits: Width of its dtype.
         packings: The candidates, by rising stored bits.
-        own: What the model's own ``quant_predicate`` asks for, if it does.
+        own: What the model's own ``quant_predicate`` asks for, if it does; the least that honours
+            it where its group size does not divide the last axis.
     """
 
     path: str
@@ -108,9 +109,13 @@ def dequantized(weight: mx.array, packing: Packing, dtype: mx.Dtype) -> mx.array
 
 def quantizable(model: nn.Module) -> list[tuple[str, Any]]:
     """``(path, module)`` of every module that ``nn.quantize`` would offer to a predicate."""
+    return [(path, module) for path, module in _leaves(model) if hasattr(module, "to_quantized")]
+
+
+def _leaves(model: nn.Module) -> list[tuple[str, Any]]:
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     assert isinstance(leaves, list)
-    return [(path, module) for path, module in leaves if hasattr(module, "to_quantized")]
+    return leaves
 
 
 def tensors(
@@ -150,6 +155,8 @@ def tensors(
         if allow_unpacked:
             options.append(Packing(dtype_bits, 0))
         options.sort(key=lambda p: (p.stored_bits(shape, dtype_bits), -p.bits))
+        if floor is not None and not floor.fits(shape):
+            floor = options[0]
         result.append(Tensor(path, shape, dtype_bits, tuple(options), floor))
     return result
 
@@ -159,7 +166,7 @@ class Size:
     """What mlx-lm counts when it prints bits per weight.
 
     Attributes:
-        parameters: Number of parameters of the unpacked model.
+        parameters: Number of parameters that mlx-lm divides by, those of leaf modules.
         fixed_bits: Stored bits of everything that is not a candidate.
     """
 
@@ -169,7 +176,10 @@ class Size:
     @classmethod
     def of(cls, model: nn.Module, candidates: Iterable[Tensor]) -> "Size":
         """Count a model. Nothing is evaluated."""
-        parameters = reduce(lambda n, entry: n + entry[1].size, _arrays(model.parameters()), 0)
+        # mlx-lm divides by the parameters of leaf modules only: not by those that a block holds
+        # itself, such as a router's bias.
+        own = [leaf.parameters() for _, leaf in _leaves(model)]
+        parameters = sum(array.size for _, array in _arrays(own))
         # mlx-lm counts the bytes of every array in the module tree, private ones included.
         total = reduce(lambda n, entry: n + entry[1].nbytes * 8, _arrays(model), 0)
         return cls(parameters, total - sum(t.size * t.dtype_bits for t in candidates))

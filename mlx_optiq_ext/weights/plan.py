@@ -57,7 +57,7 @@ class Plan:
         (bits, _), *_ = Counter(p.bits for p in packed).most_common()
         return Packing(bits, min(p.group_size for p in packed))
 
-    def predicate(self) -> Callable[[str, Any], bool | dict[str, Any]]:
+    def predicate(self) -> Callable[..., bool | dict[str, Any]]:
         """The plan as mlx-lm's ``quant_predicate``.
 
         The predicate raises OptiqError if it is asked for a tensor it plans to pack in another way

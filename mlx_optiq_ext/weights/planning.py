@@ -74,7 +74,7 @@ def study_model(
     to_compute_dtype(model)
     data = load_calibration(model, tokenizer, calibration, say)
     key = {"model": digest, "device": str(mx.default_device())} if digest else None
-    problem = Problem(model, weights, candidates, data, key, progress, refine)
+    problem = Problem(model, weights, candidates, data, key, progress, refine, say)
     say(
         f"[optiq] Measuring {len(candidates)} tensors with {method_name} on "
         f"{data.measured.size} tokens ({data.source})"

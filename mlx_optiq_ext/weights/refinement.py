@@ -16,11 +16,12 @@ from tqdm import tqdm
 from ..errors import OptiqError
 from .blocks import Call, Recording, chained, decoder_layers, finish, record
 from .divergence import Reference
-from .fisher import Factors, factors
+from .fisher import Factors
 from .packing import Packing, quantizable, quantize
 from .rounding import Packed, round_weight
 from .sensitivity import Problem, batches
 from .taps import Use, tapped
+from .taylor import differentiated
 
 #: How far targets make up for the error of the layers before, from 0 to 1.
 SHARE = 0.5
@@ -118,6 +119,7 @@ class _Refiner:
         self.modules = dict(quantizable(problem.model))
         self.plan = {path: p for path, p in packings.items() if p.packed}
         self.result: Refined = {}
+        self.factors: dict[str, Factors] = {}
 
     def run(self) -> None:
         model, data = self.problem.model, batches(self.problem.calibration.refining)
@@ -133,7 +135,7 @@ class _Refiner:
             for path in self.plan:
                 self.store(path, self.plain(path))
             return
-        found = factors(model, batches(self.problem.calibration.measured))
+        found = self.factors = differentiated(self.problem)
         lookups = [path for path in outer if found[path].columns is not None]
         for path in lookups:
             self.store(path, self.embedding(path, found[path]))
@@ -164,13 +166,14 @@ class _Refiner:
         target = weight.astype(mx.float32)
         if cross is not None:
             target = compensated(target, moment, cross)
-        return round_weight(target, moment, self.plan[path], weight.dtype)
+        across = self.factors[path].across
+        return round_weight(target, moment, self.plan[path], weight.dtype, outputs=across)
 
     def embedding(self, path: str, found: Factors) -> Packed:
         """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
         assert found.columns is not None
         assert found.lookups is not None
-        moment = mx.diag(found.columns) * mx.mean(found.lookups)
+        moment = found.columns * mx.mean(found.lookups)
         if found.inputs is not None and found.outputs is not None:
             moment = moment + found.inputs * mx.mean(found.outputs)
         return self.rounded(path, moment)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from .packing import Packing, Tensor, dequantized, quantizable
 Sensitivity = dict[str, dict[Packing, float]]
 
 #: Counted up when a method measures anew what an older version kept.
-VERSION = 2
+VERSION = 3
 
 #: Windows run at once.
 BATCH = 4
@@ -37,6 +37,8 @@ class Problem:
             None keeps none.
         progress: Whether to show a progress bar.
         refine: Whether the packed weights will be refined, which leaves less error.
+        say: Receives one-line messages.
+        results: What one step leaves for another.
     """
 
     model: nn.Module
@@ -46,6 +48,8 @@ class Problem:
     key: dict[str, Any] | None = None
     progress: bool = True
     refine: bool = False
+    say: Callable[[str], None] = print
+    results: dict[str, Any] = field(default_factory=dict)
 
     def journal(self, method: str) -> Journal:
         """The measurements kept for this problem under one method."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -50,7 +51,13 @@ def tapped(modules: Mapping[str, nn.Module], tap: Tap) -> Iterator[None]:
     def subclass(path: str, cls: type) -> type:
         def call(self, x, *args, **kwargs):
             indices = args[0] if args and isinstance(args[0], mx.array) else kwargs.get("indices")
-            return tap(Use(path, x, indices, cls.__call__(self, x, *args, **kwargs)))
+            output = cls.__call__(self, x, *args, **kwargs)
+            if isinstance(output, mx.array):
+                return tap(Use(path, x, indices, output))
+            # A fused projection returns its parts.
+            whole = tap(Use(path, x, indices, mx.concatenate(output, axis=-1)))
+            *ends, _ = accumulate(part.shape[-1] for part in output)
+            return mx.split(whole, ends, axis=-1)
 
         def as_linear(self, x):
             return tap(Use(path, x, None, cls.as_linear(self, x)))  # pyright: ignore

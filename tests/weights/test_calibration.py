@@ -69,7 +69,7 @@ def test_the_stock_text_is_used_when_it_is_cached(loaded, tmp_path, monkeypatch)
     cached = tmp_path / ".cache" / "mlx-lm" / "calibration_v5.txt"
     cached.parent.mkdir(parents=True)
     cached.write_text("Mia buys 7 boxes. " * 50)
-    data = planning.load_calibration(*loaded, None)
+    data = planning.load_calibration(loaded[0], loaded[1], None)
     assert data.source == "mlx-lm"
 
 
@@ -77,9 +77,9 @@ def test_without_any_text_the_model_is_sampled(loaded, monkeypatch):
     monkeypatch.setattr(calibration, "stock_text", lambda: None)
     monkeypatch.setattr(calibration, "WINDOW", 16)
     said = []
-    data = planning.load_calibration(*loaded, None, said.append)
+    data = planning.load_calibration(loaded[0], loaded[1], None, said.append)
     assert data.tokens.shape == (calibration.COUNT, 8)
     assert len(said) == 1
     assert "--optiq-calibration" in said[0]
-    again = planning.load_calibration(*loaded, None, said.append)
+    again = planning.load_calibration(loaded[0], loaded[1], None, said.append)
     assert data.digest == again.digest

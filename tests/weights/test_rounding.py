@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_optiq_ext.weights.codes import pack, unpack
+from mlx_optiq_ext.weights.grid import Format, fit
 from mlx_optiq_ext.weights.packing import BITS, GROUP_SIZES, Packing, dequantized, quantize
 from mlx_optiq_ext.weights.refinement import compensated, restored
-from mlx_optiq_ext.weights.rounding import fit_grid, round_weight
+from mlx_optiq_ext.weights.rounding import round_weight
 
 
 def correlated(size: int, seed: int) -> mx.array:
@@ -82,15 +83,38 @@ def test_sweeps_never_make_it_worse():
     assert losses[-1] < losses[0]
 
 
-def test_scales_are_searched_as_they_are_stored():
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_scales_are_searched_as_they_are_stored(dtype):
     weight = mx.random.normal((8, 64), key=mx.random.key(11))
-    scales, biases = fit_grid(weight, mx.ones((64,)), 3, mx.bfloat16)
-    assert mx.array_equal(scales, scales.astype(mx.bfloat16).astype(mx.float32))
-    assert mx.array_equal(biases, biases.astype(mx.bfloat16).astype(mx.float32))
+    form = Format(3, 64, dtype)
+    scales, biases = (mx.array(a) for a in fit(np.array(weight), np.ones(64), form))
+    assert mx.array_equal(scales, scales.astype(dtype).astype(mx.float32))
+    assert mx.array_equal(biases, biases.astype(dtype).astype(mx.float32))
     codes = mx.clip(mx.round((weight - biases) / scales), 0, 7)
     ours = float(mx.square(codes * scales + biases - weight).sum())
-    plain = dequantized(weight.astype(mx.bfloat16), Packing(3, 64), mx.float32)
+    plain = dequantized(weight.astype(dtype), Packing(3, 64), mx.float32)
     assert ours < float(mx.square(plain - weight).sum())
+
+
+@given(st.floats(-1e4, 1e4, width=32))
+@settings(max_examples=200, deadline=None)
+def test_storage_is_rounded_as_mlx_rounds(value):
+    for dtype in (mx.float16, mx.bfloat16, mx.float32):
+        stored = Format(4, 64, dtype).stored(np.array([value], np.float32))
+        assert stored[0] == float(mx.array(value, mx.float32).astype(dtype).astype(mx.float32))
+
+
+def test_knowing_the_outputs_side_loses_less_there():
+    weight = mx.random.normal((96, 128), key=mx.random.key(21))
+    moment, outputs, packing = correlated(128, 23), correlated(96, 25), Packing(2, 64)
+
+    def both(packed) -> float:
+        left = weight - restored(packed, packing, mx.float32)
+        return float(((outputs @ left @ moment) * left).sum())
+
+    one = both(round_weight(weight, moment, packing, mx.float32))
+    two = both(round_weight(weight, moment, packing, mx.float32, outputs=outputs))
+    assert two < 0.95 * one
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])

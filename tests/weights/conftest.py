@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx_lm.models import qwen3
+from mlx_lm.models import qwen3, qwen3_moe
 from mlx_lm.utils import save_model
 
 TINY = Path(__file__).parent.parent / "data" / "tiny-qwen3"
@@ -19,6 +19,22 @@ def toy_config(layers: int = 2, **changes) -> dict:
     config.update(num_attention_heads=2, num_key_value_heads=1)
     config.update(layer_types=["full_attention"] * layers, **changes)
     return config
+
+
+def moe() -> qwen3_moe.Model:
+    """A random two-layer model whose feed-forward is four experts, two of them used a token."""
+    config = toy_config(
+        model_type="qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        rope_theta=10000.0,
+    )
+    mx.random.seed(0)
+    return qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config))
 
 
 def write_toy(folder: Path, **changes) -> Path:

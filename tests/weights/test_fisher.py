@@ -1,10 +1,7 @@
-import json
-
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.models import qwen3_moe
 
 from mlx_optiq_ext.weights import METHODS, Packing, calibration, plan_model
 from mlx_optiq_ext.weights import fisher as module
@@ -13,7 +10,7 @@ from mlx_optiq_ext.weights.kl import probe
 from mlx_optiq_ext.weights.packing import dequantized, quantizable
 from mlx_optiq_ext.weights.taps import Use, tapped
 
-from .conftest import toy_config
+from .conftest import moe
 
 TOKENS = mx.array([[5, 9, 200, 31, 7, 44, 81, 3], [8, 8, 100, 2, 64, 12, 900, 77]])
 
@@ -135,23 +132,8 @@ def test_predicted_divergence_is_near_the_measured_one(tiny, monkeypatch):
     assert abs(np.median(predicted - measured)) < np.log(2)
 
 
-def moe():
-    config = toy_config(
-        model_type="qwen3_moe",
-        num_experts=4,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        moe_intermediate_size=64,
-        norm_topk_prob=True,
-    )
-    config["rope_theta"] = 10000.0
-    mx.random.seed(0)
-    return qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config)), json.dumps(config)
-
-
 def test_stacked_experts_are_factored_per_expert():
-    model, _ = moe()
+    model = moe()
     found = factors(model, [TOKENS])
     experts = {path: f for path, f in found.items() if "switch_mlp" in path}
     assert len(experts) == 6

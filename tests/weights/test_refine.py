@@ -3,7 +3,6 @@ import json
 import mlx.core as mx
 import mlx_lm
 import pytest
-from mlx_lm.models import qwen3_moe
 from mlx_lm.utils import compute_bits_per_weight
 
 from mlx_optiq_ext.errors import InputError, OptiqError
@@ -19,7 +18,7 @@ from mlx_optiq_ext.weights import (
 from mlx_optiq_ext.weights.packing import Size, quantizable, quantize, tensors
 from mlx_optiq_ext.weights.refinement import judge
 
-from .conftest import toy_config
+from .conftest import moe
 
 
 @pytest.fixture
@@ -77,18 +76,7 @@ def test_a_model_whose_layers_are_not_chained_is_rounded_plainly(study, monkeypa
 
 
 def test_stacked_experts_are_rounded_plainly_and_the_rest_refined(loaded, text):
-    config = toy_config(
-        model_type="qwen3_moe",
-        num_experts=4,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        moe_intermediate_size=64,
-        norm_topk_prob=True,
-        rope_theta=10000.0,
-    )
-    mx.random.seed(0)
-    model = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(config))
+    model = moe()
     study = study_model(
         model,
         loaded[1],

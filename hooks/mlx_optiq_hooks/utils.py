@@ -30,13 +30,14 @@ def quantize_model(wrapped, instance, args, kwargs):
         )
         if predicate is not None:
             call["quant_predicate"] = predicate
-    model, config = wrapped(**call)
+    result = wrapped(**call)
     conversion = running.results.get("conversion")
     if conversion is not None and conversion.refined:
         from mlx_optiq_ext.weights import put
 
+        model, _ = result
         put(model, conversion.refined)
-    return model, config
+    return result
 
 
 PATCHES = (

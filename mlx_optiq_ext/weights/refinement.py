@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..errors import OptiqError
 from .blocks import Call, Recording, chained, decoder_layers, finish, record
 from .divergence import Reference
-from .fisher import Factors
+from .moments import Factors
 from .packing import Packing, quantizable, quantize
 from .rounding import Packed, round_weight
 from .sensitivity import Problem, batches

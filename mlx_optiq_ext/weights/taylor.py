@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from .fisher import Factors, factors
+from .fisher import factors
 from .kl import anchor, probe, scaled
+from .moments import Factors
 from .packing import Packing, Tensor, dequantized
 from .sensitivity import Problem, Sensitivity, batches
 

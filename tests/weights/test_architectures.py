@@ -43,6 +43,7 @@ UNSUPPORTED = {
     ),
     "bitnet": (NO_METAL, "its ternary layers are a Metal kernel, and packed already"),
     "muse_spark": (NO_METAL, "its attention and norms are Metal kernels"),
+    "muse_spark_open": (NO_METAL, "the same, under its name in mlx-lm 0.32.1"),
     "olmo": ("^1$", "imports the package ai2-olmo, and ends the process without it"),
     "prism_hadamard_qwen35": (
         "Unsupported Hadamard pack",

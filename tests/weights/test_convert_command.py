@@ -79,7 +79,13 @@ def test_ctrl_c_keeps_what_was_measured(text, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "mlx_lm", "convert", "--optiq-budget", "3.5"]
     command += ["--hf-path", str(model), "--mlx-path", str(tmp_path / "out")]
     command += ["--optiq-calibration", str(text), "--optiq-sensitivity", "kl"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A test runner started in the background has Ctrl-C ignored, and hands that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (journals := list(cache.rglob("*.jsonl"))):
         assert process.poll() is None
         time.sleep(0.01)

@@ -5,8 +5,9 @@ import pytest
 
 from mlx_optiq_ext.weights import METHODS, Packing, calibration, plan_model
 from mlx_optiq_ext.weights import fisher as module
-from mlx_optiq_ext.weights.fisher import Factors, factors, residual
+from mlx_optiq_ext.weights.fisher import factors
 from mlx_optiq_ext.weights.kl import probe
+from mlx_optiq_ext.weights.moments import Factors, residual
 from mlx_optiq_ext.weights.packing import dequantized, quantizable
 from mlx_optiq_ext.weights.taps import Use, tapped
 

@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_no_folder_behind(run, toy, text, tmp_path):
 
 def test_ctrl_c_keeps_what_was_measured(text, tmp_path, monkeypatch):
     # Deep enough that the sweep is still running when the signal arrives.
-    model = write_toy(tmp_path / "deep", layers=40)
+    model = write_toy(tmp_path / "deep", layers=12)
     cache = tmp_path / "cache"
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(cache))
     command = [sys.executable, "-m", "mlx_lm", "convert", "--optiq-budget", "3.5"]

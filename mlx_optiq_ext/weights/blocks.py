@@ -46,10 +46,6 @@ class Call:
         """The hidden state that came out."""
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
-    def with_hidden_out(self, hidden: mx.array) -> Any:
-        """The output with another hidden state."""
-        return (hidden, *self.output[1:]) if isinstance(self.output, tuple) else hidden
-
 
 Recording = list[Call]
 

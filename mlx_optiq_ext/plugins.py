@@ -8,6 +8,8 @@ from typing import Any
 
 import pluggy
 
+from .errors import OptiqError
+
 PROJECT = "mlx_optiq_ext"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -60,3 +62,35 @@ def load(specs: Any, builtin: Iterable[tuple[str, Any]]) -> pluggy.PluginManager
             note = f"mlx_optiq_ext: plugin {entry_point.name!r} left out ({reason})"
             print(note, file=sys.stderr)
     return manager
+
+
+def answers(
+    manager: pluggy.PluginManager,
+    hook: str,
+    arguments: dict[str, Any],
+    refusals: tuple[type[Exception], ...] = (OptiqError,),
+) -> list[Any]:
+    """Ask every plugin; one that fails does not keep the others from answering.
+
+    Args:
+        manager: From `load`.
+        hook: Name of a hook that collects every plugin's result.
+        arguments: For the hook.
+        refusals: Exceptions that a plugin raises on purpose, which go through.
+
+    Returns:
+        The results that are not None, that of the plugin registered last first. A plugin that
+        raises anything else is named on stderr.
+    """
+    asked = [impl.plugin for impl in reversed(getattr(manager.hook, hook).get_hookimpls())]
+    results: list[Any] = []
+    for plugin in asked:
+        others = [other for other in asked if other is not plugin]
+        try:
+            results += manager.subset_hook_caller(hook, others)(**arguments)
+        except refusals:
+            raise
+        except Exception as error:
+            name, reason = manager.get_name(plugin), f"{type(error).__name__}: {error}"
+            print(f"mlx_optiq_ext: plugin {name!r} failed in {hook} ({reason})", file=sys.stderr)
+    return results

@@ -10,6 +10,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from mlx_optiq_ext import plugins
 from mlx_optiq_ext._version import __version__
 from mlx_optiq_ext.errors import OptiqError
 
@@ -46,7 +47,9 @@ class Parser(argparse.ArgumentParser):
 
         group = self.add_argument_group(f"optiq (mlx-optiq-ext {__version__})")
         try:
-            plugin_manager().hook.optiq_add_arguments(command=self.optiq_command, group=group)
+            arguments = {"command": self.optiq_command, "group": group}
+            refusals = (OptiqError, argparse.ArgumentError)
+            plugins.answers(plugin_manager(), "optiq_add_arguments", arguments, refusals)
         except argparse.ArgumentError as error:
             raise OptiqError(
                 f"A plugin adds an option that mlx_lm.{self.optiq_command} has already: {error}"

@@ -34,6 +34,6 @@ def lines() -> list[str]:
     names = [name for name, plugin in manager.list_name_plugin() if plugin is not None]
     result.append(f"plugins: {', '.join(names)}")
     result.extend(f"  left out: {name} ({reason})" for name, reason in plugins.broken)
-    for extra in manager.hook.optiq_status():
+    for extra in plugins.answers(manager, "optiq_status", {}):
         result.extend(extra)
     return result

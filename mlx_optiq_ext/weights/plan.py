@@ -73,7 +73,8 @@ class Plan:
                     f"the plan packs {path} in groups of {packing.group_size}, but its last axis "
                     f"is {module.weight.shape[-1]}: measure this model anew"
                 )
-            return {"group_size": packing.group_size, "bits": packing.bits, "mode": "affine"}
+            # No mode: affine is the default everywhere, and some layers of mlx-lm know no other.
+            return {"group_size": packing.group_size, "bits": packing.bits}
 
         return predicate
 

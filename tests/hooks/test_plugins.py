@@ -58,6 +58,32 @@ def test_a_broken_plugin_is_one_line_on_stderr(run, fake_mlx_lm, plugin, kind):
     assert run("python", "-c", STATUS, env=env, check=True).stderr.count("\n") == 1
 
 
+FAILING = """
+from mlx_optiq_ext import hookimpl
+
+@hookimpl
+def optiq_add_arguments(command, group):
+    raise RuntimeError("no options today")
+
+@hookimpl
+def optiq_status():
+    return 1 / 0
+"""
+
+
+def test_a_plugin_that_raises_is_named_and_the_command_goes_on(run, fake_mlx_lm, plugin):
+    env = plugin(plugin(fake_mlx_lm(), "good", GOOD), "failing", FAILING)
+    named = "mlx_optiq_ext: plugin 'failing' failed in "
+    plain = run("python", "-m", "mlx_lm", "convert", env=env, check=True)
+    assert plain.stderr == f"{named}optiq_add_arguments (RuntimeError: no options today)\n"
+    asked = run("python", "-m", "mlx_lm", "convert", "--optiq-budget", "0", env=env)
+    assert asked.returncode == 2
+    assert "argument --optiq-budget: '0' is not" in asked.stderr
+    done = run("python", "-c", STATUS, env=env, check=True)
+    assert done.stderr == f"{named}optiq_status (ZeroDivisionError: division by zero)\n"
+    assert "good: here" in done.stdout
+
+
 @pytest.mark.parametrize("source", [GOOD, BROKEN["raising"][0]], ids=["good", "raising"])
 def test_a_blocked_plugin_is_not_even_imported(run, fake_mlx_lm, plugin, source):
     env = plugin(fake_mlx_lm(), "good", source)

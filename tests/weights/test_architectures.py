@@ -13,9 +13,9 @@ import mlx.nn as nn
 import mlx_lm.models
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.utils import compute_bits_per_weight, quantize_model
+from mlx_lm.utils import compute_bits_per_weight, load_model, quantize_model, save_model
 
-from mlx_optiq_ext.weights import METHODS, calibration, fisher, plan_model, tensors
+from mlx_optiq_ext.weights import METHODS, Packing, Plan, calibration, fisher, plan_model, tensors
 from mlx_optiq_ext.weights.blocks import decoder_layers, record, resume
 from mlx_optiq_ext.weights.packing import Size, quantizable
 
@@ -37,10 +37,6 @@ NO_METAL = "No Metal back-end"
 
 #: Architecture -> how stock mlx-lm fails on it, and why.
 UNSUPPORTED = {
-    "afm7": (
-        "unexpected keyword argument 'mode'",
-        "its fused projections cannot be quantized by mlx-lm itself",
-    ),
     "bitnet": (NO_METAL, "its ternary layers are a Metal kernel, and packed already"),
     "muse_spark": (NO_METAL, "its attention and norms are Metal kernels"),
     "muse_spark_open": (NO_METAL, "the same, under its name in mlx-lm 0.32.1"),
@@ -55,7 +51,7 @@ if mlx_lm.__version__ == "0.30.6":
     UNSUPPORTED["deepseek_v32"] = ("name 'keys' is not defined", "a slip of this release")
 
 #: The layers write to a cache or an object that they share, or are not called as a whole.
-NOT_REPLAYED = {"deepseek_v41", "iquestloopcoder", "kimi_k3"}
+NOT_REPLAYED = {"afm7", "deepseek_v41", "iquestloopcoder", "kimi_k3"}
 
 #: Where MLX has no gradient for how experts or keys are picked, in some releases of mlx-lm.
 NOT_DIFFERENTIATED = {"deepseek_v32", "deepseek_v41", "glm_moe_dsa"}
@@ -205,6 +201,19 @@ def test_an_architecture_is_planned_and_packed_within_its_budget(name, text):
     assert logits.shape == plain.shape
     assert not mx.any(mx.isnan(logits))
     assert not mx.array_equal(logits, plain)
+
+
+def test_layers_that_know_no_mode_are_packed_and_loaded_again(tmp_path):
+    packings = {path: Packing(4, 32) for path, _ in quantizable(build("afm7"))}
+    predicate = Plan(packings, {}, "taylor", 5.0, 5.0).predicate()
+    packed, written = quantize_model(
+        build("afm7"), config("afm7"), group_size=32, bits=4, quant_predicate=predicate
+    )
+    save_model(tmp_path, packed)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    loaded = load_model(tmp_path)[0]
+    assert mx.array_equal(loaded(TOKENS), packed(TOKENS))
+    assert not mx.array_equal(packed(TOKENS), build("afm7")(TOKENS))
 
 
 @pytest.mark.parametrize("name", CONVERTED)

@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .fisher import factors
-from .kl import anchor, probe, scaled
+from .kl import anchor, measured, probe
 from .moments import Factors
 from .packing import Packing, Tensor, dequantized
 from .sensitivity import Problem, Sensitivity, batches
@@ -40,9 +40,9 @@ def taylor(problem: Problem) -> Sensitivity:
                 tensor.path,
                 {p: scale * c for p, c in costs(problem, tensor, found[tensor.path]).items()},
             )
-        unseen = {t.path: t for t in missing if not found[t.path].seen}
-        for path, measured in probe(problem, unseen.values()).items():
-            journal.add_all(path, scaled(problem, unseen[path], measured))
+        unseen = [t for t in missing if not found[t.path].seen]
+        for path, direct in measured(problem, unseen).items():
+            journal.add_all(path, direct)
     return {t.path: {p: journal.get(t.path, p) or 0.0 for p in t.packings} for t in problem.tensors}
 
 
@@ -113,6 +113,6 @@ def fit(problem: Problem, tensors: list[Tensor], found: dict[str, Factors]) -> f
         return 1.0
     # Spread over the upper half: what matters little stands out of the noise least.
     positions = np.linspace(len(ordered) // 2, len(ordered) - 1, DIRECT).round().astype(int)
-    measured = probe(problem, [ordered[i] for i in np.unique(positions)])
-    ratios = [np.log(kl / predicted[path]) for path, kl in measured.items()]
+    probes = probe(problem, [ordered[i] for i in np.unique(positions)])
+    ratios = [np.log(kl / predicted[path]) for path, kl in probes.items()]
     return float(np.exp(np.mean(ratios)))

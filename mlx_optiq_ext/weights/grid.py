@@ -4,6 +4,7 @@ Short numpy steps: a column depends on the one before, and as an array graph eac
 more to dispatch than to compute.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,6 +13,8 @@ import numpy as np
 #: Shares of a group's range that the search for its scale starts from.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 TINY = 1e-7
+#: Columns whose effect on later ones is put off and then added in one product.
+LAZY = 16
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Grid:
     def rows(self, at: slice | np.ndarray) -> "Grid":
         """Some rows of it."""
         return Grid(self.codes[at], self.scales[at], self.biases[at])
+
+    def columns(self, at: np.ndarray, groups: np.ndarray) -> "Grid":
+        """Its columns and groups in another order."""
+        return Grid(self.codes[:, at], self.scales[:, groups], self.biases[:, groups])
 
     def put(self, at: slice, part: "Grid") -> None:
         """Replace some rows."""
@@ -113,6 +120,31 @@ def fit(weight: np.ndarray, importance: np.ndarray, form: Format) -> tuple[np.nd
     return best[0], best[1]
 
 
+def _whole(values: np.ndarray, top: float) -> None:
+    """Round to codes in place; numpy's clip takes longer than both of its halves."""
+    np.rint(values, out=values)
+    np.maximum(values, 0, out=values)
+    np.minimum(values, top, out=values)
+
+
+def _turns(block: np.ndarray, coupling: np.ndarray) -> Iterator[int]:
+    """The lines of a block in turn; what the caller leaves in a line moves those that follow.
+
+    Args:
+        block: One line a column, (group, rows).
+        coupling: How much of line ``k`` is added to line ``j > k``, (group, group).
+    """
+    # Among a few lines at once, to all further ones in one product: GPTQ's lazy batches.
+    for first in range(0, len(block), LAZY):
+        last = min(first + LAZY, len(block))
+        for k in range(first, last):
+            yield k
+            if k + 1 < last:
+                block[k + 1 : last] += coupling[k, k + 1 : last, None] * block[k]
+        if last < len(block):
+            block[last:] += coupling[first:last, last:].T @ block[first:last]
+
+
 def feedback(weight: np.ndarray, moment: np.ndarray, factor: np.ndarray, form: Format) -> Grid:
     """Round column by column; each column's error moves to the columns not yet rounded (GPTQ).
 
@@ -130,11 +162,15 @@ def feedback(weight: np.ndarray, moment: np.ndarray, factor: np.ndarray, form: F
         scale, bias = fit(weight[:, start:end], importance[start:end], form)
         s, b, local = scale[:, 0], bias[:, 0], factor[start:end, start:end]
         block = np.ascontiguousarray(weight[:, start:end].T)
-        for k in range(size):
-            code = np.clip(np.rint((block[k] - b) / s), 0, form.top)
-            codes[:, start + k] = code
-            block[k] = (block[k] - (code * s + b)) / local[k, k]
-            block[k + 1 :] -= local[k, k + 1 :, None] * block[k]
+        taken = np.empty_like(block)
+        for k in _turns(block, -local):
+            row, code = block[k], taken[k]
+            np.subtract(row, b, out=code)
+            code /= s
+            _whole(code, form.top)
+            row -= code * s + b
+            row /= local[k, k]
+        codes[:, start:end] = taken.T
         scales.append(scale)
         biases.append(bias)
         weight[:, end:] -= block.T @ factor[start:end, end:]
@@ -171,11 +207,13 @@ def sweep(
         block = np.ascontiguousarray((own + moved @ local).T)
         before, again = np.ascontiguousarray(codes.T), np.empty((size, len(codes)), np.float32)
         s = np.ascontiguousarray(scale[:, 0])
-        for k in range(size):
-            again[k] = np.clip(np.rint(before[k] + block[k] / (local[k, k] * s)), 0, form.top)
-            change = (before[k] - again[k]) * s
-            if k + 1 < size and change.any():
-                block[k + 1 :] += local[k, k + 1 :, None] * change
+        for k in _turns(block, local):
+            row, code = block[k], again[k]
+            np.divide(row, s * local[k, k], out=code)
+            code += before[k]
+            _whole(code, form.top)
+            np.subtract(before[k], code, out=row)
+            row *= s
         changed = moved + (codes - again.T) * scale
         push = changed if coupling is None else coupling @ changed
         slope[:, end:] += push @ moment[start:end, end:]

@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_optiq_ext.weights import rounding
 from mlx_optiq_ext.weights.codes import pack, unpack
 from mlx_optiq_ext.weights.grid import Format, fit
 from mlx_optiq_ext.weights.packing import BITS, GROUP_SIZES, Packing, dequantized, quantize
 from mlx_optiq_ext.weights.refinement import compensated, restored
-from mlx_optiq_ext.weights.rounding import round_weight
+from mlx_optiq_ext.weights.rounding import column_order, round_weight
 
 
 def correlated(size: int, seed: int) -> mx.array:
@@ -115,6 +116,41 @@ def test_knowing_the_outputs_side_loses_less_there():
     one = both(round_weight(weight, moment, packing, mx.float32))
     two = both(round_weight(weight, moment, packing, mx.float32, outputs=outputs))
     assert two < 0.95 * one
+
+
+@given(st.integers(1, 4), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_the_order_of_rounding_keeps_groups_together(count, seed):
+    moment = np.array(correlated(32 * count, seed))
+    columns, groups = column_order(moment, 32)
+    assert sorted(columns.tolist()) == list(range(32 * count))
+    assert (columns.reshape(-1, 32) // 32 == groups[:, None]).all()
+
+
+def test_the_order_of_rounding_ends_with_the_smallest_variance():
+    variances = np.arange(1.0, 65.0, dtype=np.float32)
+    columns, groups = column_order(np.diag(variances), 32)
+    assert columns.tolist() == list(range(63, -1, -1))
+    assert groups.tolist() == [1, 0]
+
+
+def test_the_order_of_rounding_loses_less_than_the_order_stored(monkeypatch):
+    variances = mx.exp(1.5 * mx.random.normal((128,), key=mx.random.key(1)))
+    moment = correlated(128, 5) * mx.sqrt(variances * variances[:, None])
+    weight, packing = mx.random.normal((64, 128), key=mx.random.key(3)), Packing(4, 32)
+
+    def left() -> float:
+        return loss(weight, dequantized_from(weight, moment, packing), moment)
+
+    ordered = left()
+    stored = np.arange(128), np.arange(4)
+    monkeypatch.setattr(rounding, "column_order", lambda moment, size: stored)
+    assert ordered < 0.97 * left()
+
+
+def dequantized_from(weight, moment, packing) -> mx.array:
+    packed = round_weight(weight, moment, packing, mx.float32)
+    return restored(packed, packing, mx.float32)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])

@@ -72,7 +72,8 @@ def _request(options):
         calibration=options.calibration,
         method=options.sensitivity or "taylor",
         methods=sensitivity_methods(),
-        refine=bool(options.refine),
+        refine=bool(options.refine or options.distill),
+        distill=bool(options.distill),
         protect=bool(options.protect),
     )
 

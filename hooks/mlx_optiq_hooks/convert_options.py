@@ -14,6 +14,7 @@ DEPENDENT = (
     "calibration",
     "keep_unused_modalities",
     "refine",
+    "distill",
     "protect",
     "report",
 )
@@ -65,6 +66,12 @@ def add_arguments(group):
         action="store_true",
         default=None,
         help="Round with error feedback behind the quantized layers; takes longer, loses less.",
+    )
+    group.add_argument(
+        "--optiq-distill",
+        action="store_true",
+        default=None,
+        help="Refine, then tune scales and biases against the original's logits.",
     )
     group.add_argument(
         "--optiq-plan",

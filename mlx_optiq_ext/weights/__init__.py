@@ -3,6 +3,7 @@
 from .allocation import allocate
 from .calibration import Calibration
 from .conversion import Conversion, Request, prepare
+from .distillation import distill
 from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, tensors
 from .plan import Plan, check_written
 from .plan_file import read_plan
@@ -27,6 +28,7 @@ __all__ = [
     "Tensor",
     "allocate",
     "check_written",
+    "distill",
     "plan_folder",
     "plan_model",
     "prepare",

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .distillation import STEPS, distill
 from .packing import Size, tensors
 from .plan import Plan
 from .plan_file import read_plan
@@ -30,6 +31,7 @@ class Request:
         method: Name of the sensitivity method.
         methods: All methods by name.
         refine: Whether to round anew with error feedback.
+        distill: Whether to tune scales and biases after that; implies ``refine``.
         protect: Whether both ends must keep 8 bits or more.
     """
 
@@ -41,6 +43,7 @@ class Request:
     method: str = "taylor"
     methods: dict[str, Method] = field(default_factory=lambda: dict(METHODS))
     refine: bool = False
+    distill: bool = False
     protect: bool = False
 
 
@@ -81,6 +84,8 @@ def prepare(
     Raises:
         OptiqError: The request cannot be met; the message says what to change.
     """
+    if request.distill:
+        request = replace(request, refine=True)
     started = time.perf_counter()
     mx.reset_peak_memory()
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
@@ -109,6 +114,8 @@ def prepare(
     conversion = Conversion(plan, study=study)
     if request.refine:
         conversion = refined(conversion, study)
+    if request.distill:
+        conversion = distilled(conversion, study, say)
     seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
     say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
     return conversion
@@ -134,3 +141,19 @@ def refined(conversion: Conversion, study: Study) -> Conversion:
         refined=values,
         post_processing=[*conversion.post_processing, entry],
     )
+
+
+def distilled(
+    conversion: Conversion, study: Study, say: Callable[[str], None] = print
+) -> Conversion:
+    """Tune a refined conversion's scales and biases, if that lowers its KL on held-out windows."""
+    plan, problem = conversion.plan, study.problem
+    values = distill(problem, plan.packings, conversion.refined)
+    kl = judge(problem, plan.packings, values)
+    kept = plan.kl is not None and kl < plan.kl
+    entry = {"op": "distill", "steps": STEPS, "kl_before": plan.kl, "kl": kl, "kept": kept}
+    conversion = replace(conversion, post_processing=[*conversion.post_processing, entry])
+    if not kept:
+        say("[optiq] Distillation did not lower the KL on held-out windows: left out")
+        return conversion
+    return replace(conversion, plan=replace(plan, kl=kl), refined=values)

@@ -77,7 +77,7 @@ def _parents(path: str) -> Iterator[str]:
 
 
 @contextmanager
-def _calls_replaced(layers: list[nn.Module], call: Any) -> Iterator[None]:
+def calls_replaced(layers: list[nn.Module], call: Any) -> Iterator[None]:
     """Give each layer's ``__call__`` to ``call(index, original, args, kwargs)``.
 
     ``original`` is the layer's own call, bound to it.
@@ -122,7 +122,7 @@ def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
         recording.append(Call(*kept, _copied(output), index, follows))
         return output
 
-    with _calls_replaced(decoder_layers(model), call):
+    with calls_replaced(decoder_layers(model), call):
         logits = model(tokens)
     parts = [part for c in recording for part in (c.args, *c.kwargs.values(), c.output)]
     if not all(_plain(part) for part in parts):
@@ -186,7 +186,7 @@ def resume(model: nn.Module, tokens: mx.array, recording: Recording, start: int)
         known = next(replayed, None)
         return original(*args, **kwargs) if known is None else _copied(known.output)
 
-    with _calls_replaced(decoder_layers(model), call):
+    with calls_replaced(decoder_layers(model), call):
         return model(tokens)
 
 
@@ -216,7 +216,7 @@ def joined(
         output = _copied(recording[number].output)
         return with_arrays(output, outputs[number]) if number in outputs else output
 
-    with _calls_replaced(decoder_layers(model), call):
+    with calls_replaced(decoder_layers(model), call):
         logits = model(tokens)
     return handed, logits
 

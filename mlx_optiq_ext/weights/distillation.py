@@ -5,14 +5,17 @@ the loss is KL(reference || model), as in mlx-lm's DWQ.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError
+from .blocks import arrays, calls_replaced, decoder_layers, layer_index, record, with_arrays
 from .packing import Packing, quantizable
 from .refinement import Refined
 from .rounding import Packed
@@ -38,8 +41,8 @@ def distill(
 
     A move is measured in its group's own scale, so that one rate suits every width. The rate warms
     up over a tenth of the steps and then falls to zero along a cosine. A step runs the reference
-    and the packed model on a few windows; beside the model it holds the packed model's dequantized
-    weights.
+    and the packed model on a few windows. Beside the model it holds the layers' inputs and one
+    layer's dequantized weights and activations, which are computed once more for the gradients.
 
     Args:
         problem: The problem that was planned; its model is left as it was.
@@ -68,10 +71,22 @@ def distill(
     }
     adam = _Adam({path: [mx.zeros_like(o) for o in pair] for path, pair in offsets.items()})
 
+    def put(offsets: dict[str, Offsets]) -> None:
+        for path, pair in offsets.items():
+            modules[path].weight = grids[path].weight(pair).astype(problem.dtype)
+
+    inside = _inside(model, modules, problem.calibration.refining)
+
     def loss(offsets: dict[str, Offsets], tokens: mx.array, target: mx.array) -> mx.array:
-        for path, grid in grids.items():
-            modules[path].weight = grid.weight(offsets[path]).astype(problem.dtype)
-        logits = model(tokens).astype(mx.float32)
+        def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
+            return _recomputed(
+                put, {path: offsets[path] for path in inside[index]}, original, args, kwargs
+            )
+
+        within = {path for own in inside for path in own}
+        put({path: pair for path, pair in offsets.items() if path not in within})
+        with calls_replaced(decoder_layers(model) if inside else [], call):
+            logits = model(tokens).astype(mx.float32)
         # Short of the target's own entropy, which nothing here changes, this is the KL divergence.
         return (mx.logsumexp(logits, axis=-1) - (target * logits).sum(axis=-1)).mean()
 
@@ -94,6 +109,48 @@ def distill(
     tuned = {path: grid.stored(offsets[path]) for path, grid in grids.items()}
     mx.eval(tuned)
     return {**refined, **tuned}
+
+
+def _inside(
+    model: nn.Module, modules: dict[str, nn.Module], windows: np.ndarray
+) -> list[list[str]]:
+    """Paths by decoder layer; empty if the layers hand each other more than arrays."""
+    if not record(model, mx.array(windows[:1]))[1]:
+        return []
+    index = layer_index(model)
+    return [
+        [path for path in modules if index.get(path) == number]
+        for number in range(len(decoder_layers(model)))
+    ]
+
+
+def _recomputed(
+    put: Callable[[dict[str, Offsets]], None],
+    offsets: dict[str, Offsets],
+    original: Any,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """A layer's output, of which nothing is kept for the backward pass but what came in.
+
+    Args:
+        put: Puts the layer's weights in.
+        offsets: Of the layer's own tensors.
+        original: Calls the layer.
+        args: What it is called with.
+        kwargs: Likewise.
+    """
+    returned: list[Any] = []
+
+    def run(offsets: dict[str, Offsets], given: list[mx.array]) -> list[mx.array]:
+        put(offsets)
+        new_args, new_kwargs = with_arrays((args, kwargs), given)
+        output = original(*new_args, **new_kwargs)
+        returned.append(output)
+        return arrays(output)
+
+    outputs = mx.checkpoint(run)(offsets, arrays((args, kwargs)))
+    return with_arrays(returned[0], outputs)
 
 
 def _drawn(windows: np.ndarray) -> Iterator[mx.array]:

@@ -1,6 +1,7 @@
 """Quality of converted models against their original: KL on a text, accuracy on word problems.
 
     python tests/benchmarks/quality.py ORIGINAL CONVERTED... --text FILE [--problems FILE.jsonl]
+        [--json]
 
 Weights are dequantized to float32, so that half-precision products add no noise of their own. KL is
 the mean over the first ``--tokens`` tokens in windows of ``--window``, over the whole vocabulary.
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--problems", type=Path)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each model")
     args = parser.parse_args()
     model, tokenizer, _ = load(args.original)
     tokens = tokenizer.encode(args.text.read_text())[: args.tokens]
@@ -83,10 +85,15 @@ def main() -> None:
             (mx.exp(p) * (p - q)).sum(axis=-1).mean().item()
             for p, q in zip(reference, found, strict=True)
         ]
-        line = f"{path}: {bits:.4f} bpw, KL {sum(kl) / len(kl):.5f} nats"
+        mean, share = sum(kl) / len(kl), None
         if problems:
-            line += f", accuracy {100 * accuracy(model, tokenizer, problems):.1f} %"
-        print(line, flush=True)
+            share = accuracy(model, tokenizer, problems)
+        if args.json:
+            row = {"path": path, "bpw": bits, "kl": mean, "accuracy": share}
+            print(json.dumps(row), flush=True)
+            continue
+        line = f"{path}: {bits:.4f} bpw, KL {mean:.5f} nats"
+        print(line if share is None else f"{line}, accuracy {100 * share:.1f} %", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,161 @@
+"""The commands that convert a model at the bytes of a uniform packing, ours and others'."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+#: Budget in bits per weight -> stock's uniform bits and group size of the same bytes.
+UNIFORM = {4.5: (4, 64), 4.0: (3, 32), 3.5: (3, 64), 3.0: (2, 32)}
+
+#: Budget -> (bits, group size) for mlx_lm.dynamic_quant to choose between.
+PAIRS = {
+    4.5: (((3, 64), (5, 64)), ((4, 128), (5, 64))),
+    4.0: (((3, 64), (4, 64)), ((3, 64), (5, 64))),
+    3.5: (((2, 64), (4, 64)), ((3, 128), (4, 64))),
+    3.0: (((2, 64), (3, 64)), ((2, 64), (4, 64))),
+}
+
+#: Switches this package off, so that a command is the stock one.
+STOCK = {"MLX_OPTIQ_EXT": "0"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every method is given.
+
+    Attributes:
+        model: Folder of the original.
+        calibration: Calibration text.
+        windows: The same as tokens, from ``windows.py``.
+        work: Folder for what is written.
+        budget: Bits per weight.
+        mlx_optiq: A virtual environment with mlx-optiq, if there is one.
+    """
+
+    model: Path
+    calibration: Path
+    windows: Path
+    work: Path
+    budget: float
+    mlx_optiq: Path | None = None
+
+    @property
+    def uniform(self) -> tuple[int, int]:
+        """Stock's bits and group size of the same bytes."""
+        return UNIFORM[self.budget]
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where mlx-optiq keeps its sweep, which serves every budget."""
+        return self.work / "mlx-optiq.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One conversion.
+
+    Attributes:
+        label: What the table calls it.
+        command: ``-m MODULE`` or a script, and arguments; it writes to ``out``.
+        out: Folder of the converted model.
+        environment: Added to the child's.
+        python: The interpreter.
+    """
+
+    label: str
+    command: tuple[str, ...]
+    out: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    python: str = sys.executable
+
+
+def convert(setting: Setting, label: str, *options: str, **environment: str) -> Run:
+    """A run of ``mlx_lm.convert``."""
+    out = setting.work / f"{setting.budget:g}-{label}"
+    command = ("-m", "mlx_lm", "convert", "--hf-path", str(setting.model), "--mlx-path", str(out))
+    return Run(label, (*command, *options), out, environment)
+
+
+def stock(setting: Setting) -> Iterator[Run]:
+    """Stock's uniform conversion."""
+    bits, group = setting.uniform
+    options = ("-q", "--q-bits", str(bits), "--q-group-size", str(group))
+    yield convert(setting, "stock", *options, **STOCK)
+
+
+def ours(label: str, *options: str) -> Callable[[Setting], Iterator[Run]]:
+    """This package with some flags, nothing measured beforehand."""
+
+    def runs(setting: Setting) -> Iterator[Run]:
+        given = ("--optiq-budget", str(setting.budget))
+        given += ("--optiq-calibration", str(setting.calibration))
+        cache = setting.work / f"cache-{setting.budget:g}-{label}"
+        yield convert(setting, label, *given, *options, MLX_OPTIQ_EXT_CACHE=str(cache))
+
+    return runs
+
+
+def dynamic_quant(setting: Setting) -> Iterator[Run]:
+    """``mlx_lm.dynamic_quant`` with each pair of packings."""
+    for low, high in PAIRS[setting.budget]:
+        label = f"dynamic_quant {low[0]}g{low[1]}/{high[0]}g{high[1]}"
+        out = setting.work / f"{setting.budget:g}-dynamic-{low[0]}g{low[1]}-{high[0]}g{high[1]}"
+        options = ("--low-bits", str(low[0]), "--low-group-size", str(low[1]))
+        options += ("--high-bits", str(high[0]), "--high-group-size", str(high[1]))
+        options += ("--target-bpw", str(setting.budget))
+        yield quant(setting, "dynamic_quant", label, out, *options)
+
+
+def gptq(setting: Setting) -> Iterator[Run]:
+    """``mlx_lm.gptq`` at stock's bits and group size, the embedding too."""
+    bits, group = map(str, setting.uniform)
+    options = ("--bits", bits, "--group-size", group)
+    options += ("--fallback-bits", bits, "--fallback-group-size", group)
+    yield quant(setting, "gptq", "gptq", setting.work / f"{setting.budget:g}-gptq", *options)
+
+
+def quant(setting: Setting, name: str, label: str, out: Path, *options: str) -> Run:
+    """A run of one of mlx-lm's own quantization commands."""
+    script = str(HERE / "mlx_lm_quant.py")
+    paths = ("--model", str(setting.model), "--mlx-path", str(out))
+    return Run(label, (script, name, str(setting.windows), *paths, *options), out, STOCK)
+
+
+def mlx_optiq(setting: Setting) -> Iterator[Run]:
+    """mlx-optiq, in the environment that holds it."""
+    if setting.mlx_optiq is None:
+        return
+    out = setting.work / f"{setting.budget:g}-mlx-optiq"
+    command = (str(HERE / "mlx_optiq.py"), str(setting.model), str(setting.windows))
+    command += (str(setting.checkpoint), "--out", str(out))
+    command += ("--bytes-of", *map(str, setting.uniform))
+    python = setting.mlx_optiq / "bin" / "python"
+    yield Run("mlx-optiq 0.7.7", command, out, {"PYTHONPATH": ""}, str(python))
+
+
+METHODS: dict[str, Callable[[Setting], Iterator[Run]]] = {
+    "stock": stock,
+    "taylor": ours("taylor"),
+    "kl": ours("kl", "--optiq-sensitivity", "kl"),
+    "refine": ours("refine", "--optiq-refine"),
+    "distill": ours("distill", "--optiq-distill"),
+    "dynamic_quant": dynamic_quant,
+    "gptq": gptq,
+    "mlx-optiq": mlx_optiq,
+}
+
+
+def known_flags() -> str:
+    """The help of ``mlx_lm.convert``, which names the flags that this version has."""
+    command = [sys.executable, "-m", "mlx_lm", "convert", "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def missing_flag(run: Run, known: str) -> str | None:
+    """The first of our flags in a run that this version does not have."""
+    flags = (word for word in run.command if word.startswith("--optiq-"))
+    return next((flag for flag in flags if flag not in known), None)

@@ -1,0 +1,58 @@
+"""Run ``mlx_lm.dynamic_quant`` or ``mlx_lm.gptq`` on given calibration tokens.
+
+    python mlx_lm_quant.py (dynamic_quant | gptq) WINDOWS.npz ARGUMENT...
+
+The arguments are the command's own. Two things differ from the command, both in its favour. Its
+calibration text is downloaded, which a machine without a network cannot: the given tokens take its
+place. And where the command runs the model, it does so in float32 on a CPU, since half precision
+is emulated there; what it writes keeps the model's own dtype.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map_with_path
+
+
+def cast(model: Any, dtype: mx.Dtype) -> None:
+    """Cast a model's floating-point parameters; embeddings, which are only packed, stay."""
+
+    def convert(path: str, value: mx.array) -> mx.array:
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(dtype) if floating and "embed" not in path else value
+
+    model.update(tree_map_with_path(convert, model.parameters()))
+
+
+def in_float32(function: Any) -> Any:
+    """The function with its first argument, a model, in float32 while it runs on a CPU."""
+
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if mx.default_device() != mx.Device(mx.cpu):
+            return function(model, *args, **kwargs)
+        stored = model.layers[0].input_layernorm.weight.dtype
+        cast(model, mx.float32)
+        found = function(model, *args, **kwargs)
+        cast(model, stored)
+        return found
+
+    return call
+
+
+def main() -> None:
+    """Put both in place and hand over to the command."""
+    name, windows, *arguments = sys.argv[1:]
+    tokens = mx.array(np.load(windows)["refining"])
+    command: Any = importlib.import_module(f"mlx_lm.quant.{name}")
+    command.load_data = lambda *_, **__: tokens
+    function = {"dynamic_quant": "estimate_sensitivities", "gptq": "gptq_quantize"}[name]
+    setattr(command, function, in_float32(getattr(command, function)))
+    sys.argv = [f"mlx_lm.{name}", *arguments]
+    command.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Write the calibration windows that this package uses as int32 arrays, for rivals to use too.
+
+    python windows.py MODEL CALIBRATION OUT.npz
+
+``planning`` (n, length) are those that plans are measured and judged on, ``refining`` all those
+that refinement may use besides.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from mlx_lm.utils import load_tokenizer
+
+from mlx_optiq_ext.weights.calibration import from_texts, read_texts
+
+
+def main() -> None:
+    """Tokenize and save."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    tokenizer = load_tokenizer(args.model)
+    found = from_texts(read_texts(args.calibration), tokenizer, args.calibration.name)
+    every = found.tokens if found.more is None else np.concatenate([found.tokens, found.more])
+    np.savez(args.out, planning=found.tokens, measured=found.measured, refining=every)
+
+
+if __name__ == "__main__":
+    main()

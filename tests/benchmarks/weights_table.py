@@ -9,9 +9,10 @@ Rows are added to ``--rows`` as they finish; a run that was stopped goes on behi
 ``--again`` measures anew. Peak memory is the whole process's (resident) and MLX's own. A ``*`` behind
 a time says that other programs used more than a quarter of a core meanwhile.
 
-Rivals calibrate on this package's calibration windows: dynamic_quant and gptq on all that
-refinement uses, mlx-optiq (0.7.7, see rivals/mlx_optiq.py for its environment) on those that plans
-are measured on. Its sweep serves all budgets and its time counts in each.
+Rivals calibrate on this package's calibration windows: gptq on all that refinement may use,
+dynamic_quant on those that plans are measured and judged on, mlx-optiq (0.7.7, see
+rivals/mlx_optiq.py for its environment) on those that they are measured on. Its sweep serves all
+budgets and its time counts in each.
 """
 
 import argparse

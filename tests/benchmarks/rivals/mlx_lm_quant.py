@@ -16,6 +16,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map_with_path
 
+#: Which of our windows a command gets: planning as our plans, rounding as our refinement.
+WINDOWS = {"dynamic_quant": "planning", "gptq": "refining"}
+
 
 def cast(model: Any, dtype: mx.Dtype) -> None:
     """Cast a model's floating-point parameters; embeddings, which are only packed, stay."""
@@ -45,7 +48,7 @@ def in_float32(function: Any) -> Any:
 def main() -> None:
     """Put both in place and hand over to the command."""
     name, windows, *arguments = sys.argv[1:]
-    tokens = mx.array(np.load(windows)["refining"])
+    tokens = mx.array(np.load(windows)[WINDOWS[name]])
     command: Any = importlib.import_module(f"mlx_lm.quant.{name}")
     command.load_data = lambda *_, **__: tokens
     function = {"dynamic_quant": "estimate_sensitivities", "gptq": "gptq_quantize"}[name]

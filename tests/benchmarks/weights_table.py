@@ -7,7 +7,8 @@
 Each conversion and each evaluation runs in a process of its own, with nothing measured beforehand.
 Rows are added to ``--rows`` as they finish; a run that was stopped goes on behind the last, and
 ``--again`` measures anew. Peak memory is the whole process's (resident) and MLX's own. A ``*`` behind
-a time says that other programs used more than a quarter of a core meanwhile.
+a time says that other programs used more than a quarter of a core meanwhile; processor seconds
+suffer less from that.
 
 Rivals calibrate on this package's calibration windows: gptq on all that refinement may use,
 dynamic_quant on those that plans are measured and judged on, mlx-optiq (0.7.7, see
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rivals import rows
@@ -45,11 +46,15 @@ def evaluate(args: argparse.Namespace, converted: Path) -> dict:
 
 def with_sweep(cost: Cost, setting: Setting, started: float) -> Cost:
     """The cost with the time of a sweep that was read from mlx-optiq's checkpoint."""
-    timing = setting.checkpoint.with_suffix(".seconds")
+    timing = setting.checkpoint.with_suffix(".timing")
     if cost.failure or timing.stat().st_mtime > started:
         return cost
-    sweep = json.loads(timing.read_text())["sweep"]
-    return Cost(**{**asdict(cost), "seconds": cost.seconds + sweep})
+    sweep = json.loads(timing.read_text())
+    return replace(
+        cost,
+        seconds=cost.seconds + sweep["seconds"],
+        processor=cost.processor + sweep["processor"],
+    )
 
 
 def row(args: argparse.Namespace, method: str, setting: Setting, run: Run) -> rows.Row:

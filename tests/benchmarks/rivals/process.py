@@ -25,6 +25,7 @@ class Cost:
 
     Attributes:
         seconds: Wall time.
+        processor: Processor seconds, which others' work changes little.
         resident_gib: Peak resident memory of the process.
         mlx_gib: Peak of MLX's allocator in it; None if it ended before it could tell.
         others: Cores that other programs kept busy on average; None where that is unknown.
@@ -32,6 +33,7 @@ class Cost:
     """
 
     seconds: float
+    processor: float
     resident_gib: float
     mlx_gib: float | None
     others: float | None
@@ -80,11 +82,13 @@ def measure(
     if log is not None:
         with log.open("a") as stream:
             stream.write(f"$ {' '.join(command)}\n{text}\n")
+    processor = usage.ru_utime + usage.ru_stime
     return Cost(
         seconds=seconds,
+        processor=processor,
         resident_gib=resident_gib(usage),
         mlx_gib=None if peak is None else peak / 2**30,
-        others=others(busy, busy_seconds(), usage.ru_utime + usage.ru_stime, seconds),
+        others=others(busy, busy_seconds(), processor, seconds),
         failure=last_line(text) if child.returncode else None,
     )
 
@@ -104,9 +108,7 @@ def busy_seconds() -> float | None:
     return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
-def others(
-    before: float | None, after: float | None, own: float, seconds: float
-) -> float | None:
+def others(before: float | None, after: float | None, own: float, seconds: float) -> float | None:
     """Cores that others kept busy: all processor time less our child's, over the wall time."""
     if before is None or after is None:
         return None

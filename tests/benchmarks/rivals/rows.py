@@ -34,8 +34,8 @@ def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown, by budget; a ``*`` behind a time says that others used the machine."""
     known = latest(rows)
     lines = [
-        "| budget | method | bpw | KL | x stock | accuracy | seconds | resident | MLX |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| budget | method | bpw | KL | x stock | accuracy | seconds | processor | resident | MLX |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for budget in sorted({budget for budget, _ in known}, reverse=True):
         stock = known.get((budget, "stock"), {}).get("kl")
@@ -48,12 +48,12 @@ def line(row: Row, stock: float | None) -> str:
     name = f"| {row['budget']:g} | {row['label']} |"
     cost = row["cost"]
     if cost.get("failure"):
-        return f"{name} {cost['failure']} | | | | | | |"
+        return f"{name} {cost['failure']} | | | | | | | |"
     ratio = f"{row['kl'] / stock:.3f}" if stock else ""
     accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
     mlx = "" if cost["mlx_gib"] is None else f"{cost['mlx_gib']:.2f} GiB"
     return (
         f"{name} {row['bpw']:.4f} | {row['kl']:.5f} | {ratio} | {accuracy} | "
-        f"{cost['seconds']:.0f}{'*' if row['contended'] else ''} | "
+        f"{cost['seconds']:.0f}{'*' if row['contended'] else ''} | {cost['processor']:.0f} | "
         f"{cost['resident_gib']:.2f} GiB | {mlx} |"
     )

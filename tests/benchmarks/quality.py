@@ -43,6 +43,15 @@ def log_probs(model, windows: mx.array) -> list[mx.array]:
     return result
 
 
+def divergence(reference: list[mx.array], found: list[mx.array]) -> float:
+    """Mean KL(reference || found) in nats per token, from `log_probs` of each."""
+    each = [
+        float((mx.exp(p) * (p - q)).sum(axis=-1).mean())
+        for p, q in zip(reference, found, strict=True)
+    ]
+    return sum(each) / len(each)
+
+
 def accuracy(model, tokenizer, problems: list[dict], batch: int = 50) -> float:
     """Share of problems whose greedy answer ends in the right number."""
     right = 0
@@ -80,12 +89,7 @@ def main() -> None:
         problems = problems[: args.count]
     for path in args.converted:
         model, _, bits = load(path)
-        found = log_probs(model, windows)
-        kl = [
-            (mx.exp(p) * (p - q)).sum(axis=-1).mean().item()
-            for p, q in zip(reference, found, strict=True)
-        ]
-        mean, share = sum(kl) / len(kl), None
+        mean, share = divergence(reference, log_probs(model, windows)), None
         if problems:
             share = accuracy(model, tokenizer, problems)
         if args.json:

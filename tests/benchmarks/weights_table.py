@@ -6,9 +6,9 @@
 
 Each conversion and each evaluation runs in a process of its own, with nothing measured beforehand.
 Rows are added to ``--rows`` as they finish; a run that was stopped goes on behind the last, and
-``--again`` measures anew. Peak memory is the whole process's (resident) and MLX's own. A ``*`` behind
-a time says that other programs used more than a quarter of a core meanwhile; processor seconds
-suffer less from that.
+``--again`` measures anew. Peak memory is the whole process's (resident) and MLX's own. A ``*``
+behind a time says that other programs used more than a quarter of a core meanwhile; processor
+seconds suffer less from that.
 
 Rivals calibrate on this package's calibration windows: gptq on all that refinement may use,
 dynamic_quant on those that plans are measured and judged on, mlx-optiq (0.7.7, see

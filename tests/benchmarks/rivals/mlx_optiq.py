@@ -43,8 +43,9 @@ def sweep(model: Any, windows: np.ndarray, checkpoint: Path, bits: list[int], gr
 
 def stored_bits(model: nn.Module, predicate: Any) -> int:
     """Bits in the file under a quantization predicate ``(path, module) -> bool or dict``."""
-    leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
-    total = sum(8 * value.nbytes for _, value in tree_flatten(model.parameters()))
+    leaves: Any = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
+    parameters: Any = tree_flatten(model.parameters())
+    total = sum(8 * value.nbytes for _, value in parameters)
     for path, module in leaves.items():
         packing = predicate(path, module) if hasattr(module, "to_quantized") else False
         if packing:
@@ -103,10 +104,12 @@ def main() -> None:
     if mx.default_device() == mx.Device(mx.cpu):
         model.update(tree_map(lambda a: a.astype(mx.float32), stored))
     mx.eval(model.parameters())
+    timing = args.checkpoint.with_suffix(".timing")
+    if not timing.exists():  # of a sweep that was stopped nobody knows what it took
+        args.checkpoint.unlink(missing_ok=True)
     started, used = time.perf_counter(), time.process_time()
     found = sweep(model, windows, args.checkpoint, args.bits, args.group_size)
     taken = {"seconds": time.perf_counter() - started, "processor": time.process_time() - used}
-    timing = args.checkpoint.with_suffix(".timing")
     # A sweep that finds all in its checkpoint takes no time; what it took then still counts.
     if not timing.exists():
         timing.write_text(json.dumps(taken))

@@ -1,4 +1,4 @@
-"""Rows of the weights table: a JSON-lines file that a stopped run goes on with, and the print-out."""
+"""Rows of the weights table: a JSON-lines file that a stopped run goes on with, and the table."""
 
 import json
 from collections.abc import Iterable
@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+COLUMNS = (
+    *("budget", "method", "bpw", "KL", "x stock", "accuracy"),
+    *("seconds", "processor s", "resident", "MLX"),
+)
 
 
 def read(path: Path) -> list[Row]:
@@ -34,8 +39,8 @@ def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown, by budget; a ``*`` behind a time says that others used the machine."""
     known = latest(rows)
     lines = [
-        "| budget | method | bpw | KL | x stock | accuracy | seconds | processor | resident | MLX |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
     ]
     for budget in sorted({budget for budget, _ in known}, reverse=True):
         stock = known.get((budget, "stock"), {}).get("kl")

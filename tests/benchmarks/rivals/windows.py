@@ -1,12 +1,13 @@
 """Write the calibration windows that this package uses as int32 arrays, for rivals to use too.
 
-    python windows.py MODEL CALIBRATION OUT.npz
+    python windows.py MODEL CALIBRATION OUT.npz [--windows N]
 
 ``planning`` (n, length) are those that plans are measured and judged on, ``refining`` all those
 that refinement may use besides.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("calibration", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--windows", type=int, help="use only the first windows")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
     found = from_texts(read_texts(args.calibration), tokenizer, args.calibration.name)
+    found = replace(found, tokens=found.tokens[: args.windows])
     every = found.tokens if found.more is None else np.concatenate([found.tokens, found.more])
     np.savez(args.out, planning=found.tokens, measured=found.measured, refining=every)
 

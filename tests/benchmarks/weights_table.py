@@ -2,7 +2,8 @@
 
     python tests/benchmarks/weights_table.py MODEL --calibration FILE --text FILE
         [--problems FILE.jsonl] [--budgets 4.5 4.0 3.5 3.0] [--methods stock taylor kl refine
-        distill dynamic_quant gptq mlx-optiq] [--mlx-optiq VENV] [--rows FILE.jsonl] [--keep]
+        distill dynamic_quant gptq mlx-optiq] [--mlx-optiq VENV] [--sweep-windows N]
+        [--rows FILE.jsonl] [--again] [--keep] [--work FOLDER]
 
 Each conversion and each evaluation runs in a process of its own, with nothing measured beforehand.
 Rows are added to ``--rows`` as they finish; a run that was stopped goes on behind the last, and
@@ -13,7 +14,7 @@ seconds suffer less from that.
 Rivals calibrate on this package's calibration windows: gptq on all that refinement may use,
 dynamic_quant on those that plans are measured and judged on, mlx-optiq (0.7.7, see
 rivals/mlx_optiq.py for its environment) on those that they are measured on. Its sweep serves all
-budgets and its time counts in each.
+budgets and its time counts in each; ``--sweep-windows`` cuts it where that takes too long.
 """
 
 import argparse
@@ -108,6 +109,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budgets", type=float, nargs="+", default=list(UNIFORM), choices=UNIFORM)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--mlx-optiq", type=absolute, metavar="VENV")
+    parser.add_argument("--sweep-windows", type=int, metavar="N", help="cut mlx-optiq's sweep")
     parser.add_argument("--rows", type=absolute, default=absolute("weights_table.jsonl"))
     parser.add_argument("--again", action="store_true", help="measure anew what has a row")
     parser.add_argument("--keep", action="store_true", help="keep the converted models")
@@ -127,7 +129,8 @@ def main() -> None:
         subprocess.run([sys.executable, script, *paths], check=True)
         flags = known_flags()
         for budget in args.budgets:
-            setting = Setting(args.model, args.calibration, windows, work, budget, args.mlx_optiq)
+            given = (args.model, args.calibration, windows, work, budget)
+            setting = Setting(*given, args.mlx_optiq, args.sweep_windows)
             for method in args.methods:
                 for run in METHODS[method](setting):
                     done = rows.latest(rows.read(args.rows))

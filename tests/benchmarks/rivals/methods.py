@@ -34,6 +34,7 @@ class Setting:
         work: Folder for what is written.
         budget: Bits per weight.
         mlx_optiq: A virtual environment with mlx-optiq, if there is one.
+        sweep_windows: Windows that its sweep uses; None for all that plans are measured on.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Setting:
     work: Path
     budget: float
     mlx_optiq: Path | None = None
+    sweep_windows: int | None = None
 
     @property
     def uniform(self) -> tuple[int, int]:
@@ -51,7 +53,7 @@ class Setting:
     @property
     def checkpoint(self) -> Path:
         """Where mlx-optiq keeps its sweep, which serves every budget."""
-        return self.work / "mlx-optiq.json"
+        return self.work / f"mlx-optiq-{self.sweep_windows or 'all'}.json"
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,12 @@ def mlx_optiq(setting: Setting) -> Iterator[Run]:
     command = (str(HERE / "mlx_optiq.py"), str(setting.model), str(setting.windows))
     command += (str(setting.checkpoint), "--out", str(out))
     command += ("--bytes-of", *map(str, setting.uniform))
+    label = "mlx-optiq 0.7.7"
+    if setting.sweep_windows is not None:
+        command += ("--windows", str(setting.sweep_windows))
+        label += f", {setting.sweep_windows} windows"
     python = setting.mlx_optiq / "bin" / "python"
-    yield Run("mlx-optiq 0.7.7", command, out, {"PYTHONPATH": ""}, str(python))
+    yield Run(label, command, out, {"PYTHONPATH": ""}, str(python))
 
 
 METHODS: dict[str, Callable[[Setting], Iterator[Run]]] = {

@@ -1,13 +1,13 @@
 """Convert with mlx-optiq 0.7.7, in an environment that holds it, at the bytes of a uniform packing.
 
-    python mlx_optiq.py MODEL WINDOWS.npz CHECKPOINT.json [--out FOLDER --bytes-of BITS GROUP]
+    python mlx_optiq.py MODEL WINDOWS.npz CHECKPOINT.json [--windows N] [--out FOLDER --bytes-of BITS GROUP]
 
 Needs mlx-lm 0.32.0 (``pip install mlx-optiq==0.7.7 mlx-lm==0.32.0 "transformers<5.13"``): on 0.32.1
 and later its converter loses its own plan and writes a plain uniform model.
 
 Every step is its own code: sweep, allocation, conversion. Three things are set from outside. It
-sweeps the given tokens; on a CPU it does so in float32, since half precision is emulated there; and
-since its target counts neither scales, biases nor the embedding, the target is searched that
+sweeps the given tokens, four windows at once as this package does, or ``--windows`` spread over
+them; on a CPU it does so in float32, since half precision is emulated there; and since its target counts neither scales, biases nor the embedding, the target is searched that
 stores the most bits within the uniform packing's. Without ``--out`` it stops after the sweep.
 """
 
@@ -26,11 +26,16 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model
 
 
+#: Windows run at once.
+BATCH = 4
+
+
 def sweep(model: Any, windows: np.ndarray, checkpoint: Path, bits: list[int], group: int) -> Any:
     """Its sensitivities, which it keeps in the checkpoint."""
     from optiq.core.sensitivity import analyze_sensitivity_exact  # pyright: ignore
 
-    samples = [((mx.array(window[None]),), {}) for window in windows]
+    starts = range(0, len(windows), BATCH)
+    samples = [((mx.array(windows[start : start + BATCH]),), {}) for start in starts]
     return analyze_sensitivity_exact(
         model,
         lambda: samples,
@@ -91,14 +96,18 @@ def main() -> None:
     """Sweep unless the checkpoint holds all layers, then convert."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("windows", type=Path)
+    parser.add_argument("tokens", type=Path)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--windows", type=int, help="use only so many")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--bytes-of", type=int, nargs=2, metavar=("BITS", "GROUP"))
     args = parser.parse_args()
-    windows = np.load(args.windows)["measured"]
+    windows = np.load(args.tokens)["measured"]
+    if args.windows is not None:
+        spread = np.linspace(0, len(windows) - 1, args.windows).round().astype(int)
+        windows = windows[np.unique(spread)]
     model, _ = load_model(args.model, lazy=False)
     stored = model.parameters()
     if mx.default_device() == mx.Device(mx.cpu):

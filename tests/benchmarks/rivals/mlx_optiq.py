@@ -1,14 +1,16 @@
 """Convert with mlx-optiq 0.7.7, in an environment that holds it, at the bytes of a uniform packing.
 
-    python mlx_optiq.py MODEL WINDOWS.npz CHECKPOINT.json [--windows N] [--out FOLDER --bytes-of BITS GROUP]
+    python mlx_optiq.py MODEL WINDOWS.npz CHECKPOINT.json [--windows N]
+        [--out FOLDER --bytes-of BITS GROUP]
 
 Needs mlx-lm 0.32.0 (``pip install mlx-optiq==0.7.7 mlx-lm==0.32.0 "transformers<5.13"``): on 0.32.1
 and later its converter loses its own plan and writes a plain uniform model.
 
 Every step is its own code: sweep, allocation, conversion. Three things are set from outside. It
 sweeps the given tokens, four windows at once as this package does, or ``--windows`` spread over
-them; on a CPU it does so in float32, since half precision is emulated there; and since its target counts neither scales, biases nor the embedding, the target is searched that
-stores the most bits within the uniform packing's. Without ``--out`` it stops after the sweep.
+them; on a CPU it does so in float32, since half precision is emulated there; and since its target
+counts neither scales, biases nor the embedding, the target is searched that stores the most bits
+within the uniform packing's. Without ``--out`` it stops after the sweep.
 """
 
 import argparse
@@ -24,7 +26,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import load_model
-
 
 #: Windows run at once.
 BATCH = 4

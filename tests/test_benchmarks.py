@@ -11,17 +11,14 @@ import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+import scaling
+import sensitivity
 from mlx_lm.utils import compute_bits_per_weight
+from rivals import generated, methods, mlx_lm_quant, mlx_optiq, rows, sweep
+from rivals.process import Cost, last_line, measure, others
 
 from mlx_optiq_ext import weights
 from mlx_optiq_ext.weights.sensitivity import end_to_end
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
-import scaling
-import sensitivity
-from rivals import generated, methods, mlx_lm_quant, mlx_optiq, rows, sweep
-from rivals.process import Cost, last_line, measure, others
 
 COST = Cost(seconds=2.0, processor=1.0, resident_gib=0.5, mlx_gib=0.25, others=0.0)
 

@@ -117,6 +117,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def fill(args: argparse.Namespace, setting: Setting) -> None:
+    """Add the rows of one budget that are missing."""
+    for method in args.methods:
+        for run in METHODS[method](setting):
+            if not args.again and (setting.budget, run.label) in rows.latest(rows.read(args.rows)):
+                continue
+            if flag := missing_flag(run, known_flags()):
+                print(f"{run.label}: this version has no {flag}", file=sys.stderr)
+                continue
+            found = row(args, method, setting, run)
+            rows.append(args.rows, found)
+            print(rows.line(found, None), flush=True)
+
+
 def main() -> None:
     """Fill in the rows that are missing, then print all."""
     args = arguments()
@@ -127,21 +141,9 @@ def main() -> None:
         script = str(HERE / "rivals" / "windows.py")
         paths = map(str, (args.model, args.calibration, windows))
         subprocess.run([sys.executable, script, *paths], check=True)
-        flags = known_flags()
         for budget in args.budgets:
             given = (args.model, args.calibration, windows, work, budget)
-            setting = Setting(*given, args.mlx_optiq, args.sweep_windows)
-            for method in args.methods:
-                for run in METHODS[method](setting):
-                    done = rows.latest(rows.read(args.rows))
-                    if (budget, run.label) in done and not args.again:
-                        continue
-                    if flag := missing_flag(run, flags):
-                        print(f"{run.label}: this version has no {flag}", file=sys.stderr)
-                        continue
-                    found = row(args, method, setting, run)
-                    rows.append(args.rows, found)
-                    print(rows.line(found, None), flush=True)
+            fill(args, Setting(*given, args.mlx_optiq, args.sweep_windows))
     print(rows.table(rows.read(args.rows)))
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -155,6 +156,7 @@ METHODS: dict[str, Callable[[Setting], Iterator[Run]]] = {
 }
 
 
+@cache
 def known_flags() -> str:
     """The help of ``mlx_lm.convert``, which names the flags that this version has."""
     command = [sys.executable, "-m", "mlx_lm", "convert", "--help"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
 #: Which of our windows a command gets: planning as our plans, rounding as our refinement.
 WINDOWS = {"dynamic_quant": "planning", "gptq": "refining"}
@@ -36,7 +36,8 @@ def in_float32(function: Any) -> Any:
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
         if mx.default_device() != mx.Device(mx.cpu):
             return function(model, *args, **kwargs)
-        stored = model.layers[0].input_layernorm.weight.dtype
+        parameters: Any = tree_flatten(model.parameters())
+        stored = next(value.dtype for path, value in parameters if "embed" not in path)
         cast(model, mx.float32)
         found = function(model, *args, **kwargs)
         cast(model, stored)

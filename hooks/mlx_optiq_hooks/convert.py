@@ -26,6 +26,7 @@ def convert(wrapped, instance, args, kwargs):
         conversion = weights.prepare(
             call["hf_path"],
             _request(options),
+            scratch=folder.parent,
             dtype=call.get("dtype"),
             revision=call.get("revision"),
             trust_remote_code=call.get("trust_remote_code", False),

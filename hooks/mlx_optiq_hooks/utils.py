@@ -40,6 +40,17 @@ def quantize_model(wrapped, instance, args, kwargs):
     return result
 
 
+def make_shards(wrapped, instance, args, kwargs):
+    running = session.current()
+    conversion = running.results.get("conversion") if running is not None else None
+    if conversion is None or conversion.block_bytes is None:
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext.weights import shards
+
+    weights = bind(wrapped, args, kwargs)["weights"]
+    return shards.by_source(weights, conversion.plan.packings, conversion.block_bytes)
+
+
 PATCHES = (
     Patch(
         "mlx_lm.utils:load",
@@ -54,5 +65,12 @@ PATCHES = (
         why="hands the plan over as quant_predicate, by name",
         upstream="none: no stock command takes a predicate by flag",
         wrapper=quantize_model,
+    ),
+    Patch(
+        "mlx_lm.utils:make_shards",
+        feature="weights",
+        why="keeps shards of a model larger than memory as small as one of its layers",
+        upstream="none: stock evaluates up to 5 GB at once when it writes",
+        wrapper=make_shards,
     ),
 )

@@ -6,7 +6,7 @@ forward pass is used, so masks, norms, shared keys and the head need no knowledg
 architecture.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class Call:
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
 
-Recording = list[Call]
+Recording = Sequence[Call]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -86,16 +86,22 @@ def calls_replaced(layers: list[nn.Module], call: Any) -> Iterator[None]:
     """
     classes = [type(layer) for layer in layers]
     try:
-        for index, (layer, cls) in enumerate(zip(layers, classes, strict=True)):
-
-            def replaced(self, *args, _index=index, _cls=cls, **kwargs):
-                return call(_index, partial(_cls.__call__, self), args, kwargs)
-
-            layer.__class__ = type(cls.__name__, (cls,), {"__call__": replaced})
+        replace_calls(layers, call)
         yield
     finally:
         for layer, cls in zip(layers, classes, strict=True):
             layer.__class__ = cls
+
+
+def replace_calls(layers: list[nn.Module], call: Any) -> None:
+    """As `calls_replaced`, for good."""
+    for index, layer in enumerate(layers):
+        cls = type(layer)
+
+        def replaced(self, *args, _index=index, _cls=cls, **kwargs):
+            return call(_index, partial(_cls.__call__, self), args, kwargs)
+
+        layer.__class__ = type(cls.__name__, (cls,), {"__call__": replaced})
 
 
 def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
@@ -110,35 +116,35 @@ def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
         layers hand each other more than arrays, such as a cache that they write to: their outputs
         then do not tell what they did.
     """
-    recording: Recording = []
+    recording: list[Call] = []
     returned: Any = None
 
     def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
         nonlocal returned
         follows = not recording or (bool(args) and args[0] is returned)
-        kept = _copied(args), _copied(kwargs)
+        kept = copied(args), copied(kwargs)
         output = original(*args, **kwargs)
         returned = output[0] if isinstance(output, tuple) and output else output
-        recording.append(Call(*kept, _copied(output), index, follows))
+        recording.append(Call(*kept, copied(output), index, follows))
         return output
 
     with calls_replaced(decoder_layers(model), call):
         logits = model(tokens)
     parts = [part for c in recording for part in (c.args, *c.kwargs.values(), c.output)]
-    if not all(_plain(part) for part in parts):
+    if not all(plain(part) for part in parts):
         recording = []
     mx.eval(logits, [arrays(part) for part in parts])
     return logits, recording
 
 
-def _plain(value: Any) -> bool:
+def plain(value: Any) -> bool:
     """Whether a value is all that it seems: nobody can leave a message in it."""
     if isinstance(value, tuple):
-        return all(_plain(part) for part in value)
+        return all(plain(part) for part in value)
     return value is None or isinstance(value, mx.array | nn.Module | str | int | float)
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """The same with new handles on its arrays, which item assignment elsewhere does not change."""
     return tree_map(
         lambda leaf: copy(leaf) if isinstance(leaf, mx.array) else leaf,
@@ -184,7 +190,7 @@ def resume(model: nn.Module, tokens: mx.array, recording: Recording, start: int)
 
     def call(_: int, original: Any, args: tuple, kwargs: dict) -> Any:
         known = next(replayed, None)
-        return original(*args, **kwargs) if known is None else _copied(known.output)
+        return original(*args, **kwargs) if known is None else copied(known.output)
 
     with calls_replaced(decoder_layers(model), call):
         return model(tokens)
@@ -213,7 +219,7 @@ def joined(
         number = len(handed)
         # A sum is an array of its own: what is handed on twice would count once in a gradient.
         handed.append([array + 0 for array in arrays((args, kwargs))])
-        output = _copied(recording[number].output)
+        output = copied(recording[number].output)
         return with_arrays(output, outputs[number]) if number in outputs else output
 
     with calls_replaced(decoder_layers(model), call):

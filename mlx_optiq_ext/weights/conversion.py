@@ -3,16 +3,18 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from .distillation import STEPS, distill
+from .memory import block_bytes, streams
 from .packing import Size, tensors
 from .plan import Plan
 from .plan_file import read_plan
-from .planning import METHODS, load_unquantized, study_model
+from .planning import METHODS, load_unquantized, reload, study_model
 from .refinement import Refined, judge, refine
 from .search import Study, search
 from .sensitivity import Method
@@ -56,18 +58,22 @@ class Conversion:
         refined: What to store instead of MLX's own rounding, by tensor path.
         post_processing: Entries for the metadata.
         study: The measurements, if any were made.
+        block_bytes: Stored bytes of the largest decoder layer, if the model is too large for memory
+            and must be written piece by piece; else None.
     """
 
     plan: Plan
     refined: Refined = field(default_factory=dict)
     post_processing: list[dict[str, Any]] = field(default_factory=list)
     study: Study | None = None
+    block_bytes: int | None = None
 
 
 def prepare(
     path_or_repo: str,
     request: Request,
     *,
+    scratch: Path | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
     **source: Any,
@@ -77,6 +83,7 @@ def prepare(
     Args:
         path_or_repo: A folder or a Hub repository.
         request: What to do.
+        scratch: Folder for temporary files of a model too large for memory; None for the cache.
         say: Receives one-line messages.
         progress: Whether to show progress bars.
         source: For `load_unquantized`: dtype, revision, trust_remote_code.
@@ -89,11 +96,12 @@ def prepare(
     started = time.perf_counter()
     mx.reset_peak_memory()
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
+    block = block_bytes(model) if streams(model) else None
     if request.plan_file is not None:
         found = tuple(tensors(model, allow_unpacked=True))
         plan = read_plan(request.plan_file, found, Size.of(model, found))
         if not request.refine:
-            return Conversion(plan)
+            return Conversion(plan, block_bytes=block)
     study = study_model(
         model,
         tokenizer,
@@ -105,13 +113,15 @@ def prepare(
         method_name=request.method,
         refine=request.refine,
         digest=digest,
+        load=partial(reload, path_or_repo, **source),
+        scratch=scratch,
         progress=progress,
         say=say,
     )
     if request.plan_file is None:
         assert request.budget is not None
         plan = search(study, request.budget, protect=request.protect)
-    conversion = Conversion(plan, study=study)
+    conversion = Conversion(plan, study=study, block_bytes=block)
     if request.refine:
         conversion = refined(conversion, study)
     if request.distill:

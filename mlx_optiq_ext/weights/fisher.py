@@ -1,15 +1,21 @@
 """Backward passes that gather every tensor's `Factors`, one decoder layer at a time."""
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .blocks import Recording, arrays, decoder_layers, joined, record, with_arrays
+from .blocks import Recording, arrays, decoder_layers, joined, with_arrays
+from .lockstep import recordings
 from .moments import Factors
 from .packing import quantizable
+from .stream import Stream
 from .taps import Use, tapped
+
+#: Bytes of gradients at the logits that are kept rather than computed twice.
+KEPT = 2**28
 
 
 def score(logits: mx.array, key: mx.array) -> mx.array:
@@ -31,81 +37,159 @@ def score(logits: mx.array, key: mx.array) -> mx.array:
 def factors(
     model: nn.Module,
     batches: list[mx.array],
-    each: Callable[[], object] = lambda: None,
     *,
     draws: int = 1,
     across: Collection[str] = (),
-) -> dict[str, Factors]:
+    stream: Stream | None = None,
+) -> Iterator[dict[str, Factors]]:
     """Measure the factors of every quantizable tensor with one backward pass a batch.
 
     The decoder layers' inputs are stored and one layer at a time is run again and differentiated,
-    so that memory holds the model, the hidden states and one layer's activations. A model whose
-    layers cannot be replayed is differentiated as a whole, one window at a time.
+    for all batches before the layer before it, so that memory holds the model, the hidden states,
+    and one layer's activations and moments. A model whose layers cannot be replayed is
+    differentiated as a whole, one window at a time.
 
     Args:
         model: An mlx-lm model; left as it was.
         batches: Token batches, int32 (batch, length).
-        each: Called after each batch.
         draws: How often labels are drawn and differentiated per batch.
         across: Paths whose whole output moment is wanted.
+        stream: Of the model, if its layers are on disk.
+
+    Yields:
+        The factors of each decoder layer, the last one first, then of what is around them.
+
+    Raises:
+        ValueError: The layers are on disk and cannot be replayed.
     """
     modules = dict(quantizable(model))
-    found = {path: Factors() for path in modules}
+    tokens = draws * sum(batch.size for batch in batches)
     training = getattr(model, "training", False)  # recurrent_gemma skips nn.Module's set-up
     model.train()  # where a fused kernel has no gradient, mlx-lm trains without it
     try:
-        for number, tokens in enumerate(batches):
-            logits, recording = record(model, tokens)
-            for draw in range(draws):
-                cotangent = score(logits, mx.random.key(number * draws + draw))
-                for factor in found.values():
-                    factor.tokens += tokens.size
-                if recording:
-                    _by_layer(model, modules, tokens, recording, cotangent, found, across)
-                    continue
-                for window, pulled in zip(tokens[:, None], cotangent[:, None], strict=True):
-                    _gather(modules, lambda t=window: [model(t)], [], [pulled], found, across)
-            each()
+        recorded = recordings(model, batches, stream)
+        if all(recorded):
+            walk = _Walk(model, batches, recorded, draws, across, stream)
+            yield from walk.layers(modules, tokens)
+        elif stream is not None:
+            raise ValueError("its layers do not run one by one")
+        else:
+            found = {path: Factors(tokens=tokens) for path in modules}
+            for number, batch in enumerate(batches):
+                logits = model(batch)
+                for draw in range(draws):
+                    cotangent = score(logits, mx.random.key(number * draws + draw))
+                    for window, pulled in zip(batch[:, None], cotangent[:, None], strict=True):
+                        _gather(modules, lambda t=window: [model(t)], [], [pulled], found, across)
+            yield found
     finally:
         model.train(training)
-    return found
 
 
-def _by_layer(
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    tokens: mx.array,
-    recording: Recording,
-    cotangent: mx.array,
-    found: dict[str, Factors],
-    across: Collection[str],
-) -> None:
-    inside = {id(m): i for i, layer in enumerate(decoder_layers(model)) for m in layer.modules()}
-    # Gradients at the arrays that each call was handed, from the last call to the first.
-    pulled: list[list[mx.array]] = [[] for _ in recording]
-    for number in reversed(range(len(recording))):
-        call, layer = recording[number], decoder_layers(model)[recording[number].index]
+class _Walk:
+    """Layers from the last to the first, and for each all batches and draws of labels."""
 
-        def after(*outputs: mx.array, number=number) -> list[mx.array]:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: list[mx.array],
+        recorded: list[Recording],
+        draws: int,
+        across: Collection[str],
+        stream: Stream | None,
+    ):
+        self.model, self.batches, self.recorded = model, batches, recorded
+        self.draws, self.across, self.stream = draws, across, stream
+        # For each batch and draw: gradients at what each call was handed, as far as known.
+        calls = len(recorded[0])
+        self.pulled: dict[tuple[int, int], list[list[mx.array]]] = {
+            (batch, draw): [[] for _ in range(calls)]
+            for batch in range(len(batches))
+            for draw in range(draws)
+        }
+        self.scores: dict[tuple[int, int], mx.array] = {}
+
+    def layers(self, modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[str, Factors]]:
+        layers = decoder_layers(self.model)
+        inside = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
+        ran = [call.index for call in self.recorded[0]]
+        found: dict[int, dict[str, Factors]] = {}
+        for number in reversed(range(len(ran))):
+            index = ran[number]
+            own = {path: m for path, m in modules.items() if inside.get(id(m)) == index}
+            if index not in found:
+                found[index] = {path: Factors(tokens=tokens) for path in own}
+            with self.stream.layer(index) if self.stream else nullcontext():
+                for batch in range(len(self.batches)):
+                    self.call(number, layers[index], own, batch, found[index])
+            if index not in ran[:number]:  # a model may run its layers more than once
+                yield found.pop(index)
+        outer = {path: m for path, m in modules.items() if id(m) not in inside}
+        rest = {path: Factors(tokens=tokens) for path in outer}
+        for batch in range(len(self.batches)):
+            self.around(outer, batch, rest)
+        # Layers that never ran had no gradient.
+        idle = {path: i for path, m in modules.items() if (i := inside.get(id(m))) is not None}
+        yield rest | {path: Factors(tokens=tokens) for path, i in idle.items() if i not in ran}
+
+    def call(
+        self,
+        number: int,
+        layer: nn.Module,
+        own: dict[str, nn.Module],
+        batch: int,
+        found: dict[str, Factors],
+    ) -> None:
+        """Differentiate one call for one batch and all its draws."""
+        model, tokens, recording = self.model, self.batches[batch], self.recorded[batch]
+        call = recording[number]
+
+        def after(*outputs: mx.array) -> list[mx.array]:
             handed, logits = joined(model, tokens, recording, {number: list(outputs)})
             return [logits, *_flat(handed[number + 1 :])]
 
-        def run(*inputs: mx.array, layer=layer, call=call) -> list[mx.array]:
+        def run(*inputs: mx.array) -> list[mx.array]:
             args, kwargs = with_arrays((call.args, call.kwargs), list(inputs))
             return [array + 0 for array in arrays(layer(*args, **kwargs))]
 
-        later = [cotangent, *_flat(pulled[number + 1 :])]
-        _, gradients = mx.vjp(after, arrays(call.output), later)
-        own = {path: m for path, m in modules.items() if inside.get(id(m)) == call.index}
         inputs = arrays((call.args, call.kwargs))
-        pulled[number] = _gather(own, run, inputs, gradients, found, across)
+        for draw, cotangent in enumerate(self.cotangents(batch)):
+            pulled = self.pulled[batch, draw]
+            later = [cotangent, *_flat(pulled[number + 1 :])]
+            _, gradients = mx.vjp(after, arrays(call.output), later)
+            pulled[number] = _gather(own, run, inputs, gradients, found, self.across)
+            following = number + 1
+            if following < len(pulled) and recording[following].follows:
+                # Only this call's output led there. Zeros take no memory until they are used.
+                hidden = pulled[following][0]
+                pulled[following][0] = mx.zeros(hidden.shape, hidden.dtype)
 
-    def around() -> list[mx.array]:
-        handed, logits = joined(model, tokens, recording, {})
-        return [logits, *_flat(handed)]
+    def around(self, outer: dict[str, nn.Module], batch: int, found: dict[str, Factors]) -> None:
+        """Differentiate what is around the layers."""
+        model, tokens, recording = self.model, self.batches[batch], self.recorded[batch]
 
-    outer = {path: m for path, m in modules.items() if id(m) not in inside}
-    _gather(outer, around, [], [cotangent, *_flat(pulled)], found, across)
+        def run() -> list[mx.array]:
+            handed, logits = joined(model, tokens, recording, {})
+            return [logits, *_flat(handed)]
+
+        for draw, cotangent in enumerate(self.cotangents(batch)):
+            cotangents = [cotangent, *_flat(self.pulled[batch, draw])]
+            _gather(outer, run, [], cotangents, found, self.across)
+
+    def cotangents(self, batch: int) -> list[mx.array]:
+        """Gradients at the logits for each draw, not evaluated: most layers have no need of them.
+
+        They are as wide as the vocabulary, so that few are kept.
+        """
+        keys = [(batch, draw) for draw in range(self.draws)]
+        if keys[0] in self.scores:
+            return [self.scores[key] for key in keys]
+        _, logits = joined(self.model, self.batches[batch], self.recorded[batch], {})
+        seeds = [mx.random.key(batch * self.draws + draw) for draw in range(self.draws)]
+        found = [score(logits, seed) for seed in seeds]
+        if self.stream is None and logits.nbytes * len(self.pulled) <= KEPT:
+            self.scores |= dict(zip(keys, found, strict=True))
+        return found
 
 
 def _flat(lists: Iterable[list[mx.array]]) -> list[mx.array]:

@@ -41,6 +41,13 @@ class Factors:
         """Whether any gradient reached the tensor."""
         return self.inputs is not None or self.columns is not None
 
+    @property
+    def kept(self) -> "Factors":
+        """What rounding needs later, without the moments that costing alone uses."""
+        if self.columns is not None:
+            return self
+        return Factors(across=self.across, tokens=self.tokens)
+
     def cost(self, error: mx.array, left: "Residual | None" = None) -> float:
         """KL in nats per token that an error ``(..., out, in)`` in the weight adds.
 

@@ -1,6 +1,7 @@
 """From a model and a budget to a plan."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from .. import files
 from ..errors import BudgetError, InputError
 from . import calibration as calibrations
+from . import memory
 from .calibration import Calibration
 from .journal import model_digest
 from .kl import kl
@@ -17,6 +20,7 @@ from .packing import BITS, GROUP_SIZES, Size, Tensor, quantizable, tensors
 from .plan import Plan
 from .search import Study, search
 from .sensitivity import Method, Problem
+from .stream import Stream
 from .taylor import taylor
 
 METHODS: Mapping[str, Method] = {"taylor": taylor, "kl": kl}
@@ -34,6 +38,8 @@ def study_model(
     method_name: str = "taylor",
     refine: bool = False,
     digest: str | None = None,
+    load: Callable[[], nn.Module] | None = None,
+    scratch: Path | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Study:
@@ -51,6 +57,9 @@ def study_model(
         method_name: Its name, for the metadata.
         refine: Whether the packed weights will be refined.
         digest: Hash of the model, under which measurements are kept; None keeps none for later.
+        load: Loads the model again, not evaluated. With it, a model too large for memory is read
+            layer by layer, which takes its parameters out of ``model``; see `memory.streams`.
+        scratch: Folder for temporary files of such a model; None for the cache.
         progress: Whether to show progress bars.
         say: Receives one-line messages.
 
@@ -69,12 +78,16 @@ def study_model(
     size = Size.of(model, candidates)
     if budget is not None:
         check_budget(budget, size, candidates)
+    stream = None
+    if load is not None and memory.streams(model):
+        say(f"[optiq] {_gibibytes(model)}: reading the model layer by layer")
+        stream = Stream(model, load, to_compute_dtype, scratch or files.cache_dir())
     modules = dict(quantizable(model))
-    weights = {t.path: modules[t.path].weight for t in candidates}
-    to_compute_dtype(model)
+    weights = stream or {t.path: modules[t.path].weight for t in candidates}
+    model.update(tree_map(to_compute_dtype, model.parameters()))
     data = load_calibration(model, tokenizer, calibration, say)
     key = {"model": digest, "device": str(mx.default_device())} if digest else None
-    problem = Problem(model, weights, candidates, data, key, progress, refine, say)
+    problem = Problem(model, weights, candidates, data, key, progress, refine, say, stream=stream)
     say(
         f"[optiq] Measuring {len(candidates)} tensors with {method_name} on "
         f"{data.measured.size} tokens ({data.source})"
@@ -133,15 +146,16 @@ def load_calibration(
     return calibrations.sampled(model, tokenizer)
 
 
-def to_compute_dtype(model: nn.Module) -> None:
-    """On a CPU, put the parameters into float32: half precision is emulated there."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.update(
-            tree_map(
-                lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a,
-                model.parameters(),
-            )
-        )
+def to_compute_dtype(array: mx.array) -> mx.array:
+    """On a CPU, float32 in place of other floating-point types: half precision is emulated."""
+    if mx.default_device() == mx.Device(mx.cpu) and mx.issubdtype(array.dtype, mx.floating):
+        return array.astype(mx.float32)
+    return array
+
+
+def _gibibytes(model: nn.Module) -> str:
+    needed, limit = memory.resident_bytes(model) / 2**30, memory.limit() / 2**30
+    return f"The weights take {needed:.2f} GiB in memory, of {limit:.2f} GiB"
 
 
 def plan_folder(path_or_repo: str, budget: float, **settings: Any) -> Plan:
@@ -156,7 +170,8 @@ def plan_folder(path_or_repo: str, budget: float, **settings: Any) -> Plan:
     names = ("dtype", "revision", "trust_remote_code")
     source = {name: settings.pop(name) for name in names if name in settings}
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
-    return plan_model(model, tokenizer, budget, digest=digest, **settings)
+    load = partial(reload, path_or_repo, **source)
+    return plan_model(model, tokenizer, budget, digest=digest, load=load, **settings)
 
 
 def load_unquantized(
@@ -187,6 +202,19 @@ def load_unquantized(
         )
     cast(model, config, dtype)
     return model, tokenizer, f"{model_digest(local_folder(path_or_repo))}-{dtype}"
+
+
+def reload(
+    path_or_repo: str,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of `load_unquantized` once more, not evaluated."""
+    model, _, config = load(path_or_repo, revision, trust_remote_code)
+    cast(model, config, dtype)
+    return model
 
 
 def load(path_or_repo: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any, dict]:

@@ -6,7 +6,8 @@ behind the layers that are quantized already; its target leans towards the refer
 reference's own inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,12 +15,14 @@ import mlx.nn as nn
 from tqdm import tqdm
 
 from ..errors import OptiqError
-from .blocks import Call, Recording, chained, decoder_layers, finish, record
+from .blocks import Call, Recording, chained, decoder_layers, finish, layer_index
 from .divergence import Reference
+from .lockstep import entry, recordings
 from .moments import Factors
 from .packing import Packing, quantizable, quantize
 from .rounding import Packed, round_weight
 from .sensitivity import Problem, batches
+from .spill import SpilledPacked
 from .taps import Use, tapped
 from .taylor import differentiated
 
@@ -29,7 +32,7 @@ SHARE = 0.5
 RIDGE = 0.05
 
 #: Tensor path -> (packed, scales, biases).
-Refined = dict[str, Packed]
+Refined = Mapping[str, Packed]
 
 
 def refine(problem: Problem, packings: dict[str, Packing]) -> Refined:
@@ -43,34 +46,24 @@ def refine(problem: Problem, packings: dict[str, Packing]) -> Refined:
         What to store for each packed tensor. Stacked experts, and models whose layers do not pass
         a hidden state on plainly, are rounded as MLX does it.
     """
-    refiner = _Refiner(problem, packings)
-    originals = {path: module.weight for path, module in refiner.modules.items()}
-    try:
+    refiner, index = _Refiner(problem, packings), layer_index(problem.model)
+    with refiner.originals([path for path in refiner.modules if path not in index]):
         refiner.run()
-    finally:
-        for path, module in refiner.modules.items():
-            module.weight = originals[path]
     return refiner.result
 
 
 def judge(problem: Problem, packings: dict[str, Packing], refined: Refined) -> float:
     """KL(reference || refined) on the held-out windows, in nats per token."""
-    modules = dict(quantizable(problem.model))
     references = [
         (tokens, Reference.of(problem.model(tokens)))
         for tokens in batches(problem.calibration.held_out)
     ]
-    originals = {path: modules[path].weight for path in refined}
-    try:
-        for path, packed in refined.items():
-            modules[path].weight = restored(packed, packings[path], problem.dtype)
+    dtype = problem.dtype
+    with problem.replaced(refined, lambda p: restored(refined[p], packings[p], dtype)):
         total = sum(
             float(reference.divergence(problem.model(tokens)).sum())
             for tokens, reference in references
         )
-    finally:
-        for path, weight in originals.items():
-            modules[path].weight = weight
     return total / problem.calibration.held_out.size
 
 
@@ -118,8 +111,11 @@ class _Refiner:
         self.problem = problem
         self.modules = dict(quantizable(problem.model))
         self.plan = {path: p for path, p in packings.items() if p.packed}
-        self.result: Refined = {}
-        self.factors: dict[str, Factors] = {}
+        self.result: dict[str, Packed] | SpilledPacked = {}
+        if problem.stream is not None:
+            self.result = SpilledPacked(problem.stream.spill)
+        self.block: dict[str, Packed] = {}
+        self.factors: Mapping[str, Factors] = {}
 
     def run(self) -> None:
         model, data = self.problem.model, batches(self.problem.calibration.refining)
@@ -130,31 +126,52 @@ class _Refiner:
         for path in self.plan:
             index = inside.get(id(self.modules[path]))
             (outer if index is None else own[index]).append(path)
-        recordings = [record(model, tokens)[1] for tokens in data]
-        if not layers or not all(chained(r) for r in recordings):
-            for path in self.plan:
-                self.store(path, self.plain(path))
+        recorded = recordings(model, data, self.problem.stream)
+        if not layers or not all(chained(r) for r in recorded):
+            for paths in (outer, *own):
+                plain = {path: self.plain(path) for path in paths}
+                mx.eval(plain)
+                self.result.update(plain)
             return
         found = self.factors = differentiated(self.problem)
         lookups = [path for path in outer if found[path].columns is not None]
         for path in lookups:
             self.store(path, self.embedding(path, found[path]))
+        self.flush()
         # With the embedding rounded, the first layer sees other inputs than the reference's.
         hidden = [
-            record(model, t)[1][0].hidden if lookups else r[0].hidden
-            for t, r in zip(data, recordings, strict=True)
+            entry(model, t) if lookups else r[0].hidden for t, r in zip(data, recorded, strict=True)
         ]
+        mx.eval(hidden)
         for index in tqdm(range(len(layers)), desc="Refining", disable=not self.problem.progress):
-            calls = [r[index] for r in recordings]
-            hidden = self.layer(layers[index], own[index], calls, hidden)
+            calls = [r[index] for r in recorded]
+            with self.problem.layer(index), self.originals(own[index]):
+                hidden = self.layer(layers[index], own[index], calls, hidden)
+            self.flush()
         rest = [path for path in outer if path not in lookups]
-        self.head(rest, data, recordings, hidden)
+        self.head(rest, data, recorded, hidden)
+        self.flush()
+
+    @contextmanager
+    def originals(self, paths: list[str]) -> Iterator[None]:
+        """Puts the weights of some tensors back afterwards."""
+        kept = {path: self.modules[path].weight for path in paths}
+        try:
+            yield
+        finally:
+            for path, weight in kept.items():
+                self.modules[path].weight = weight
 
     def store(self, path: str, packed: Packed) -> None:
         """Keep a tensor's result and put what it stands for into the model."""
         weight = restored(packed, self.plan[path], self.problem.dtype)
         mx.eval(packed, weight)
-        self.result[path], self.modules[path].weight = packed, weight
+        self.block[path], self.modules[path].weight = packed, weight
+
+    def flush(self) -> None:
+        """Hand over what was stored."""
+        self.result.update(self.block)
+        self.block = {}
 
     def plain(self, path: str) -> Packed:
         """MLX's own rounding."""
@@ -228,13 +245,13 @@ class _Refiner:
         self,
         paths: list[str],
         data: list[mx.array],
-        recordings: list[Recording],
+        recorded: list[Recording],
         hidden: list[mx.array],
     ) -> None:
         """Refine what comes behind the last decoder layer, such as an untied lm_head."""
         modules = {path: self.modules[path] for path in paths}
         totals: dict[str, mx.array] = {}
-        for tokens, recording, state in zip(data, recordings, hidden, strict=True):
+        for tokens, recording, state in zip(data, recorded, hidden, strict=True):
             found = _inputs(
                 modules,
                 lambda t=tokens, r=recording, h=state: finish(self.problem.model, t, r, h),

@@ -1,7 +1,7 @@
 """How much each tensor costs in each packing, measured on the model itself."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,16 +9,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .blocks import arrays, calls_replaced, decoder_layers, layer_index
 from .calibration import Calibration
 from .divergence import Reference
 from .journal import Journal
 from .packing import Packing, Tensor, dequantized, quantizable
+from .stream import Stream
 
 #: Tensor path -> packing -> expected KL in nats per token when only that tensor is packed.
 Sensitivity = dict[str, dict[Packing, float]]
 
 #: Counted up when a method measures anew what an older version kept.
-VERSION = 3
+VERSION = 4
 
 #: Windows run at once.
 BATCH = 4
@@ -39,10 +41,11 @@ class Problem:
         refine: Whether the packed weights will be refined, which leaves less error.
         say: Receives one-line messages.
         results: What one step leaves for another.
+        stream: Of the model, if its layers are on disk; it is then ``weights`` too.
     """
 
     model: nn.Module
-    weights: dict[str, mx.array]
+    weights: Mapping[str, mx.array]
     tensors: tuple[Tensor, ...]
     calibration: Calibration
     key: dict[str, Any] | None = None
@@ -50,6 +53,7 @@ class Problem:
     refine: bool = False
     say: Callable[[str], None] = print
     results: dict[str, Any] = field(default_factory=dict)
+    stream: Stream | None = None
 
     def journal(self, method: str) -> Journal:
         """The measurements kept for this problem under one method."""
@@ -69,18 +73,55 @@ class Problem:
         modules = dict(quantizable(self.model))
         return modules[self.tensors[0].path].weight.dtype
 
-    @contextmanager
-    def packed(self, choice: dict[str, Packing]) -> Iterator[None]:
+    def layer(self, index: int) -> AbstractContextManager[None]:
+        """Keeps a decoder layer in memory while inside, if the model is on disk."""
+        return nullcontext() if self.stream is None else self.stream.layer(index)
+
+    def packed(self, choice: dict[str, Packing]) -> AbstractContextManager[None]:
         """The model with some tensors replaced by what a packing leaves of them."""
-        modules = dict(quantizable(self.model))
-        originals = {path: modules[path].weight for path in choice}
-        try:
-            for path, packing in choice.items():
-                modules[path].weight = dequantized(self.weights[path], packing, self.dtype)
+        dtype = self.dtype
+        return self.replaced(choice, lambda p: dequantized(self.weights[p], choice[p], dtype))
+
+    @contextmanager
+    def replaced(self, paths: Iterable[str], weight: Callable[[str], mx.array]) -> Iterator[None]:
+        """The model with other weights.
+
+        Those of several decoder layers are put in as each layer runs, and taken out after: there
+        never is a second model in memory.
+
+        Args:
+            paths: Of the tensors to replace.
+            weight: Makes a tensor's weight (..., out, in), in the dtype to compute in.
+        """
+        modules, index = dict(quantizable(self.model)), layer_index(self.model)
+        inner: dict[int, list[str]] = {}
+        outer = []
+        for path in paths:
+            (outer if path not in index else inner.setdefault(index[path], [])).append(path)
+        if self.stream is None and len(inner) < 2:
+            outer, inner = [*outer, *(path for own in inner.values() for path in own)], {}
+
+        @contextmanager
+        def swapped(paths: list[str]) -> Iterator[None]:
+            originals = {path: modules[path].weight for path in paths}
+            try:
+                for path in paths:
+                    modules[path].weight = weight(path)
+                yield
+            finally:
+                for path, original in originals.items():
+                    modules[path].weight = original
+
+        def call(number: int, original: Any, args: tuple, kwargs: dict) -> Any:
+            if number not in inner:
+                return original(*args, **kwargs)
+            with self.layer(number), swapped(inner[number]):
+                output = original(*args, **kwargs)
+                mx.eval(arrays(output))
+            return output
+
+        with swapped(outer), calls_replaced(decoder_layers(self.model) if inner else [], call):
             yield
-        finally:
-            for path, weight in originals.items():
-                modules[path].weight = weight
 
 
 Method = Callable[[Problem], Sensitivity]

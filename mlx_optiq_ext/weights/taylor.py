@@ -1,16 +1,20 @@
 """Sensitivity from one backward pass: the second-order term of the KL divergence's expansion."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from .blocks import decoder_layers
 from .fisher import factors
+from .journal import Journal
 from .kl import anchor, measured, probe
 from .moments import Factors
 from .packing import Packing, Tensor, dequantized
 from .sensitivity import Problem, Sensitivity, batches
+from .spill import Spill, Spilled
 
 #: Tensors measured directly, to fit the scale of the expansion.
 DIRECT = 4
@@ -27,53 +31,132 @@ def taylor(problem: Problem) -> Sensitivity:
     all of them is fitted to a few direct measurements. A tensor that no gradient reached is
     measured directly.
     """
-    journal = problem.journal("taylor refined" if problem.refine else "taylor")
-    missing = [
-        t for t in problem.tensors if any(journal.get(t.path, p) is None for p in t.packings)
-    ]
+    ledger = _Ledger.of(problem)
+    missing = {t.path: t for t in problem.tensors if not ledger.has(t)}
     if missing:
-        found = differentiated(problem)
-        seen = [t for t in missing if found[t.path].seen]
-        scale = fit(problem, seen, found)
-        for tensor in tqdm(seen, desc="Costing", disable=not problem.progress):
-            journal.add_all(
-                tensor.path,
-                {p: scale * c for p, c in costs(problem, tensor, found[tensor.path]).items()},
-            )
-        unseen = [t for t in missing if not found[t.path].seen]
-        for path, direct in measured(problem, unseen).items():
-            journal.add_all(path, direct)
-    return {t.path: {p: journal.get(t.path, p) or 0.0 for p in t.packings} for t in problem.tensors}
+
+        def visit(path: str, found: Factors) -> None:
+            if path in missing and found.seen:
+                ledger.write(problem, missing.pop(path), found)
+
+        problem.results["factors"] = differentiate(problem, visit)
+        for path, direct in measured(problem, missing.values()).items():
+            ledger.direct.add_all(path, direct)
+    expanded = [t for t in problem.tensors if not ledger.was_measured(t)]
+    scale = fit(problem, expanded, {t.path: ledger.plain.get(t.path, anchor(t)) for t in expanded})
+    result: Sensitivity = {}
+    for tensor in problem.tensors:
+        by, factor = (ledger.direct, 1.0) if ledger.was_measured(tensor) else (ledger.costs, scale)
+        result[tensor.path] = {p: factor * (by.get(tensor.path, p) or 0.0) for p in tensor.packings}
+    return result
 
 
-def differentiated(problem: Problem) -> dict[str, Factors]:
-    """The factors of every tensor; empty ones if MLX cannot differentiate the model.
+@dataclass(frozen=True)
+class _Ledger:
+    """What is kept on disk.
+
+    Attributes:
+        costs: Of the expansion, not yet scaled.
+        plain: The same at the packing of `anchor` and without error feedback, which probes measure.
+        direct: Of tensors that no gradient reached.
+    """
+
+    costs: Journal
+    plain: Journal
+    direct: Journal
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Ledger":
+        name = "taylor refined" if problem.refine else "taylor"
+        return cls(*(problem.journal(n) for n in (name, f"{name} anchors", "taylor direct")))
+
+    def was_measured(self, tensor: Tensor) -> bool:
+        return all(self.direct.get(tensor.path, p) is not None for p in tensor.packings)
+
+    def has(self, tensor: Tensor) -> bool:
+        known = all(self.costs.get(tensor.path, p) is not None for p in tensor.packings)
+        anchored = self.plain.get(tensor.path, anchor(tensor)) is not None
+        return (known and anchored) or self.was_measured(tensor)
+
+    def write(self, problem: Problem, tensor: Tensor, found: Factors) -> None:
+        plain = anchor(tensor)
+        found_costs = costs(problem, tensor, found)
+        alone = costs(problem, tensor, found, [plain], feedback=False)
+        self.plain.add_all(tensor.path, alone)
+        self.costs.add_all(tensor.path, found_costs)
+
+
+def differentiated(problem: Problem) -> Mapping[str, Factors]:
+    """What rounding needs of every tensor's factors; empty ones if MLX cannot differentiate.
 
     For a problem that will be refined, more windows and draws of labels are used, and output
     moments are kept whole as far as `widest` allows. Computed once a problem.
     """
     if "factors" not in problem.results:
-        problem.results["factors"] = _differentiated(problem)
+        problem.results["factors"] = differentiate(problem)
     return problem.results["factors"]
 
 
-def _differentiated(problem: Problem) -> dict[str, Factors]:
+def differentiate(
+    problem: Problem, visit: Callable[[str, Factors], None] = lambda path, found: None
+) -> Mapping[str, Factors]:
+    """Show every tensor's factors to ``visit``, and return what rounding needs of them."""
     tokens, draws, across = problem.calibration.measured, 1, set()
     if problem.refine:
         every = max(1, len(problem.calibration.refining) // WINDOWS)
         tokens, draws = problem.calibration.refining[::every], DRAWS
         across = widest(problem.tensors)
-    data = batches(tokens)
+    kept: dict[str, Factors] | SpilledFactors = {}
+    if problem.stream is not None:
+        kept = SpilledFactors(problem.stream.spill)
+    blocks = _tried(
+        problem,
+        factors(problem.model, batches(tokens), draws=draws, across=across, stream=problem.stream),
+    )
+    total = len(decoder_layers(problem.model)) + 1
+    for found in tqdm(blocks, desc="Costing", total=total, disable=not problem.progress):
+        for path, factor in found.items():
+            visit(path, factor)
+        kept.update({path: factor.kept for path, factor in found.items()})
+    return kept
+
+
+def _tried(problem: Problem, blocks: Iterator[dict[str, Factors]]) -> Iterator[dict[str, Factors]]:
     try:
-        with tqdm(total=len(data), desc="Backward passes", disable=not problem.progress) as bar:
-            return factors(problem.model, data, bar.update, draws=draws, across=across)
+        yield from blocks
     except (ValueError, RuntimeError) as error:  # an operation or kernel without a gradient
         reason = str(error).strip().partition("\n")[0]
         problem.say(
             f"[optiq] This model cannot be differentiated ({reason}): measuring each tensor "
             "directly, which takes longer"
         )
-        return {tensor.path: Factors() for tensor in problem.tensors}
+        yield {tensor.path: Factors() for tensor in problem.tensors}
+
+
+class SpilledFactors(Mapping[str, Factors]):
+    """Factors on disk: each look-up reads them anew."""
+
+    def __init__(self, spill: Spill):
+        self._arrays, self._tokens = Spilled(spill), {}
+
+    def update(self, found: Mapping[str, Factors]) -> None:
+        """Keep some."""
+        self._tokens.update({path: factor.tokens for path, factor in found.items()})
+        parts = {
+            path: {k: v for k, v in vars(factor).items() if isinstance(v, mx.array)}
+            for path, factor in found.items()
+        }
+        self._arrays.add({path: part for path, part in parts.items() if part})
+
+    def __getitem__(self, path: str) -> Factors:
+        found = self._arrays.get(path, {})
+        return Factors(**found, tokens=self._tokens[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
 
 
 def widest(tensors: Iterable[Tensor]) -> set[str]:
@@ -90,29 +173,41 @@ def widest(tensors: Iterable[Tensor]) -> set[str]:
     return chosen
 
 
-def costs(problem: Problem, tensor: Tensor, found: Factors) -> dict[Packing, float]:
-    """KL in nats per token of each candidate of one tensor, not yet scaled."""
+def costs(
+    problem: Problem,
+    tensor: Tensor,
+    found: Factors,
+    packings: Iterable[Packing] | None = None,
+    *,
+    feedback: bool = True,
+) -> dict[Packing, float]:
+    """KL in nats per token of some candidates of one tensor, or of all; not yet scaled.
+
+    For a problem that will be refined, of what error ``feedback`` leaves.
+    """
     weight = problem.weights[tensor.path]
     exact = weight.astype(mx.float32)
-    left = found.residuals() if problem.refine else None
+    left = found.residuals() if problem.refine and feedback else None
     return {
         p: found.cost(dequantized(weight, p, mx.float32) - exact, left) if p.packed else 0.0
-        for p in tensor.packings
+        for p in packings or tensor.packings
     }
 
 
-def fit(problem: Problem, tensors: list[Tensor], found: dict[str, Factors]) -> float:
-    """The factor that brings the expansion to a few directly measured divergences."""
-    predicted = {}
-    for tensor in tensors:
-        weight = problem.weights[tensor.path]
-        left = dequantized(weight, anchor(tensor), mx.float32) - weight.astype(mx.float32)
-        predicted[tensor.path] = found[tensor.path].cost(left)
-    ordered = sorted((t for t in tensors if predicted[t.path] > 0), key=lambda t: predicted[t.path])
+def fit(problem: Problem, tensors: list[Tensor], predicted: Mapping[str, float | None]) -> float:
+    """The factor that brings the expansion to a few directly measured divergences.
+
+    Args:
+        problem: To measure.
+        tensors: Those that were expanded.
+        predicted: KL of each at the packing of `anchor`, not yet scaled.
+    """
+    costs = {path: cost for path, cost in predicted.items() if cost is not None and cost > 0}
+    ordered = sorted((t for t in tensors if t.path in costs), key=lambda t: costs[t.path])
     if not ordered:
         return 1.0
     # Spread over the upper half: what matters little stands out of the noise least.
     positions = np.linspace(len(ordered) // 2, len(ordered) - 1, DIRECT).round().astype(int)
     probes = probe(problem, [ordered[i] for i in np.unique(positions)])
-    ratios = [np.log(kl / predicted[path]) for path, kl in probes.items()]
+    ratios = [np.log(kl / costs[path]) for path, kl in probes.items()]
     return float(np.exp(np.mean(ratios)))

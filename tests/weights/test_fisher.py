@@ -16,6 +16,10 @@ from .conftest import moe
 TOKENS = mx.array([[5, 9, 200, 31, 7, 44, 81, 3], [8, 8, 100, 2, 64, 12, 900, 77]])
 
 
+def gathered(model) -> dict[str, Factors]:
+    return {path: f for block in factors(model, [TOKENS]) for path, f in block.items()}
+
+
 def array(value):
     return np.array(value, np.float64)
 
@@ -37,9 +41,9 @@ def test_taps_see_both_uses_of_a_tied_embedding(loaded):
 
 def test_by_layer_and_as_a_whole_give_the_same_factors(loaded, monkeypatch):
     model = loaded[0]
-    by_layer = factors(model, [TOKENS])
-    monkeypatch.setattr(module, "record", lambda model, tokens: (model(tokens), []))
-    whole = factors(model, [TOKENS])
+    by_layer = gathered(model)
+    monkeypatch.setattr(module, "recordings", lambda *args: [[]])
+    whole = gathered(model)
     assert set(by_layer) == set(whole) == {path for path, _ in quantizable(model)}
     for path, found in by_layer.items():
         for name in ("inputs", "outputs", "lookups", "columns"):
@@ -52,7 +56,7 @@ def test_by_layer_and_as_a_whole_give_the_same_factors(loaded, monkeypatch):
 
 def test_outputs_are_the_squared_gradients_of_the_sampled_loss(loaded):
     model, path = loaded[0], "model.layers.1.mlp.down_proj"
-    found = factors(model, [TOKENS])[path]
+    found = gathered(model)[path]
     layer = model.layers[1].mlp.down_proj
     logits = model(TOKENS)
     drawn = mx.random.categorical(logits.astype(mx.float32), key=mx.random.key(0))
@@ -135,7 +139,7 @@ def test_predicted_divergence_is_near_the_measured_one(tiny, monkeypatch):
 
 def test_stacked_experts_are_factored_per_expert():
     model = moe()
-    found = factors(model, [TOKENS])
+    found = gathered(model)
     experts = {path: f for path, f in found.items() if "switch_mlp" in path}
     assert len(experts) == 6
     for path, f in experts.items():
@@ -152,7 +156,7 @@ def test_the_model_is_left_as_it_was(loaded):
     model = loaded[0]
     model.eval()
     plain, classes = model(TOKENS), [type(m) for m in model.modules()]
-    factors(model, [TOKENS])
+    gathered(model)
     assert mx.array_equal(model(TOKENS), plain)
     assert [type(m) for m in model.modules()] == classes
     assert not model.training

@@ -84,11 +84,12 @@ def calls_replaced(layers: list[nn.Module], call: Any) -> Iterator[None]:
 
     The class is swapped for a subclass, since Python looks ``__call__`` up on the type.
     """
-    classes = [type(layer) for layer in layers]
+    classes, calls = [type(layer) for layer in layers], [call]
     try:
-        replace_calls(layers, call)
+        replace_calls(layers, lambda *given: calls[0](*given))
         yield
     finally:
+        calls.clear()  # a class is collected late, and must not keep what the call gathered
         for layer, cls in zip(layers, classes, strict=True):
             layer.__class__ = cls
 

@@ -106,7 +106,9 @@ class Problem:
             originals = {path: modules[path].weight for path in paths}
             try:
                 for path in paths:
-                    modules[path].weight = weight(path)
+                    modules[path].weight = made = weight(path)
+                    mx.eval(made)  # one at a time, for what is needed on the way
+                    del made
                 yield
             finally:
                 for path, original in originals.items():

@@ -47,20 +47,21 @@ def tapped(modules: Mapping[str, nn.Module], tap: Tap) -> Iterator[None]:
         tap: Called with each use, in the order they happen.
     """
     classes = {path: type(module) for path, module in modules.items()}
+    taps = [tap]
 
     def subclass(path: str, cls: type) -> type:
         def call(self, x, *args, **kwargs):
             indices = args[0] if args and isinstance(args[0], mx.array) else kwargs.get("indices")
             output = cls.__call__(self, x, *args, **kwargs)
             if isinstance(output, mx.array):
-                return tap(Use(path, x, indices, output))
+                return taps[0](Use(path, x, indices, output))
             # A fused projection returns its parts.
-            whole = tap(Use(path, x, indices, mx.concatenate(output, axis=-1)))
+            whole = taps[0](Use(path, x, indices, mx.concatenate(output, axis=-1)))
             *ends, _ = accumulate(part.shape[-1] for part in output)
             return mx.split(whole, ends, axis=-1)
 
         def as_linear(self, x):
-            return tap(Use(path, x, None, cls.as_linear(self, x)))  # pyright: ignore
+            return taps[0](Use(path, x, None, cls.as_linear(self, x)))  # pyright: ignore
 
         body: dict[str, Any] = {"__call__": call}
         if hasattr(cls, "as_linear"):
@@ -72,5 +73,6 @@ def tapped(modules: Mapping[str, nn.Module], tap: Tap) -> Iterator[None]:
             module.__class__ = subclass(path, classes[path])
         yield
     finally:
+        taps.clear()  # a class is collected late, and must not keep what the tap gathered
         for path, module in modules.items():
             module.__class__ = classes[path]

@@ -79,11 +79,10 @@ class _Ledger:
         return (known and anchored) or self.was_measured(tensor)
 
     def write(self, problem: Problem, tensor: Tensor, found: Factors) -> None:
-        plain = anchor(tensor)
-        found_costs = costs(problem, tensor, found)
-        alone = costs(problem, tensor, found, [plain], feedback=False)
-        self.plain.add_all(tensor.path, alone)
-        self.costs.add_all(tensor.path, found_costs)
+        at, every = anchor(tensor), costs(problem, tensor, found)
+        alone = costs(problem, tensor, found, [at], feedback=False) if problem.refine else every
+        self.plain.add(tensor.path, at, alone[at])
+        self.costs.add_all(tensor.path, every)
 
 
 def differentiated(problem: Problem) -> Mapping[str, Factors]:
@@ -115,10 +114,17 @@ def differentiate(
     )
     total = len(decoder_layers(problem.model)) + 1
     for found in tqdm(blocks, desc="Costing", total=total, disable=not problem.progress):
-        for path, factor in found.items():
-            visit(path, factor)
-        kept.update({path: factor.kept for path, factor in found.items()})
+        kept.update(_visited(found, visit))
+        found.clear()  # one block's moments at a time
     return kept
+
+
+def _visited(
+    found: dict[str, Factors], visit: Callable[[str, Factors], None]
+) -> dict[str, Factors]:
+    for path, factor in found.items():
+        visit(path, factor)
+    return {path: factor.kept for path, factor in found.items()}
 
 
 def _tried(problem: Problem, blocks: Iterator[dict[str, Factors]]) -> Iterator[dict[str, Factors]]:

@@ -109,7 +109,8 @@ def arrays(model: nn.Module) -> dict[str, mx.array]:
 def factors_of(model: nn.Module) -> dict[str, fisher.Factors] | None:
     """Factors from one window, or None if MLX has no gradient for an operation."""
     try:
-        return fisher.factors(model, [TOKENS[:1]])
+        blocks = fisher.factors(model, [TOKENS[:1]])
+        return {path: found for block in blocks for path, found in block.items()}
     except ValueError as error:
         if "Cannot calculate VJP" not in str(error):
             raise

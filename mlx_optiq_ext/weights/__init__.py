@@ -2,13 +2,13 @@
 
 from .allocation import allocate
 from .calibration import Calibration
-from .conversion import Conversion, Request, prepare
+from .conversion import Conversion, Request, prepare, put
 from .distillation import distill
 from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, tensors
 from .plan import Plan, check_written
 from .plan_file import read_plan
 from .planning import METHODS, plan_folder, plan_model, study_model
-from .refinement import put, refine
+from .refinement import refine
 from .search import Study, search
 from .sensitivity import Problem, Sensitivity
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from ..errors import InputError, OptiqError
 from .distillation import STEPS, distill
 from .memory import block_bytes, streams
 from .packing import Size, tensors
@@ -97,6 +99,11 @@ def prepare(
     mx.reset_peak_memory()
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
     block = block_bytes(model) if streams(model) else None
+    if request.distill and block is not None:
+        raise InputError(
+            "distillation holds the whole model, which is too large for this machine's memory: "
+            "leave out --optiq-distill, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
+        )
     if request.plan_file is not None:
         found = tuple(tensors(model, allow_unpacked=True))
         plan = read_plan(request.plan_file, found, Size.of(model, found))
@@ -167,3 +174,23 @@ def distilled(
         say("[optiq] Distillation did not lower the KL on held-out windows: left out")
         return conversion
     return replace(conversion, plan=replace(plan, kl=kl), refined=values)
+
+
+def put(model: nn.Module, refined: Refined) -> None:
+    """Replace what ``quantize_model`` stored in a model by the refined values.
+
+    Raises:
+        OptiqError: A tensor is not there, or is packed in another way.
+    """
+    modules = dict(model.named_modules())
+    for path, packed in refined.items():
+        module = modules.get(path)
+        for name, value in zip(("weight", "scales", "biases"), packed, strict=True):
+            stored = None if module is None else module.get(name)
+            if stored is None or (stored.shape, stored.dtype) != (value.shape, value.dtype):
+                raise OptiqError(
+                    f"{path}.{name} was refined as {value.dtype} {value.shape}, but mlx-lm made "
+                    f"{'nothing' if stored is None else f'{stored.dtype} {stored.shape}'} of it: "
+                    "please report this with your mlx-lm version"
+                )
+            setattr(module, name, value)

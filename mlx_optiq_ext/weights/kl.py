@@ -10,9 +10,10 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from .blocks import Recording, layer_index, record, resume
+from .blocks import Recording, decoder_layers, layer_index, record, resume
 from .divergence import Reference
 from .journal import Journal
+from .lockstep import recordings
 from .packing import Packing, Tensor
 from .sensitivity import BATCH, Problem, Sensitivity, error
 
@@ -36,8 +37,13 @@ class _Recorded:
     reference: Reference
 
     @classmethod
-    def of(cls, model: nn.Module, tokens: mx.array) -> "_Recorded":
-        logits, recording = record(model, tokens)
+    def of(cls, problem: Problem, tokens: mx.array) -> "_Recorded":
+        model = problem.model
+        if problem.stream is None:
+            logits, recording = record(model, tokens)
+        else:
+            (recording,) = recordings(model, [tokens], problem.stream)
+            logits = resume(model, tokens, recording, len(decoder_layers(model)))
         return cls(tokens, recording, Reference.of(logits))
 
     def divergence(self, model: nn.Module, start: int) -> float:
@@ -62,7 +68,7 @@ class _Probes:
         vocabulary = model(mx.array(tokens[:1, :1])).shape[-1]  # not evaluated
         rows = max(BATCH, LOGITS // (4 * tokens.shape[1] * vocabulary))
         starts = range(0, len(tokens), rows)
-        return [_Recorded.of(model, mx.array(tokens[i : i + rows])) for i in starts]
+        return [_Recorded.of(self.problem, mx.array(tokens[i : i + rows])) for i in starts]
 
     @cached_property
     def _layers(self) -> dict[str, int]:

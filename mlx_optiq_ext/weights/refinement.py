@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
-from ..errors import OptiqError
 from .blocks import Call, Recording, chained, decoder_layers, finish, layer_index
 from .divergence import Reference
 from .lockstep import entry, recordings
@@ -76,26 +75,6 @@ def restored(packed: Packed, packing: Packing, dtype: mx.Dtype) -> mx.array:
         group_size=packing.group_size,
         bits=packing.bits,
     )
-
-
-def put(model: nn.Module, refined: Refined) -> None:
-    """Replace what ``quantize_model`` stored in a model by the refined values.
-
-    Raises:
-        OptiqError: A tensor is not there, or is packed in another way.
-    """
-    modules = dict(model.named_modules())
-    for path, packed in refined.items():
-        module = modules.get(path)
-        for name, value in zip(("weight", "scales", "biases"), packed, strict=True):
-            stored = None if module is None else module.get(name)
-            if stored is None or (stored.shape, stored.dtype) != (value.shape, value.dtype):
-                raise OptiqError(
-                    f"{path}.{name} was refined as {value.dtype} {value.shape}, but mlx-lm made "
-                    f"{'nothing' if stored is None else f'{stored.dtype} {stored.shape}'} of it: "
-                    "please report this with your mlx-lm version"
-                )
-            setattr(module, name, value)
 
 
 @dataclass

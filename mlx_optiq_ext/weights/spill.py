@@ -77,8 +77,8 @@ class Spilled(Mapping[str, Arrays]):
 
 
 def _group(arrays: Arrays, group: str) -> Arrays:
-    start = f"{group} "
-    return {k.removeprefix(start): a for k, a in arrays.items() if k.startswith(start)}
+    split = {path: path.rpartition(" ") for path in arrays}
+    return {name: arrays[path] for path, (found, _, name) in split.items() if found == group}
 
 
 class SpilledPacked(Mapping[str, tuple[mx.array, mx.array, mx.array]]):

@@ -1,6 +1,6 @@
 """Converts a generated model under a limit several times smaller, beside a control that may not.
 
-    python tests/benchmarks/larger_than_memory.py [--layers 64] [--limit-mb 1024] [--refine]
+    python tests/benchmarks/larger_than_memory.py [--layers 104] [--limit-mb 1024] [--refine]
 
 The model has random weights, so only memory and time mean anything. The limit is RLIMIT_DATA, which
 counts what a process allocates and not what the system caches of files. The control
@@ -76,10 +76,10 @@ def convert(arguments: list[str], limit: int, **environment: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=104)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--limit-mb", type=int, default=1024)
-    parser.add_argument("--words", type=int, default=300, help="of calibration text")
+    parser.add_argument("--words", type=int, default=60, help="of calibration text")
     parser.add_argument("--refine", action="store_true")
     parser.add_argument("--no-control", action="store_true")
     args = parser.parse_args()

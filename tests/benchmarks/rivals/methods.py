@@ -20,6 +20,15 @@ PAIRS = {
     3.0: (((2, 64), (3, 64)), ((2, 64), (4, 64))),
 }
 
+#: Budget -> bits that mlx-optiq's plan chooses among: those of its own example for few bits, all of
+#: which it sweeps, or some. Its embedding gets the most bits that any tensor has.
+AMONG = {
+    4.5: ((2, 3, 4, 8), (3, 4, 8)),
+    4.0: ((2, 3, 4, 8), (3, 4)),
+    3.5: ((2, 3, 4, 8), (2, 3, 4)),
+    3.0: ((2, 3, 4, 8), (2, 3, 4)),
+}
+
 #: Switches this package off, so that a command is the stock one.
 STOCK = {"MLX_OPTIQ_EXT": "0"}
 
@@ -129,19 +138,21 @@ def quant(setting: Setting, name: str, label: str, out: Path, *options: str) -> 
 
 
 def mlx_optiq(setting: Setting) -> Iterator[Run]:
-    """mlx-optiq, in the environment that holds it."""
+    """mlx-optiq, in the environment that holds it, once for each choice of bits."""
     if setting.mlx_optiq is None:
         return
-    out = setting.work / f"{setting.budget:g}-mlx-optiq"
-    command = (str(HERE / "mlx_optiq.py"), str(setting.model), str(setting.windows))
-    command += (str(setting.checkpoint), "--out", str(out))
-    command += ("--bytes-of", *map(str, setting.uniform))
-    label = "mlx-optiq 0.7.7"
-    if setting.sweep_windows is not None:
-        command += ("--windows", str(setting.sweep_windows))
-        label += f", {setting.sweep_windows} windows"
-    python = setting.mlx_optiq / "bin" / "python"
-    yield Run(label, command, out, {"PYTHONPATH": ""}, str(python))
+    python, script = setting.mlx_optiq / "bin" / "python", str(HERE / "mlx_optiq.py")
+    for among in AMONG[setting.budget]:
+        bits = ",".join(map(str, among))
+        out = setting.work / f"{setting.budget:g}-mlx-optiq-{bits}"
+        label = f"mlx-optiq 0.7.7 {bits}"
+        command = (script, str(setting.model), str(setting.windows), str(setting.checkpoint))
+        command += ("--out", str(out), "--bytes-of", *map(str, setting.uniform))
+        command += ("--among", *map(str, among))
+        if setting.sweep_windows is not None:
+            command += ("--windows", str(setting.sweep_windows))
+            label += f", {setting.sweep_windows} windows"
+        yield Run(label, command, out, {"PYTHONPATH": ""}, str(python))
 
 
 METHODS: dict[str, Callable[[Setting], Iterator[Run]]] = {

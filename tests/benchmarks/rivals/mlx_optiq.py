@@ -1,7 +1,7 @@
 """Convert with mlx-optiq 0.7.7, in an environment that holds it, at the bytes of a uniform packing.
 
-    python mlx_optiq.py MODEL WINDOWS.npz CHECKPOINT.json [--windows N]
-        [--out FOLDER --bytes-of BITS GROUP]
+    python mlx_optiq.py MODEL WINDOWS.npz CHECKPOINT.json [--windows N] [--bits 2 3 4 8]
+        [--out FOLDER --bytes-of BITS GROUP [--among 3 4 8]]
 
 Needs mlx-lm 0.32.0 (``pip install mlx-optiq==0.7.7 mlx-lm==0.32.0 "transformers<5.13"``): on 0.32.1
 and later its converter loses its own plan and writes a plain uniform model.
@@ -10,7 +10,8 @@ Every step is its own code: sweep, allocation, conversion. Three things are set 
 sweeps the given tokens, four windows at once as this package does, or ``--windows`` spread over
 them; on a CPU it does so in float32, since half precision is emulated there; and since its target
 counts neither scales, biases nor the embedding, the target is searched that stores the most bits
-within the uniform packing's. Without ``--out`` it stops after the sweep.
+within the uniform packing's. ``--bits`` are swept, and the plan chooses ``--among`` them. Without
+``--out`` it stops after the sweep.
 """
 
 import argparse
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--windows", type=int, help="use only so many")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
+    parser.add_argument("--among", type=int, nargs="+", help="of the bits; default all")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--bytes-of", type=int, nargs=2, metavar=("BITS", "GROUP"))
@@ -128,7 +130,8 @@ def main() -> None:
     model.update(stored)
     uniform = dict(zip(("bits", "group_size"), args.bytes_of, strict=True))
     limit = stored_bits(model, lambda *_: uniform)
-    plan = allocate(model, found, args.bits, args.group_size, limit)
+    bits = args.among or args.bits
+    plan = allocate(model, found, bits, args.group_size, limit)
     from optiq.backends.mlx_backend import convert_llm_to_mlx  # pyright: ignore
     from optiq.core.optimizer import make_quant_predicate  # pyright: ignore
 
@@ -136,7 +139,7 @@ def main() -> None:
         str(args.model),
         str(args.out),
         quant_predicate=make_quant_predicate(plan),
-        q_bits=min(args.bits),
+        q_bits=min(bits),
         q_group_size=args.group_size,
     )
     written = json.loads((args.out / "config.json").read_text())["quantization"]

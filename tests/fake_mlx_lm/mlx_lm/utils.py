@@ -1,7 +1,14 @@
+MAX_FILE_SIZE_GB = 5
+
+
 def quantize_model(
     model, config, group_size, bits, mode="affine", global_scale=False, quant_predicate=None
 ):
     return {"model": model, "bits": bits, "quant_predicate": quant_predicate}
+
+
+def make_shards(weights, max_file_size_gb=MAX_FILE_SIZE_GB):
+    return [weights]
 
 
 def upload_to_hub(path, upload_repo):

@@ -50,12 +50,15 @@ def test_the_table_compares_with_stock_and_takes_the_last_row_of_each():
             row("stock", kl=0.2),
             row("taylor", kl=0.9),
             row("taylor", kl=0.05, contended=True),
+            row("dynamic_quant", bpw=4.1),
             row("gptq", kl=None, cost=failed),
         ]
     ).splitlines()
-    assert len(printed) == 5
+    assert len(printed) == 6
     assert "| 0.05000 | 0.250 | 98.5 % | 2* | 1 |" in printed[3]
-    assert "Unsupported bits 3" in printed[4]
+    assert "| 4.0000 |" in printed[3]
+    assert "| 4.1000 (over) |" in printed[4]
+    assert "Unsupported bits 3" in printed[5]
     assert len({line.count("|") for line in printed}) == 1
 
 

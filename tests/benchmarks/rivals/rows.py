@@ -36,29 +36,33 @@ def latest(rows: Iterable[Row]) -> dict[tuple[float, str], Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown, by budget; a ``*`` behind a time says that others used the machine."""
+    """The rows as Markdown, by budget; a ``*`` behind a time says that others used the machine.
+
+    A method that took more bits than stock is marked as over: it is not at the same bytes.
+    """
     known = latest(rows)
     lines = [
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
     ]
     for budget in sorted({budget for budget, _ in known}, reverse=True):
-        stock = known.get((budget, "stock"), {}).get("kl")
+        stock = known.get((budget, "stock"))
         for row in (row for key, row in known.items() if key[0] == budget):
             lines.append(line(row, stock))
     return "\n".join(lines)
 
 
-def line(row: Row, stock: float | None) -> str:
+def line(row: Row, stock: Row | None) -> str:
     name = f"| {row['budget']:g} | {row['label']} |"
     cost = row["cost"]
     if cost.get("failure"):
         return f"{name} {cost['failure']} | | | | | | | |"
-    ratio = f"{row['kl'] / stock:.3f}" if stock else ""
+    ratio = f"{row['kl'] / stock['kl']:.3f}" if stock else ""
+    over = " (over)" if stock and row["bpw"] > stock["bpw"] else ""
     accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
     mlx = "" if cost["mlx_gib"] is None else f"{cost['mlx_gib']:.2f} GiB"
     return (
-        f"{name} {row['bpw']:.4f} | {row['kl']:.5f} | {ratio} | {accuracy} | "
+        f"{name} {row['bpw']:.4f}{over} | {row['kl']:.5f} | {ratio} | {accuracy} | "
         f"{cost['seconds']:.0f}{'*' if row['contended'] else ''} | {cost['processor']:.0f} | "
         f"{cost['resident_gib']:.2f} GiB | {mlx} |"
     )

@@ -43,7 +43,9 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
         protect: Whether the plan must keep the tensors at both ends at 8 bits or more.
 
     Returns:
-        Of the plans in `variants`, the one with the least KL on the held-out windows.
+        Of the plans in `variants`, the one with the least KL on the held-out windows. Before a
+        refinement that KL says little, since plain rounding spoils the coarsest bits most and
+        refinement mends them most: then the plan with the least expected cost.
 
     Raises:
         BudgetError: No plan fits, or none that protects both ends.
@@ -57,6 +59,8 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
                 "layer, embeddings and head at 8 bits: raise it or leave out --optiq-protect"
             )
         plans = {"protected": plans["protected"]}
+    elif problem.refine:
+        plans = {"allocated": plans["allocated"]}
     uniform = best_uniform(problem.tensors, size, budget)
     judged = list(plans.values())
     if uniform is not None:

@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import mlx.core as mx
@@ -43,6 +44,21 @@ def test_the_plan_converts_with_stock_and_takes_what_it_says(toy, text, tmp_path
     assert compute_bits_per_weight(model) == pytest.approx(found.achieved_bpw, abs=1e-6)
     modules = dict(quantizable(mlx_lm.load(str(toy))[0]))
     assert set(found.packings) == set(modules)
+
+
+@pytest.mark.parametrize(("refine", "variant"), [(False, "other"), (True, "allocated")])
+def test_plain_rounding_does_not_choose_what_to_refine(toy, text, monkeypatch, refine, variant):
+    search = importlib.import_module("mlx_optiq_ext.weights.search")  # its function hides it
+    rule = search.variants
+
+    def two(*args):
+        found = rule(*args)["allocated"]
+        return {"allocated": found, "other": found}
+
+    monkeypatch.setattr(search, "variants", two)
+    # Rounded plainly, the second is the better one.
+    monkeypatch.setattr(search, "end_to_end", lambda problem, plans: [2.0, 1.0, 3.0][: len(plans)])
+    assert plan(toy, 4.5, text, refine=refine).variant == variant
 
 
 def test_measured_costs_are_the_divergence_of_each_tensor_alone(toy, text, loaded):

@@ -20,7 +20,7 @@ from .packing import BITS, GROUP_SIZES, Size, Tensor, quantizable, tensors
 from .plan import Plan
 from .search import Study, search
 from .sensitivity import Method, Problem
-from .stream import Stream
+from .stream import Stream, runs_whole
 from .taylor import taylor
 
 METHODS: Mapping[str, Method] = {"taylor": taylor, "kl": kl}
@@ -78,10 +78,7 @@ def study_model(
     size = Size.of(model, candidates)
     if budget is not None:
         check_budget(budget, size, candidates)
-    stream = None
-    if load is not None and memory.streams(model):
-        say(f"[optiq] {_gibibytes(model)}: reading the model layer by layer")
-        stream = Stream(model, load, to_compute_dtype, scratch or files.cache_dir())
+    stream = _stream(model, load, scratch, say)
     modules = dict(quantizable(model))
     weights = stream or {t.path: modules[t.path].weight for t in candidates}
     model.update(tree_map(to_compute_dtype, model.parameters()))
@@ -153,9 +150,22 @@ def to_compute_dtype(array: mx.array) -> mx.array:
     return array
 
 
-def _gibibytes(model: nn.Module) -> str:
+def _stream(
+    model: nn.Module,
+    load: Callable[[], nn.Module] | None,
+    scratch: Path | None,
+    say: Callable[[str], None],
+) -> Stream | None:
+    """The stream of a model too large for memory, if it can be read that way; says so."""
+    if load is None or not memory.streams(model):
+        return None
     needed, limit = memory.resident_bytes(model) / 2**30, memory.limit() / 2**30
-    return f"The weights take {needed:.2f} GiB in memory, of {limit:.2f} GiB"
+    start = f"[optiq] The weights take {needed:.2f} GiB in memory, of {limit:.2f} GiB"
+    if not runs_whole(model):
+        say(f"{start}, and this model cannot be read layer by layer: its layers run in parts")
+        return None
+    say(f"{start}: reading the model layer by layer")
+    return Stream(model, load, to_compute_dtype, scratch or files.cache_dir())
 
 
 def plan_folder(path_or_repo: str, budget: float, **settings: Any) -> Plan:

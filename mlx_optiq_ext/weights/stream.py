@@ -9,8 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from .blocks import arrays, decoder_layers, replace_calls
+from .blocks import arrays, calls_replaced, decoder_layers, layer_index, replace_calls
+from .packing import quantizable
 from .spill import Spill
+from .taps import Use, tapped
 
 #: Unevaluated copies of the model kept for the parameters not taken from them yet.
 POOLS = 4
@@ -56,7 +58,7 @@ class Stream(Mapping[str, mx.array]):
             [path for path, a in every.items() if path.startswith(p) and id(a) not in outer]
             for p in inside
         ]
-        self._kinds = {path: (a.shape, to_compute(a).dtype) for path, a in every.items()}
+        self._dtypes = {path: to_compute(a).dtype for path, a in every.items()}
         self._weights = [p.removesuffix(".weight") for p in every if p.endswith(".weight")]
         self._pools = [{path: every[path] for own in self._own for path in own}]
         del every
@@ -108,13 +110,39 @@ class Stream(Mapping[str, mx.array]):
         return self._pools[-1].pop(path)
 
     def _clear(self, index: int) -> None:
-        # Zeros are not evaluated either, and keep shapes and dtypes to be asked for.
-        self._put(index, {path: mx.zeros(*self._kinds[path]) for path in self._own[index]})
+        # Whoever computes with an empty array gets an error, not a wrong result.
+        self._put(index, {path: mx.zeros((0,), self._dtypes[path]) for path in self._own[index]})
 
     def _put(self, index: int, found: dict[str, mx.array]) -> None:
         start = len(self._prefixes[index]) + 1
         values = [(path[start:], array) for path, array in found.items()]
         self._layers[index].update(tree_unflatten(values))
+
+
+def runs_whole(model: nn.Module) -> bool:
+    """Whether a model uses its decoder layers by calling them, not parts of them.
+
+    One token is run, of which nothing is evaluated.
+    """
+    index, running, whole = layer_index(model), 0, True
+
+    def call(_: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        nonlocal running
+        running += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            running -= 1
+
+    def see(use: Use) -> mx.array:
+        nonlocal whole
+        whole = whole and running > 0
+        return use.outputs
+
+    inner = {path: module for path, module in quantizable(model) if path in index}
+    with calls_replaced(decoder_layers(model), call), tapped(inner, see):
+        model(mx.array([[0]]))
+    return whole
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

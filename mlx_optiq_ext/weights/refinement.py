@@ -3,12 +3,12 @@
 Every tensor keeps the plan's bits and group size, so the result is a plain MLX model. Decoder
 layers go in order. Each tensor's second moment comes from the inputs it will really see, those
 behind the layers that are quantized already; its target leans towards the reference's output on the
-reference's own inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form).
+reference's own inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form). Stacked experts
+are rounded one by one, each against the tokens that the quantized model routes to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from .blocks import Call, Recording, chained, decoder_layers, finish, layer_index
 from .divergence import Reference
+from .inputs import Fed, Moments, inputs, stages
 from .lockstep import entry, recordings
 from .moments import Factors
 from .packing import Packing, quantizable, quantize
 from .rounding import Packed, round_weight
 from .sensitivity import Problem, batches
 from .spill import SpilledPacked
-from .taps import Use, tapped
 from .taylor import differentiated
 
 #: How far targets make up for the error of the layers before, from 0 to 1.
@@ -42,8 +42,8 @@ def refine(problem: Problem, packings: dict[str, Packing]) -> Refined:
         packings: The plan's packing of each tensor.
 
     Returns:
-        What to store for each packed tensor. Stacked experts, and models whose layers do not pass
-        a hidden state on plainly, are rounded as MLX does it.
+        What to store for each packed tensor. Models whose layers do not pass a hidden state on
+        plainly, and stacks of one matrix per head, are rounded as MLX does it.
     """
     refiner, index = _Refiner(problem, packings), layer_index(problem.model)
     with refiner.originals([path for path in refiner.modules if path not in index]):
@@ -75,14 +75,6 @@ def restored(packed: Packed, packing: Packing, dtype: mx.Dtype) -> mx.array:
         group_size=packing.group_size,
         bits=packing.bits,
     )
-
-
-@dataclass
-class _Moments:
-    """Sums over tokens for one tensor, both (in, in)."""
-
-    own: mx.array
-    cross: mx.array
 
 
 class _Refiner:
@@ -165,6 +157,16 @@ class _Refiner:
         across = self.factors[path].across
         return round_weight(target, moment, self.plan[path], weight.dtype, outputs=across)
 
+    def experts(self, path: str, moments: Moments) -> Packed:
+        """Each expert of a stack rounded against the tokens routed to it."""
+        weight = self.problem.weights[path]
+        parts = [
+            round_weight(w.astype(mx.float32), moments.expert(e), self.plan[path], weight.dtype)
+            for e, w in enumerate(weight)
+        ]
+        packed, scales, biases = (mx.stack(list(same)) for same in zip(*parts, strict=True))
+        return packed, scales, biases
+
     def embedding(self, path: str, found: Factors) -> Packed:
         """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
         assert found.columns is not None
@@ -184,41 +186,39 @@ class _Refiner:
             output = layer(state, *call.args[1:], **call.kwargs)
             return output[0] if isinstance(output, tuple) else output
 
-        reference = [_inputs(modules, lambda c=c: run(c, c.hidden)) for c in calls]
-        stages = _stages(reference[0]) if reference else []
-        for path in set(paths) - {path for stage in stages for path in stage}:
+        reference = [inputs(modules, lambda c=c: run(c, c.hidden)) for c in calls]
+        groups = stages(reference[0]) if reference else []
+        for path in set(paths) - {path for group in groups for path in group}:
             self.store(path, self.plain(path))
-        for stage in stages:
-            moments = self.moments(stage, modules, reference, calls, hidden, run)
-            for path in stage:
-                self.store(path, self.rounded(path, moments[path].own, moments[path].cross))
+        for group in groups:
+            moments = self.moments(group[0], reference, calls, hidden, run)
+            for path in group:
+                if moments.uses is not None:
+                    self.store(path, self.experts(path, moments))
+                else:
+                    self.store(path, self.rounded(path, moments.own, moments.cross))
         result = [run(c, h) for c, h in zip(calls, hidden, strict=True)]
         mx.eval(result)
         return result
 
     def moments(
         self,
-        stage: list[str],
-        modules: dict[str, nn.Module],
-        reference: list[dict[str, mx.array]],
+        path: str,
+        reference: list[dict[str, Fed]],
         calls: list[Call],
         hidden: list[mx.array],
         run: Callable[[Call, mx.array], mx.array],
-    ) -> dict[str, _Moments]:
-        """Second moments of the inputs behind the quantized prefix, and with the reference's."""
-        totals: dict[str, _Moments] = {}
-        own = {path: modules[path] for path in stage}
+    ) -> Moments:
+        """Second moments of a layer's inputs behind the quantized prefix."""
+        own, total = {path: self.modules[path]}, None
         for seen, call, state in zip(reference, calls, hidden, strict=True):
-            # Lazy: of this run only what leads to the stage's inputs is computed.
-            found = _inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)
-            for path in stage:
-                rows, plain = _rows(found[path]), _rows(seen[path])
-                moment, cross = rows.T @ rows, plain.T @ rows
-                if path in totals:
-                    moment, cross = moment + totals[path].own, cross + totals[path].cross
-                totals[path] = _Moments(moment, cross)
-            mx.eval([(m.own, m.cross) for m in totals.values()])
-        return totals
+            # Lazy: of this run only what leads to the layer's inputs is computed.
+            fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
+            batch = Moments.of(fed, len(own[path]["weight"]), seen[path])
+            total = batch if total is None else total + batch
+            mx.eval(total.arrays())
+        assert total is not None
+        return total
 
     def head(
         self,
@@ -231,54 +231,18 @@ class _Refiner:
         modules = {path: self.modules[path] for path in paths}
         totals: dict[str, mx.array] = {}
         for tokens, recording, state in zip(data, recorded, hidden, strict=True):
-            found = _inputs(
+            found = inputs(
                 modules,
                 lambda t=tokens, r=recording, h=state: finish(self.problem.model, t, r, h),
                 evaluate=False,
             )
-            for path, inputs in found.items():
-                moment = _rows(inputs).T @ _rows(inputs)
+            for path, fed in found.items():
+                moment = fed.rows().T @ fed.rows()
                 totals[path] = totals[path] + moment if path in totals else moment
             mx.eval(totals)
         for path in paths:
             packed = self.rounded(path, totals[path]) if path in totals else self.plain(path)
             self.store(path, packed)
-
-
-def _rows(inputs: mx.array) -> mx.array:
-    return inputs.astype(mx.float32).reshape(-1, inputs.shape[-1])
-
-
-def _inputs(
-    modules: dict[str, nn.Module], run: Callable[[], mx.array], *, evaluate: bool = True
-) -> dict[str, mx.array]:
-    """Inputs of the plain linear layers that a run uses, in the order it uses them."""
-    seen: dict[str, mx.array] = {}
-
-    def see(use: Use) -> mx.array:
-        weight = modules[use.path]["weight"]
-        if use.indices is None and not use.lookup and weight.ndim == 2:
-            seen.setdefault(use.path, use.inputs)
-        return use.outputs
-
-    with tapped(modules, see):
-        output = run()
-    if evaluate:
-        mx.eval(output, seen)
-    return seen
-
-
-def _stages(inputs: dict[str, mx.array]) -> list[list[str]]:
-    """Groups of layers fed by one array, such as q, k and v, in the order they run."""
-    stages: list[tuple[mx.array, list[str]]] = []
-    for path, array in inputs.items():
-        for fed, paths in stages:
-            if fed is array:
-                paths.append(path)
-                break
-        else:
-            stages.append((array, [path]))
-    return [paths for _, paths in stages]
 
 
 def compensated(weight: mx.array, moment: mx.array, cross: mx.array) -> mx.array:

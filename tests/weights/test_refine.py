@@ -2,6 +2,7 @@ import json
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 import pytest
 from mlx_lm.utils import compute_bits_per_weight
 
@@ -15,8 +16,10 @@ from mlx_optiq_ext.weights import (
     refinement,
     study_model,
 )
+from mlx_optiq_ext.weights.inputs import PRIOR, Fed, Moments, inputs
 from mlx_optiq_ext.weights.packing import Size, quantizable, quantize, tensors
 from mlx_optiq_ext.weights.refinement import judge
+from mlx_optiq_ext.weights.taps import Use
 
 from .conftest import moe
 
@@ -75,7 +78,7 @@ def test_a_model_whose_layers_are_not_chained_is_rounded_plainly(study, monkeypa
     assert all(mx.array_equal(a, b) for a, b in zip(refined[path], plain, strict=True))
 
 
-def test_stacked_experts_are_rounded_plainly_and_the_rest_refined(loaded, text):
+def test_stacked_experts_are_refined_each_on_its_own_tokens(loaded, text):
     model = moe()
     study = study_model(
         model,
@@ -85,14 +88,38 @@ def test_stacked_experts_are_rounded_plainly_and_the_rest_refined(loaded, text):
         say=lambda line: None,
         method=lambda problem: {},
     )
-    packings = {t.path: Packing(3, 32) for t in study.problem.tensors}
-    refined = refine(study.problem, packings)
-    experts = [path for path in refined if "switch_mlp" in path]
+    problem = study.problem
+    experts = [t.path for t in problem.tensors if "switch_mlp" in t.path]
     assert len(experts) == 6
-    for path in refined:
-        plain = quantize(study.problem.weights[path], packings[path])
-        same = all(mx.array_equal(a, b) for a, b in zip(refined[path], plain, strict=True))
-        assert same == (path in experts), path
+    packings = {path: Packing(2, 32) for path in experts}
+    refined = refine(problem, packings)
+    plain = {path: quantize(problem.weights[path], packings[path]) for path in packings}
+    for path, values in refined.items():
+        assert [(a.shape, a.dtype) for a in values] == [(a.shape, a.dtype) for a in plain[path]]
+    assert judge(problem, packings, refined) < 0.8 * judge(problem, packings, plain)
+
+
+@pytest.mark.parametrize("length", [8, 64], ids=["as they come", "sorted by expert"])
+def test_moments_of_experts_are_those_of_the_tokens_routed_to_them(length):
+    model = moe()
+    layer, path = model.layers[0].mlp, "model.layers.0.mlp.switch_mlp.up_proj"
+    x = mx.random.normal((1, length, 64), key=mx.random.key(1))
+    seen = inputs({path: dict(quantizable(model))[path]}, lambda: layer(x))
+    moments = Moments.of(seen[path], 4)
+    chosen = np.array(mx.argpartition(layer.gate(x), kth=-2, axis=-1)[0, :, -2:])
+    for expert in range(4):
+        own = np.array(x[0])[(chosen == expert).any(axis=-1)]
+        assert np.allclose(moments.own[expert], own.T @ own, atol=1e-4)
+        assert moments.uses is not None
+        assert int(moments.uses[expert]) == len(own)
+
+
+def test_an_expert_that_saw_no_token_is_rounded_against_the_others():
+    use = Use("experts", mx.ones((3, 1, 2)), mx.array([1, 1, 1]), mx.zeros((3, 1, 5)))
+    moments = Moments.of(Fed(use.inputs, use.indices, use.outputs.shape[:-1]), 2)
+    assert np.allclose(moments.own, [np.zeros((2, 2)), 3 * np.ones((2, 2))])
+    assert np.allclose(moments.expert(0), 2 * PRIOR * np.ones((2, 2)))
+    assert np.allclose(moments.expert(1), (3 + 2 * PRIOR) * np.ones((2, 2)))
 
 
 PLAN = {"model.layers.0.mlp.up_proj": {"bits": 3, "group_size": 64}}

@@ -1,20 +1,28 @@
 """Plans for one budget, judged end to end; the best one is kept.
 
 Sensitivities add up well at medium bits and less so below (IMPQ, arXiv 2509.15455). So a few plans
-that differ in how far they trust them are tried on calibration windows kept apart for that.
+that differ in how far they trust them are tried on calibration windows kept apart for that; below
+`REMEASURED` bits per weight also plans from a second round around the best of them.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BudgetError
 from .allocation import allocate
 from .blocks import decoder_layers, layer_index
+from .interaction import SHARES, around
 from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor
 from .plan import Plan, versions
 from .sensitivity import Problem, Sensitivity, end_to_end
 
 Packings = dict[str, Packing]
+#: Whether a variant may give a tensor a packing.
+Rule = Callable[[Tensor, Packing], bool]
+
+PROTECTED = "protected"
+#: Bits per weight below which a second round is measured around the first plan.
+REMEASURED = 4.0
 
 
 @dataclass(frozen=True)
@@ -43,9 +51,10 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
         protect: Whether the plan must keep the tensors at both ends at 8 bits or more.
 
     Returns:
-        Of the plans in `variants`, the one with the least KL on the held-out windows. Before a
-        refinement that KL says little, since plain rounding spoils the coarsest bits most and
-        refinement mends them most: then the plan with the least expected cost.
+        Of the plans in `variants` and those re-measured around the best of them, the one with the
+        least KL on the held-out windows. Before a refinement that KL says little, since plain
+        rounding spoils the coarsest bits most and refinement mends them most: then the plan with
+        the least expected cost.
 
     Raises:
         BudgetError: No plan fits, or none that protects both ends.
@@ -53,12 +62,12 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
     problem, size = study.problem, study.size
     plans = variants(study, budget)
     if protect:
-        if "protected" not in plans:
+        if PROTECTED not in plans:
             raise BudgetError(
                 f"a budget of {budget:g} bits per weight is too small to keep the first and last "
                 "layer, embeddings and head at 8 bits: raise it or leave out --optiq-protect"
             )
-        plans = {"protected": plans["protected"]}
+        plans = {PROTECTED: plans[PROTECTED]}
     elif problem.refine:
         plans = {"allocated": plans["allocated"]}
     uniform = best_uniform(problem.tensors, size, budget)
@@ -67,6 +76,10 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
         judged.append(uniformly(problem.tensors, uniform))
     divergences = end_to_end(problem, judged)
     measured = dict(zip(plans, divergences, strict=False))
+    if budget < REMEASURED and not problem.refine:
+        more = remeasured(study, budget, min(measured, key=lambda n: measured[n]), plans)
+        plans |= more
+        measured |= dict(zip(more, end_to_end(problem, list(more.values())), strict=True))
     name = min(measured, key=lambda n: measured[n])
     packings, data = plans[name], problem.calibration
     costs = study.sensitivity
@@ -90,6 +103,22 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
     )
 
 
+def remeasured(
+    study: Study, budget: float, name: str, plans: dict[str, Packings]
+) -> dict[str, Packings]:
+    """Plans by the rule of one of them, from sensitivities measured around it; new ones only."""
+    known, more = list(plans.values()), {}
+    rule = rules(study.problem)[name]
+    for share, costs in zip(
+        SHARES, around(study.problem, study.sensitivity, plans[name]), strict=False
+    ):
+        plan = _allocated(replace(study, sensitivity=costs), rule, budget)
+        if plan not in known:
+            known.append(plan)
+            more[f"{name}, re-measured by {share:g}"] = plan
+    return more
+
+
 def stored(tensors: Iterable[Tensor], packings: Packings) -> int:
     """Stored bits of a plan's tensors."""
     return sum(t.stored_bits(packings[t.path]) for t in tensors)
@@ -103,27 +132,25 @@ def variants(study: Study, budget: float) -> dict[str, Packings]:
     Raises:
         BudgetError: Not even the first one fits.
     """
-    problem = study.problem
-    coarsest = min(p.bits for t in problem.tensors for p in t.packings)
-    ends = protected(problem)
-    rules: dict[str, Callable[[Tensor, Packing], bool]] = {
-        "allocated": lambda tensor, packing: True,
-        f"above {coarsest} bits": lambda tensor, packing: packing.bits > coarsest,
-        "protected": lambda tensor, packing: tensor.path not in ends or packing.bits >= 8,
-    }
     plans: dict[str, Packings] = {}
-    for name, rule in rules.items():
-        # A tensor that a rule leaves nothing to choose from keeps all its candidates.
-        allowed = {
-            t.path: [p for p in t.packings if rule(t, p)] or list(t.packings)
-            for t in problem.tensors
-        }
+    for name, rule in rules(study.problem).items():
         try:
-            plans[name] = _allocated(study, allowed, budget)
+            plans[name] = _allocated(study, rule, budget)
         except BudgetError:
             if name == "allocated":
                 raise
     return plans
+
+
+def rules(problem: Problem) -> dict[str, Rule]:
+    """What each variant allows."""
+    coarsest = min(p.bits for t in problem.tensors for p in t.packings)
+    ends = protected(problem)
+    return {
+        "allocated": lambda tensor, packing: True,
+        f"above {coarsest} bits": lambda tensor, packing: packing.bits > coarsest,
+        PROTECTED: lambda tensor, packing: tensor.path not in ends or packing.bits >= 8,
+    }
 
 
 def protected(problem: Problem) -> set[str]:
@@ -132,8 +159,10 @@ def protected(problem: Problem) -> set[str]:
     return {t.path for t in problem.tensors if index.get(t.path) in (None, 0, last)}
 
 
-def _allocated(study: Study, allowed: dict[str, list[Packing]], budget: float) -> Packings:
+def _allocated(study: Study, rule: Rule, budget: float) -> Packings:
     tensors, costs = study.problem.tensors, study.sensitivity
+    # A tensor that a rule leaves nothing to choose from keeps all its candidates.
+    allowed = {t.path: [p for p in t.packings if rule(t, p)] or list(t.packings) for t in tensors}
     choice = allocate(
         [[costs[t.path][p] for p in allowed[t.path]] for t in tensors],
         [[t.stored_bits(p) for p in allowed[t.path]] for t in tensors],

@@ -1,0 +1,82 @@
+"""Sensitivities where a low-bit plan stands, rather than at the unquantized model.
+
+At few bits tensors no longer add up as if each were packed alone (IMPQ, arXiv 2509.15455). The
+Fisher information of the packed model tells how much each one matters beside the others.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import mlx.core as mx
+import numpy as np
+
+from .fisher import factors
+from .packing import Packing, dequantized, quantizable
+from .sensitivity import Problem, Sensitivity, batches
+
+#: How far to trust the packed model, from 0 to 1: of each a plan is made.
+SHARES = (0.5, 1.0)
+
+
+def around(
+    problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
+) -> list[Sensitivity]:
+    """Sensitivities re-measured around a plan, one for each of `SHARES`.
+
+    Each tensor's costs are scaled by what the packed model's Fisher information says about its
+    planned packing against what the sensitivity said, to the power of the share.
+
+    Args:
+        problem: The problem that was planned; its model is left as it was.
+        sensitivity: From which the plan was made.
+        packings: The plan.
+
+    Returns:
+        None of them if MLX cannot differentiate the model.
+    """
+    try:
+        ratios = _ratios(problem, sensitivity, packings)
+    except (ValueError, RuntimeError):  # an operation or kernel without a gradient
+        return []
+    if not ratios:
+        return []
+    middle = float(np.median(list(ratios.values())))
+    return [
+        {
+            path: {
+                p: cost * (ratios.get(path, middle) / middle) ** share for p, cost in row.items()
+            }
+            for path, row in sensitivity.items()
+        }
+        for share in SHARES
+    ]
+
+
+def _ratios(
+    problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
+) -> dict[str, float]:
+    with _packed(problem, packings):
+        found = factors(problem.model, batches(problem.calibration.measured))
+    ratios = {}
+    for path, packing in packings.items():
+        before = sensitivity[path].get(packing, 0.0)
+        if packing.packed and before > 0 and found[path].seen:
+            weight = problem.weights[path]
+            left = dequantized(weight, packing, mx.float32) - weight.astype(mx.float32)
+            after = found[path].cost(left)
+            if after > 0:
+                ratios[path] = after / before
+    return ratios
+
+
+@contextmanager
+def _packed(problem: Problem, packings: Mapping[str, Packing]) -> Iterator[None]:
+    """The packed model, without a copy of the unpacked weights beside it."""
+    modules, dtype = dict(quantizable(problem.model)), problem.dtype
+    try:
+        for path, packing in packings.items():
+            modules[path].weight = dequantized(problem.weights[path], packing, dtype)
+        yield
+    finally:
+        for path in packings:
+            modules[path].weight = problem.weights[path].astype(dtype)

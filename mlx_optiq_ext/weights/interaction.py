@@ -32,8 +32,10 @@ def around(
         packings: The plan.
 
     Returns:
-        None of them if MLX cannot differentiate the model.
+        None of them if MLX cannot differentiate the model, or if its layers are on disk.
     """
+    if problem.stream is not None:
+        return []
     try:
         ratios = _ratios(problem, sensitivity, packings)
     except (ValueError, RuntimeError):  # an operation or kernel without a gradient
@@ -41,31 +43,29 @@ def around(
     if not ratios:
         return []
     middle = float(np.median(list(ratios.values())))
-    return [
-        {
-            path: {
-                p: cost * (ratios.get(path, middle) / middle) ** share for p, cost in row.items()
-            }
-            for path, row in sensitivity.items()
-        }
-        for share in SHARES
-    ]
+    factor = {path: ratios.get(path, middle) / middle for path in sensitivity}
+    return [_scaled(sensitivity, {k: f**share for k, f in factor.items()}) for share in SHARES]
+
+
+def _scaled(sensitivity: Sensitivity, factor: Mapping[str, float]) -> Sensitivity:
+    return {k: {p: cost * factor[k] for p, cost in row.items()} for k, row in sensitivity.items()}
 
 
 def _ratios(
     problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
 ) -> dict[str, float]:
-    with _packed(problem, packings):
-        found = factors(problem.model, batches(problem.calibration.measured))
     ratios = {}
-    for path, packing in packings.items():
-        before = sensitivity[path].get(packing, 0.0)
-        if packing.packed and before > 0 and found[path].seen:
-            weight = problem.weights[path]
-            left = dequantized(weight, packing, mx.float32) - weight.astype(mx.float32)
-            after = found[path].cost(left)
-            if after > 0:
-                ratios[path] = after / before
+    with _packed(problem, packings):
+        for block in factors(problem.model, batches(problem.calibration.measured)):
+            for path, found in block.items():
+                packing = packings.get(path)
+                before = sensitivity[path].get(packing, 0.0) if packing is not None else 0.0
+                if packing is not None and packing.packed and before > 0:
+                    weight = problem.weights[path]
+                    left = dequantized(weight, packing, mx.float32) - weight.astype(mx.float32)
+                    after = found.cost(left)
+                    if after > 0:
+                        ratios[path] = after / before
     return ratios
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import mlx.core as mx
 import pytest
 
 from .checkpoints import KINDS, PROCESSORS, text_class
@@ -95,3 +96,21 @@ def test_an_unknown_multimodal_model_is_refused_before_it_is_loaded(tiny, conver
     assert "qwen3 cannot be made text-only" in done.stderr
     assert "--optiq-keep-unused-modalities" in done.stderr
     assert not out.exists()
+
+
+def test_a_text_model_read_layer_by_layer_is_the_same(published, convert, tmp_path):
+    written = []
+    for switch in "01":
+        options = ("--optiq-budget", "6", "--optiq-calibration", "TEXT")
+        cache = str(tmp_path / f"cache{switch}")
+        environment = {"MLX_OPTIQ_EXT_STREAM": switch, "MLX_OPTIQ_EXT_CACHE": cache}
+        done, out = convert(published(KIND["gemma4_e4b"]), *options, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert ("layer by layer" in done.stdout) == (switch == "1")
+        assert "Text only, as " in done.stdout
+        weights = {}
+        for shard in out.glob("model*.safetensors"):
+            weights.update(mx.load(str(shard)))
+        written.append({name: array.tolist() for name, array in weights.items()})
+        shutil.rmtree(out)
+    assert written[0] == written[1]

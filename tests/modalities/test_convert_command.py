@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -108,9 +109,10 @@ def test_a_text_model_read_layer_by_layer_is_the_same(published, convert, tmp_pa
         assert done.returncode == 0, done.stderr
         assert ("layer by layer" in done.stdout) == (switch == "1")
         assert "Text only, as " in done.stdout
-        weights = {}
+        weights: dict[str, Any] = {}
         for shard in out.glob("model*.safetensors"):
-            weights.update(mx.load(str(shard)))
+            loaded: Any = mx.load(str(shard))
+            weights.update(loaded)
         written.append({name: array.tolist() for name, array in weights.items()})
         shutil.rmtree(out)
     assert written[0] == written[1]

@@ -3,53 +3,25 @@
 import importlib
 import json
 import pkgutil
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.utils import compute_bits_per_weight, load_model, quantize_model, save_model
+from toy_models import FAMILIES, NO_METAL, TOYS, UNSAFE, UNSUPPORTED, build, config
 
 from mlx_optiq_ext.weights import METHODS, Packing, Plan, calibration, fisher, plan_model, tensors
 from mlx_optiq_ext.weights.blocks import decoder_layers, record, resume
 from mlx_optiq_ext.weights.packing import Size, quantizable
 from mlx_optiq_ext.weights.stream import Stream, runs_whole
 
-TOYS = json.loads((Path(__file__).parent.parent / "data" / "toy_configs.json").read_text())
 BITS, GROUP_SIZES = (2, 4, 8), (32, 64)
 TOKENS = mx.array([[5, 9, 20, 31, 7, 44, 81, 3], [8, 8, 60, 2, 64, 12, 90, 77]])
 
-
-def sources() -> dict[str, str]:
-    """The modules of ``mlx_lm.models`` that define or import an architecture, as text."""
-    folder = Path(mlx_lm.models.__path__[0])
-    names = [module.name for module in pkgutil.iter_modules([str(folder)])]
-    # Read, not imported: one of them ends the process if a package is missing.
-    texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in names}
-    return {name: text for name, text in texts.items() if re.search(r"\bModelArgs\b", text)}
-
-
-NO_METAL = "No Metal back-end"
-
-#: Architecture -> how stock mlx-lm fails on it, and why.
-UNSUPPORTED = {
-    "bitnet": (NO_METAL, "its ternary layers are a Metal kernel, and packed already"),
-    "muse_spark": (NO_METAL, "its attention and norms are Metal kernels"),
-    "muse_spark_open": (NO_METAL, "the same, under its name in mlx-lm 0.32.1"),
-    "olmo": ("^1$", "imports the package ai2-olmo, and ends the process without it"),
-    "prism_hadamard_qwen35": (
-        "Unsupported Hadamard pack",
-        "exists only packed to 2 bits already, so there is nothing to convert",
-    ),
-}
-
-if mlx_lm.__version__ == "0.30.6":
-    UNSUPPORTED["deepseek_v32"] = ("name 'keys' is not defined", "a slip of this release")
 
 #: The layers write to a cache or an object that they share, or are not called as a whole.
 NOT_REPLAYED = {"afm7", "deepseek_v41", "iquestloopcoder", "kimi_k3"}
@@ -60,9 +32,6 @@ IN_PARTS = {"iquestloopcoder"}
 #: Where MLX has no gradient for how experts or keys are picked, in some releases of mlx-lm.
 NOT_DIFFERENTIATED = {"deepseek_v32", "deepseek_v41", "glm_moe_dsa"}
 
-FAMILIES = sources()
-#: Before mlx-lm 0.32.1 phi3small writes outside of its logits, which may end the process.
-UNSAFE = [name for name, text in FAMILIES.items() if "out[self._dummy_tokenizer_ids]" in text]
 CONVERTED = [name for name in FAMILIES if name not in UNSUPPORTED and name not in UNSAFE]
 
 
@@ -71,36 +40,6 @@ class Letters:
 
     def encode(self, text: str) -> list[int]:
         return [3 + ord(letter) % 90 for letter in text]
-
-
-def config(name: str) -> dict[str, Any]:
-    """A toy config: what most families share, and what this one asks for."""
-    own = TOYS["families"][name]
-    if isinstance(own, str):
-        return {**config(own), "model_type": name}
-    own = {**own}
-    inner = own.get("text_config")
-    if isinstance(inner, str):
-        own["text_config"] = config(inner)
-    elif inner is not None:
-        own["text_config"] = {**TOYS["common"], "model_type": name, **inner}
-    return {**TOYS["common"], "model_type": name, **own}
-
-
-def build(name: str) -> Any:
-    """A toy with random weights in float32, the same each time."""
-    module = importlib.import_module(f"mlx_lm.models.{name}")
-    mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(config(name)))
-    # Gates and gains that start at zero would hide what lies behind them.
-    model.update(tree_map(_random_where_zero, model.parameters()))
-    return model
-
-
-def _random_where_zero(value: mx.array) -> mx.array:
-    if not mx.issubdtype(value.dtype, mx.floating) or mx.any(value):
-        return value
-    return 0.05 * mx.random.normal(value.shape)
 
 
 def arrays(model: nn.Module) -> dict[str, mx.array]:

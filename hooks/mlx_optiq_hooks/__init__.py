@@ -14,13 +14,16 @@ from .patch import Engine, Patch
 
 def tables() -> tuple[Patch, ...]:
     """Every patch, from one table per target module."""
-    from . import cache, convert, flags, tuner_utils, utils
+    from . import base, cache, convert, flags, perplexity, server, tuner_utils, utils
 
     return (
         *flags.PATCHES,
         *convert.PATCHES,
         *utils.PATCHES,
+        *base.PATCHES,
         *cache.PATCHES,
+        *server.PATCHES,
+        *perplexity.PATCHES,
         *tuner_utils.PATCHES,
     )
 

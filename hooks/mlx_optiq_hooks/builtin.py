@@ -2,9 +2,9 @@
 
 from mlx_optiq_ext.plugins import hookimpl
 
-from . import convert_options, session
+from . import convert_options, kv_options, session
 
-_OPTIONS = {"convert": convert_options}
+_OPTIONS = {"convert": convert_options, **dict.fromkeys(kv_options.COMMANDS, kv_options)}
 
 
 @hookimpl
@@ -31,3 +31,12 @@ def optiq_quant_predicate(model, config, options):
     running = session.current()
     conversion = running.results.get("conversion") if running else None
     return conversion.plan.predicate() if conversion else None
+
+
+@hookimpl
+def optiq_prompt_cache(model, max_kv_size):
+    if not kv_options.mounted(model):
+        return None
+    from mlx_optiq_ext import kv
+
+    return kv.make_caches(model, max_kv_size)

@@ -1,5 +1,7 @@
 """``mlx_lm.models.cache``: lets plugins build the prompt cache."""
 
+import sys
+
 from . import session
 from .patch import Patch, bind
 
@@ -19,6 +21,14 @@ def make_prompt_cache(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs) if caches is None else caches
 
 
+def load_prompt_cache(wrapped, instance, args, kwargs):
+    from mlx_optiq_ext.kv import PackedKVCache
+
+    # mlx-lm looks the classes in a file up by name in its own module.
+    sys.modules["mlx_lm.models.cache"].__dict__.setdefault("PackedKVCache", PackedKVCache)
+    return wrapped(*args, **kwargs)
+
+
 PATCHES = (
     Patch(
         "mlx_lm.models.cache:make_prompt_cache",
@@ -26,5 +36,12 @@ PATCHES = (
         why="asks plugins for the per-layer caches",
         upstream="mlx-lm #1578 (plugin registration)",
         wrapper=make_prompt_cache,
+    ),
+    Patch(
+        "mlx_lm.models.cache:load_prompt_cache",
+        feature="kv",
+        why="reads saved prompt caches with packed layers",
+        upstream="none: cache classes are looked up in globals() (cache.py)",
+        wrapper=load_prompt_cache,
     ),
 )

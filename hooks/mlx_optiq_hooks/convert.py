@@ -9,8 +9,13 @@ from .patch import Patch, bind
 
 def convert(wrapped, instance, args, kwargs):
     running = session.current()
-    if running is None or not session.planned(running):
+    if running is None or running.options is None:
         return wrapped(*args, **kwargs)
+    options, call = running.options, bind(wrapped, args, kwargs)
+    if options.kv_only:
+        return _plan_kv(options, Path(call["hf_path"]), call["hf_path"])
+    if not session.planned(running):
+        return wrapped(**call) if options.kv_budget is None else _staged(wrapped, options, call)
     from mlx_lm.utils import upload_to_hub
 
     from mlx_optiq_ext import files, modalities, weights
@@ -19,8 +24,6 @@ def convert(wrapped, instance, args, kwargs):
     from . import gate
 
     gate().require("weights")
-    options, call = running.options, bind(wrapped, args, kwargs)
-    assert options is not None
     target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
     with files.staged(target) as folder:
         conversion = weights.prepare(
@@ -50,6 +53,8 @@ def convert(wrapped, instance, args, kwargs):
         done = [stripped.entry()] if stripped else []
         plan.save(folder, post_processing=[*done, *conversion.post_processing])
         weights.check_written(folder, plan)
+        if options.kv_budget is not None:
+            _plan_kv(options, folder, call["hf_path"])
     if stripped is not None:
         print(stripped.summary())
     print(plan.summary())
@@ -58,6 +63,31 @@ def convert(wrapped, instance, args, kwargs):
         print(f"[optiq] Report: {page}")
     if upload is not None:
         upload_to_hub(str(target), upload)
+
+
+def _staged(wrapped, options, call):
+    """Stock's conversion, and a KV plan beside what it wrote."""
+    from mlx_lm.utils import upload_to_hub
+
+    from mlx_optiq_ext import files
+
+    target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
+    with files.staged(target) as folder:
+        wrapped(**{**call, "mlx_path": str(folder)})
+        _plan_kv(options, folder, call["hf_path"])
+    if upload is not None:
+        upload_to_hub(str(target), upload)
+
+
+def _plan_kv(options, folder: Path, name: str) -> None:
+    """Measure the MLX model in a folder and write its KV plan there."""
+    from mlx_optiq_ext.kv import conversion
+
+    found, costs = conversion.plan_kv(
+        str(folder), options.kv_budget, calibration=options.calibration
+    )
+    conversion.write(folder, found, costs, model=name, budget=options.kv_budget)
+    print(found.summary())
 
 
 def _request(options):

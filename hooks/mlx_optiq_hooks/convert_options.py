@@ -20,6 +20,23 @@ DEPENDENT = (
 )
 
 
+#: Options that a KV plan uses too.
+SHARED = ("calibration",)
+
+
+def kv_budget(text: str) -> float:
+    """Parse stored bits per element of the KV caches."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 2 < value <= 16:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of bits per element above 2 and up to 16, such as 4.5"
+        )
+    return value
+
+
 def budget(text: str) -> float:
     """Parse bits per weight."""
     try:
@@ -124,8 +141,54 @@ def add_arguments(group):
         "Default: convert to the text model in it.",
     )
 
+    group.add_argument(
+        "--optiq-kv-budget",
+        metavar="BITS",
+        type=kv_budget,
+        help="Plan each layer's keys and values within this many stored bits per element and "
+        "write kv_config.json beside the weights, for --optiq-kv auto (4-bit at group size 64 "
+        "takes 4.5).",
+    )
+    group.add_argument(
+        "--optiq-kv-only",
+        action="store_true",
+        default=None,
+        help="Convert nothing: write the KV plan beside the MLX model at --hf-path.",
+    )
+
 
 def check(options, args):
+    alone = set(_given(options)) <= {"kv_budget", "kv_only", *SHARED}
+    if options.kv_budget is not None or options.kv_only:
+        check_kv(options, args)
+        if alone:
+            return
+    check_weights(options, args)
+
+
+def check_kv(options, args):
+    """Refuse what a KV plan cannot be made of."""
+    from mlx_optiq_ext.weights.calibration import read_texts
+
+    from . import gate
+
+    gate().require("kv")
+    if options.kv_budget is None:
+        raise InputError("--optiq-kv-only needs --optiq-kv-budget, such as --optiq-kv-budget 4.5")
+    if options.kv_only:
+        other = set(_given(options)) - {"kv_budget", "kv_only", *SHARED}
+        if other:
+            raise InputError(f"--optiq-kv-only converts nothing: leave {_flags(sorted(other))} out")
+        if not (Path(args.hf_path) / "config.json").exists():
+            raise InputError(
+                f"--optiq-kv-only writes beside an MLX model: {args.hf_path} is not a folder with "
+                "one"
+            )
+    if options.calibration is not None:
+        read_texts(options.calibration)
+
+
+def check_weights(options, args):
     from mlx_optiq_ext.weights.calibration import read_texts
     from mlx_optiq_ext.weights.plan_file import read_entries
     from mlx_optiq_ext.weights.report import check_target
@@ -133,7 +196,7 @@ def check(options, args):
     from . import gate
 
     gate().require("weights")
-    given = [name for name, value in vars(options).items() if value is not None]
+    given = [name for name in _given(options) if not name.startswith("kv_")]
     if options.budget is None and options.plan is None:
         if set(given) <= set(DEPENDENT):
             raise InputError(
@@ -173,6 +236,10 @@ def check(options, args):
         read_texts(options.calibration)
     if options.report is not None:
         check_target(options.report)
+
+
+def _given(options) -> list[str]:
+    return [name for name, value in vars(options).items() if value is not None]
 
 
 def _flags(names) -> str:

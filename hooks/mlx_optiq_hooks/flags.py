@@ -114,10 +114,16 @@ def main(command: str):
     """Wrapper for a command's ``main``: opens the session and turns our errors into exit 2."""
 
     def main(wrapped, instance, args, kwargs):
-        with session.session(command):
+        with session.session(command) as entry:
             try:
-                return wrapped(*args, **kwargs)
-            except OptiqError as error:
+                result = wrapped(*args, **kwargs)
+                if "fatal" in entry.results:
+                    raise entry.results["fatal"]
+                return result
+            except (OptiqError, KeyboardInterrupt) as raised:
+                error = entry.results.get("fatal", raised)
+                if not isinstance(error, OptiqError):
+                    raise
                 print(f"mlx_lm.{command}: error: {error}", file=sys.stderr)
                 raise SystemExit(2) from error
 

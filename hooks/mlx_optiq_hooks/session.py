@@ -49,6 +49,11 @@ def text_only(entry: Session) -> bool:
     return planned(entry) and not getattr(entry.options, "keep_unused_modalities", None)
 
 
+def kv_plan(entry: Session | None) -> Any:
+    """The KV plan that a session's command was given, or None."""
+    return None if entry is None else getattr(entry.options, "kv_plan", None)
+
+
 @contextmanager
 def session(command: str) -> Iterator[Session]:
     """Open a session for the duration of a command."""

@@ -114,21 +114,27 @@ def _line(path: Path, number: int, line: str) -> str | list[dict[str, str]]:
 
 def from_texts(texts: list[str | list[dict[str, str]]], tokenizer: Any, source: str) -> Calibration:
     """Tokenize texts and take evenly spread windows."""
-    tokens: list[int] = []
-    for text in texts:
-        if isinstance(text, list):
-            text = _render(text, tokenizer)
-        tokens.extend(tokenizer.encode(text))
+    tokens = tokenized(texts, tokenizer)
     if len(tokens) < 2:
         raise InputError(f"the calibration data ({source}) has no tokens: give it some text")
     length = min(WINDOW, len(tokens))
-    windows = np.asarray(tokens[: len(tokens) // length * length], np.int32).reshape(-1, length)
+    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
     chosen = np.unique(np.linspace(0, len(windows) - 1, COUNT).round().astype(int))
     others = np.delete(windows, chosen, axis=0)
     wanted = min(len(others), REFINING - len(chosen))
     spread = np.unique(np.linspace(0, max(len(others) - 1, 0), wanted).round().astype(int))
     more = others[spread] if wanted > 0 else None
     return Calibration(np.ascontiguousarray(windows[chosen]), source, more)
+
+
+def tokenized(texts: list[str | list[dict[str, str]]], tokenizer: Any) -> np.ndarray:
+    """All texts as one row of int32 tokens."""
+    tokens: list[int] = []
+    for text in texts:
+        if isinstance(text, list):
+            text = _render(text, tokenizer)
+        tokens.extend(tokenizer.encode(text))
+    return np.asarray(tokens, np.int32)
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:

@@ -1,0 +1,28 @@
+"""``mlx_lm.models.base``: attention over packed keys and values."""
+
+from .patch import Patch, bind
+
+
+def scaled_dot_product_attention(wrapped, instance, args, kwargs):
+    # The hottest of all wrappers: two look-ups decide for everyone who has no KV plan.
+    keys = args[1] if len(args) > 1 else kwargs["keys"]
+    values = args[2] if len(args) > 2 else kwargs["values"]
+    if not (hasattr(keys, "format") or hasattr(values, "format")):
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext.kv import attention
+
+    call = bind(wrapped, args, kwargs)
+    # Which cache it came from does not matter: what is packed knows its own format.
+    call.pop("cache", None)
+    return attention(**call)
+
+
+PATCHES = (
+    Patch(
+        "mlx_lm.models.base:scaled_dot_product_attention",
+        feature="kv",
+        why="computes attention over keys and values of their own precision",
+        upstream="none: one width for a cache, no sinks, no shared keys (base.py)",
+        wrapper=scaled_dot_product_attention,
+    ),
+)

@@ -1,0 +1,43 @@
+"""Decoding as two of MLX's quantized matrix products, which read packed data as it is."""
+
+import mlx.core as mx
+
+from ..packed import Packed
+from .scores import grouped, probabilities, rows_of
+
+
+def attend(
+    queries: mx.array,
+    keys: Packed | mx.array,
+    values: Packed | mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention in the stored basis; see `mlx_optiq_ext.kv.attention.attention`.
+
+    The scores of all queries are held at once, so it is for few of them.
+    """
+    batch, query_heads, length, _ = queries.shape
+    heads, tokens = keys.shape[1:3]
+    scores = _product(grouped(queries * scale, heads), keys, transpose=True)
+    weights = probabilities(scores, rows_of(mask, 0, length, length, tokens), sinks)
+    output = _product(weights, values, transpose=False)
+    return output.reshape(batch, query_heads, length, output.shape[-1])
+
+
+def _product(left: mx.array, right: Packed | mx.array, *, transpose: bool) -> mx.array:
+    """``left @ right``, or with its transpose, over (batch, heads, repeats, ...)."""
+    if not isinstance(right, Packed):
+        right = mx.expand_dims(right, 2)
+        return left @ (right.swapaxes(-1, -2) if transpose else right)
+    codes, scales, biases = (mx.expand_dims(part, 2) for part in right.parts)
+    return mx.quantized_matmul(
+        left,
+        codes,
+        scales,
+        biases,
+        transpose=transpose,
+        group_size=right.format.group_size,
+        bits=right.format.bits,
+    )

@@ -1,0 +1,248 @@
+"""A per-layer cache that keeps keys and values packed.
+
+mlx-lm's own caches know where each position goes: growth, sliding windows, batches with padding,
+trimming, merging. They move whole rows and never look inside. So three of them, one each for codes,
+scales and biases, hold a packed layer, and everything about positions stays mlx-lm's.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import mlx.core as mx
+
+from .packed import Format, Packed
+
+#: What models and mlx-lm read of a cache, answered by the first plane.
+_READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
+
+
+class PackedKVCache:
+    """Packed keys and values of one layer, in the place of one of mlx-lm's caches.
+
+    Attributes:
+        planes: mlx-lm caches that share all positions. Plane ``i`` holds part ``i`` (codes, scales,
+            biases) of the keys and of the values.
+        keys_format: Of the keys; None keeps them as they come.
+        values_format: Of the values; None keeps them as they come.
+        dense: Whether attention is handed plain arrays, for models with attention of their own.
+        mergeable: Whether mlx-lm's batch engine may merge it with others.
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        keys_format: Format | None,
+        values_format: Format | None,
+        *,
+        dense: bool = False,
+        mergeable: bool = True,
+    ):
+        """Take the place of an empty mlx-lm cache."""
+        from copy import deepcopy
+
+        self.planes: list[Any] = [cache, deepcopy(cache), deepcopy(cache)]
+        self.keys_format = keys_format
+        self.values_format = values_format
+        self.dense = dense
+        self.mergeable = mergeable
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append keys and values (batch, heads, length, dim); returns all that attention may see.
+
+        Raises:
+            UnsupportedError: The head dimension does not fit the format.
+        """
+        if self.keys_format is not None:
+            self.keys_format = self.keys_format.fitted(keys.shape[-1])
+        if self.values_format is not None:
+            self.values_format = self.values_format.fitted(values.shape[-1])
+        parts = zip(_parts(keys, self.keys_format), _parts(values, self.values_format), strict=True)
+        fetched = [
+            plane.update_and_fetch(*pair) for plane, pair in zip(self.planes, parts, strict=True)
+        ]
+        return self._views(fetched)
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """All that attention may see."""
+        return self._views([plane.keys_and_values() for plane in self.planes])
+
+    def _views(self, fetched: list[tuple[mx.array, mx.array]]) -> tuple[Any, Any]:
+        keys, values = zip(*fetched, strict=True)
+        return (
+            _view(keys, self.keys_format, self.dense),
+            _view(values, self.values_format, self.dense),
+        )
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """As mlx-lm's cache makes it."""
+        return self.planes[0].make_mask(*args, **kwargs)
+
+    def maybe_trim_front(self) -> None:
+        """Drop what lies before the current chunk, for chunked attention."""
+        for plane in self.planes:
+            plane.maybe_trim_front()
+
+    def is_trimmable(self) -> bool:
+        """Whether the last tokens can be taken back."""
+        return self.planes[0].is_trimmable()
+
+    def trim(self, n: int) -> int:
+        """Take back the last ``n`` tokens; returns how many it took."""
+        taken = [plane.trim(n) for plane in self.planes]
+        return taken[0]
+
+    def size(self) -> int:
+        """Tokens held."""
+        return self.planes[0].size()
+
+    def empty(self) -> bool:
+        """Whether it has held nothing yet."""
+        return self.planes[0].keys is None
+
+    @property
+    def keys(self) -> mx.array | None:
+        """Codes of the keys as stored; models set it only to tie the order of evaluation."""
+        return self.planes[0].keys
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        self.planes[0].keys = value
+
+    @property
+    def values(self) -> mx.array | None:
+        """Codes of the values as stored."""
+        return self.planes[0].values
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, room to grow included."""
+        return sum(
+            array.nbytes
+            for plane in self.planes
+            for array in (plane.keys, plane.values)
+            if array is not None
+        )
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keep these rows of the batch."""
+        for plane in self.planes:
+            plane.filter(batch_indices)
+
+    def extend(self, other: "PackedKVCache") -> None:
+        """Append another batch's rows."""
+        for plane, others in zip(self.planes, other.planes, strict=True):
+            plane.extend(others)
+        self.keys_format = _known(self.keys_format, other.keys_format)
+        self.values_format = _known(self.values_format, other.values_format)
+
+    def extract(self, index: int) -> "PackedKVCache":
+        """One row of the batch as a cache of its own."""
+        return self._with([plane.extract(index) for plane in self.planes])
+
+    def prepare(self, **kwargs: Any) -> None:
+        """As mlx-lm's batch caches, before a padded prompt."""
+        for plane in self.planes:
+            plane.prepare(**kwargs)
+
+    def finalize(self) -> None:
+        """As mlx-lm's batch caches, after a padded prompt."""
+        for plane in self.planes:
+            plane.finalize()
+
+    def _merge(self, caches: Sequence["PackedKVCache"]) -> "PackedKVCache":
+        merged = self._with(
+            [self.planes[i].merge([c.planes[i] for c in caches]) for i in range(len(self.planes))]
+        )
+        for cache in caches:
+            merged.keys_format = _known(merged.keys_format, cache.keys_format)
+            merged.values_format = _known(merged.values_format, cache.values_format)
+        return merged
+
+    def _with(self, planes: list[Any]) -> "PackedKVCache":
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, planes=planes)
+        return other
+
+    def __getattr__(self, name: str) -> Any:
+        # mlx-lm asks with hasattr whether a cache can join a batch.
+        planes = self.__dict__.get("planes")
+        if planes and name == "merge" and self.mergeable and hasattr(planes[0], "merge"):
+            return self._merge
+        if planes and name in _READ:
+            return getattr(planes[0], name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    @property
+    def state(self) -> Any:
+        """What mlx-lm evaluates and saves."""
+        states = [plane.state for plane in self.planes]
+        return states if hasattr(self.planes[0], "meta_state") else [states, self._description()]
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        states, description = value
+        self._restore(states, None, description)
+
+    @property
+    def meta_state(self) -> Any:
+        """What mlx-lm before 0.32 saves beside the arrays."""
+        return [self._description(), [plane.meta_state for plane in self.planes]]
+
+    @classmethod
+    def from_state(cls, state: Any, meta_state: Any = None) -> "PackedKVCache":
+        """Build from what `state`, and before mlx-lm 0.32 `meta_state`, gave."""
+        cache = object.__new__(cls)
+        if meta_state is None:
+            cache.state = state
+        else:
+            description, metas = meta_state
+            cache._restore(state, metas, description)
+        return cache
+
+    def _description(self) -> str:
+        return json.dumps(
+            {
+                "cache": type(self.planes[0]).__name__,
+                "keys": self.keys_format and asdict(self.keys_format),
+                "values": self.values_format and asdict(self.values_format),
+                "dense": self.dense,
+                "mergeable": self.mergeable,
+            }
+        )
+
+    def _restore(self, states: Any, metas: Any, description: str) -> None:
+        from mlx_lm.models import cache as caches
+
+        found = json.loads(description)
+        kind = getattr(caches, found["cache"])
+        self.keys_format = found["keys"] and Format(**found["keys"])
+        self.values_format = found["values"] and Format(**found["values"])
+        self.dense, self.mergeable = found["dense"], found["mergeable"]
+        if metas is None:
+            self.planes = [kind.from_state(state) for state in states]
+        else:
+            self.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
+
+
+def _parts(array: mx.array, format: Format | None) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases; of an array that stays as it is, itself and two of no width.
+
+    mlx-lm's batches give keys and values one type, so its bits are taken for codes.
+    """
+    if format is not None:
+        return format.pack(array)
+    return array.view(mx.uint32), array[..., :0], array[..., :0]
+
+
+def _view(parts: tuple[mx.array, ...], format: Format | None, dense: bool) -> Any:
+    if format is None:
+        return parts[0].view(parts[1].dtype)
+    packed = Packed(parts, format)
+    return packed.plain() if dense else packed
+
+
+def _known(one: Format | None, other: Format | None) -> Format | None:
+    """Of two equal formats the one whose group size was fitted."""
+    return other if one is not None and one.group_size is None else one

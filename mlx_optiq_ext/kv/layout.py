@@ -1,0 +1,201 @@
+"""Which cache belongs to which decoder layer, and packed caches in place of mlx-lm's."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InputError, OptiqError, UnsupportedError
+from ..weights.blocks import calls_replaced, decoder_layers
+from .cache import PackedKVCache
+from .plan import KVPlan, LayerFormat, check_layers
+
+#: A cache's number in the model's list and, in a CacheList, its number there.
+Slot = tuple[int, int | None]
+
+#: Architectures whose CacheList ends in the index of sparse attention, which picks tokens by its
+#: own keys: it stays as it is.
+INDEXED = ("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl")
+
+_NAME = "_optiq_kv"
+
+
+@dataclass(frozen=True)
+class Mounted:
+    """How a model's caches are built.
+
+    Attributes:
+        formats: Slot -> formats of its keys and values.
+        owners: Slot -> the decoder layer that writes to it.
+        dense: Whether the model's attention must be handed plain arrays.
+        mergeable: Whether mlx-lm's batch engine may merge the caches.
+    """
+
+    formats: Mapping[Slot, LayerFormat]
+    owners: Mapping[Slot, int]
+    dense: bool
+    mergeable: bool
+
+
+def mount(model: nn.Module, plan: KVPlan, *, mergeable: bool = True) -> Mounted:
+    """Give a loaded model a KV plan: `make_caches` then packs the layers that it names.
+
+    Three tokens are run through the model, so that what cannot work is refused here.
+
+    Args:
+        model: An mlx-lm model.
+        plan: What each layer gets.
+        mergeable: Whether mlx-lm's batch engine may merge the caches.
+
+    Raises:
+        InputError: The plan names a layer that does not exist or keeps no keys and values.
+        UnsupportedError: The model cannot work with packed keys and values.
+    """
+    found = owners(model)
+    formats = _formats(model, plan, found)
+    problem: Exception | None = None
+    # Some architectures compute attention themselves, on plain arrays; some not in batches.
+    for dense in (False, True):
+        try:
+            _try(model, Mounted(formats, found, dense, mergeable=False), rows=1)
+        except OptiqError:
+            raise
+        except Exception as error:
+            problem = error
+            continue
+        mounted = Mounted(formats, found, dense, mergeable)
+        if mergeable:
+            try:
+                _try(model, mounted, rows=2)
+            except Exception:
+                mounted = replace(mounted, mergeable=False)
+        object.__setattr__(model, _NAME, mounted)
+        return mounted
+    raise UnsupportedError(
+        f"{type(model).__module__} cannot work with packed keys and values "
+        f"({type(problem).__name__}: {problem}): leave --optiq-kv out"
+    )
+
+
+def unmount(model: nn.Module) -> None:
+    """Take a model's KV plan away."""
+    if mounted_on(model) is not None:
+        object.__delattr__(model, _NAME)
+
+
+def mounted_on(model: Any) -> Mounted | None:
+    """What `mount` left on a model."""
+    return getattr(model, "__dict__", {}).get(_NAME)
+
+
+def make_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+    """The model's prompt cache, packed as its mounted plan says."""
+    mounted = mounted_on(model)
+    caches = stock_caches(model, max_kv_size)
+    return caches if mounted is None else packed(caches, mounted)
+
+
+def packed(caches: list[Any], mounted: Mounted) -> list[Any]:
+    """Packed caches in place of the empty mlx-lm caches that ``mounted`` names."""
+    for slot, formats in mounted.formats.items():
+        index, member = slot
+        holder = caches[index]
+        inner = holder if member is None else holder.caches[member]
+        cache = PackedKVCache(
+            inner,
+            formats.keys,
+            formats.values,
+            dense=mounted.dense,
+            mergeable=mounted.mergeable,
+        )
+        if member is None:
+            caches[index] = cache
+        else:
+            members = list(holder.caches)
+            members[member] = cache
+            holder.caches = tuple(members)
+    return caches
+
+
+def owners(model: nn.Module) -> dict[Slot, int]:
+    """The decoder layer that writes to each cache of keys and values.
+
+    The model is run on one token, and each layer watched for the cache that it is handed: lists of
+    caches are not always one a layer (shared keys and values, blocks without attention, loops).
+    """
+    caches = stock_caches(model)
+    layers = decoder_layers(model)
+    users: dict[int, int] = {}
+
+    def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        for value in (*args, *kwargs.values()):
+            users.setdefault(id(value), index)
+        return original(*args, **kwargs)
+
+    with calls_replaced(layers, call):
+        mx.eval(model(mx.array([[0]]), cache=caches))
+    found = {}
+    for index, cache in enumerate(caches):
+        owner = users.get(id(cache), index if len(caches) == len(layers) else None)
+        if owner is not None:
+            found.update({(index, member): owner for member in _members(model, cache)})
+    return found
+
+
+def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+    """mlx-lm's own caches, whatever is mounted."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    make = getattr(make_prompt_cache, "__wrapped__", make_prompt_cache)
+    return make(model, max_kv_size)
+
+
+def _members(model: nn.Module, cache: Any) -> Iterator[int | None]:
+    """Where in a cache keys and values are kept: itself (None), or members of a CacheList."""
+    if isinstance(getattr(cache, "caches", None), list | tuple):
+        indexed = type(model).__module__.rpartition(".")[2] in INDEXED
+        for number, member in enumerate(cache.caches):
+            if _keeps(member) and not (indexed and number == 1):
+                yield number
+    elif _keeps(cache):
+        yield None
+
+
+def _keeps(cache: Any) -> bool:
+    return hasattr(cache, "update_and_fetch") and hasattr(cache, "keys")
+
+
+def _formats(model: nn.Module, plan: KVPlan, found: Mapping[Slot, int]) -> dict[Slot, LayerFormat]:
+    if not found:
+        raise UnsupportedError(
+            f"{type(model).__module__} keeps no keys and values that could be packed: leave "
+            "--optiq-kv out"
+        )
+    if plan.everywhere is not None:
+        return dict.fromkeys(found, plan.everywhere)
+    check_layers(plan, len(decoder_layers(model)))
+    for index in plan.layers:
+        if index not in found.values():
+            raise InputError(
+                f"{plan.source}: layer {index} of this model keeps no keys and values of its own "
+                "(a recurrent layer, or one that shares another's): leave it out"
+            )
+    return {slot: plan.layers[owner] for slot, owner in found.items() if owner in plan.layers}
+
+
+def _try(model: nn.Module, mounted: Mounted, rows: int) -> None:
+    """Run a prompt of two tokens and one more, in a batch if there are more rows than one."""
+    caches = packed(stock_caches(model), mounted)
+    if rows > 1:
+        if not all(hasattr(cache, "merge") for cache in caches):
+            return
+        others = [packed(stock_caches(model), mounted) for _ in range(rows)]
+        caches = [row[0].merge(list(row)) for row in zip(*others, strict=True)]
+    for length in (2, 1):
+        mx.eval(model(mx.zeros((rows, length), dtype=mx.int32), cache=caches))
+    if rows > 1:
+        # A finished request takes its row out, which fails on a cache that no layer uses.
+        for cache in caches:
+            cache.extract(0)

@@ -1,0 +1,180 @@
+"""A packed cache does with packed rows just what mlx-lm's own cache does with plain ones."""
+
+import copy
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models import cache as stock
+
+from mlx_optiq_ext.kv import Format, PackedKVCache
+
+HEADS, DIM = 2, 64
+KEYS, VALUES = Format(4, 32), Format(3, 64, rotated=True)
+BATCHED = hasattr(stock.KVCache, "keys_and_values")  # mlx-lm 0.32 keeps the caches it is given
+
+KINDS = {
+    "plain": lambda: stock.KVCache(),
+    "sliding": lambda: stock.RotatingKVCache(max_size=8),
+    "sliding with kept tokens": lambda: stock.RotatingKVCache(max_size=8, keep=2),
+    "chunked": lambda: stock.ChunkedKVCache(8),
+    "concatenated": lambda: stock.ConcatenateKVCache(),
+}
+
+if not BATCHED:
+    del KINDS["chunked"]  # before mlx-lm 0.32 it loses track after its front was dropped
+
+
+def fake(array: mx.array, format: Format) -> mx.array:
+    """What packing and unpacking leave of an array."""
+    from mlx_optiq_ext.kv import Packed
+
+    return Packed(format.pack(array), format).plain()
+
+
+class Pair:
+    """A packed cache, and mlx-lm's own that is fed what packing leaves of the same rows."""
+
+    def __init__(self, kind: str, seed: int = 0):
+        self.packed = PackedKVCache(KINDS[kind](), KEYS, VALUES, dense=True)
+        self.plain = KINDS[kind]()
+        self.key = mx.random.key(seed)
+
+    def append(self, tokens: int, rows: int = 1) -> None:
+        self.key, one, two = mx.random.split(self.key, 3)
+        keys = mx.random.normal((rows, HEADS, tokens, DIM), key=one)
+        values = mx.random.normal((rows, HEADS, tokens, DIM), key=two)
+        found = self.packed.update_and_fetch(keys, values)
+        expected = self.plain.update_and_fetch(fake(keys, KEYS), fake(values, VALUES))
+        for a, b in zip(found, expected, strict=True):
+            # What a batch left empty is unpacked from zeros, and may be anything in mlx-lm's.
+            assert a.shape == b.shape
+            assert mx.allclose(a, b, atol=1e-5)
+
+    def same_mask(self, tokens: int, **options) -> None:
+        if not hasattr(self.plain, "make_mask"):
+            return
+        options = {"return_array": True, "window_size": None, **options}
+        found = self.packed.make_mask(tokens, **options)
+        expected = self.plain.make_mask(tokens, **options)
+        assert (found is None) == (expected is None)
+        assert expected is None or mx.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=25)
+@given(steps=st.lists(st.integers(-3, 12), min_size=1, max_size=8))
+def test_appending_and_trimming(kind, steps):
+    pair = Pair(kind)
+    for step in steps:
+        if step > 0:
+            if kind != "chunked":
+                pair.same_mask(step)
+            else:
+                pair.packed.maybe_trim_front()
+                pair.plain.maybe_trim_front()
+            pair.append(step)
+        elif step < 0 and not pair.packed.empty() and pair.plain.is_trimmable():
+            assert pair.packed.is_trimmable()
+            assert pair.packed.trim(-step) == pair.plain.trim(-step)
+        assert pair.packed.offset == pair.plain.offset
+        assert pair.packed.size() == pair.plain.size()
+
+
+@pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 rebuilds the caches of a batch")
+@pytest.mark.parametrize("kind", ["plain", "sliding"])
+@settings(deadline=None, max_examples=20)
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=2, max_size=4),
+    data=st.data(),
+)
+def test_batches(kind, lengths, data):
+    pairs = [Pair(kind, seed) for seed in range(len(lengths))]
+    for pair, length in zip(pairs, lengths, strict=True):
+        if length:
+            pair.append(length)
+    batch = Pair(kind)
+    batch.packed = pairs[0].packed.merge([p.packed for p in pairs])
+    batch.plain = pairs[0].plain.merge([p.plain for p in pairs])
+    rows = len(lengths)
+    for _ in range(data.draw(st.integers(1, 5))):
+        action = data.draw(st.sampled_from(["decode", "prompt", "filter", "extend", "extract"]))
+        if action == "decode":
+            batch.same_mask(1)
+            batch.append(1, rows)
+        elif action == "prompt":
+            ragged = data.draw(st.lists(st.integers(1, 5), min_size=rows, max_size=rows))
+            padding = [max(ragged) - n for n in ragged]
+            if max(padding):
+                for cache in (batch.packed, batch.plain):
+                    cache.prepare(lengths=ragged, right_padding=padding)
+            batch.append(max(ragged), rows)
+            if max(padding):
+                for cache in (batch.packed, batch.plain):
+                    cache.finalize()
+        elif action == "filter" and rows > 1:
+            keep = sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1)))
+            for cache in (batch.packed, batch.plain):
+                cache.filter(keep)
+            rows = len(keep)
+        elif action == "extend":
+            others = [Pair(kind, 77) for _ in range(2)]
+            for other in others:
+                other.append(3)
+            for name in ("packed", "plain"):
+                more = [getattr(other, name) for other in others]
+                getattr(batch, name).extend(more[0].merge(more))
+            rows += 2
+        elif action == "extract" and not batch.packed.empty():
+            row = data.draw(st.integers(0, rows - 1))
+            one, other = batch.packed.extract(row), batch.plain.extract(row)
+            assert type(one.planes[0]) is type(other)
+            for a, b in zip(one.keys_and_values(), other.keys_and_values(), strict=True):
+                assert mx.allclose(a, b, atol=1e-5)
+    assert mx.array_equal(batch.packed.offset, batch.plain.offset)
+    assert mx.array_equal(batch.packed.left_padding, batch.plain.left_padding)
+
+
+@pytest.mark.parametrize("sides", [(KEYS, VALUES), (KEYS, None), (None, VALUES)])
+def test_bytes_are_those_of_the_plan(sides):
+    cache = PackedKVCache(stock.KVCache(), *sides)
+    rows = mx.random.normal((1, HEADS, 256, DIM)).astype(mx.bfloat16)
+    cache.update_and_fetch(rows, rows)
+    bits = sum(16 if side is None else side.bits_per_element for side in sides)
+    assert cache.nbytes == rows.size * bits / 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(stock, "PackedKVCache", PackedKVCache, raising=False)
+    pair = Pair(kind)
+    for tokens in (5, 6, 1):
+        pair.append(tokens)
+    stock.save_prompt_cache(str(tmp_path / "cache.safetensors"), [pair.packed])
+    loaded: Any = stock.load_prompt_cache(str(tmp_path / "cache.safetensors"))[0]
+    assert loaded.keys_format == KEYS
+    assert loaded.values_format == VALUES
+    pair.packed = loaded
+    pair.append(1)
+    pair.append(3)
+
+
+def test_a_copy_is_apart():
+    pair = Pair("plain")
+    pair.append(5)
+    other = copy.deepcopy(pair.packed)
+    pair.append(4)
+    assert (other.offset, pair.packed.offset) == (5, 9)
+
+
+def test_mlx_lm_sees_no_cache_that_it_could_quantize_or_merge_itself():
+    cache = PackedKVCache(stock.KVCache(), KEYS, VALUES, mergeable=False)
+    assert not hasattr(cache, "bits")  # its own attention would take it for QuantizedKVCache
+    assert not hasattr(cache, "to_quantized")
+    assert not hasattr(cache, "merge")
+    assert not hasattr(PackedKVCache(stock.ChunkedKVCache(8), KEYS, VALUES), "merge")
+    assert PackedKVCache(stock.KVCache(), KEYS, VALUES).empty()
+    assert mlx_lm.__version__

@@ -1,0 +1,78 @@
+"""KV plans within a budget, measured on a real small model."""
+
+import json
+
+import pytest
+
+from mlx_optiq_ext.errors import BudgetError
+from mlx_optiq_ext.kv import conversion, read_plan
+from mlx_optiq_ext.kv.sensitivity import choose, judged
+
+
+@pytest.fixture(scope="module")
+def measured(exact, tiny):
+    """The tiny model's keys and values, measured on short windows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "LENGTH", 96)
+        return conversion.plan_kv(
+            str(exact), 4.0, calibration=tiny.parent / "calibration.jsonl", progress=False
+        )
+
+
+def test_a_plan_keeps_its_budget_and_beats_uniform(measured):
+    found, costs = measured
+    assert found.bits_per_element <= 4.0
+    assert found.uniform is not None
+    assert found.kl < found.uniform[2]
+    assert min(kl for _, kl in found.tried.values()) == found.kl
+    assert costs.bits_per_element(choose(costs, 6.0)) <= 6.0
+
+
+def test_finer_formats_cost_less(measured):
+    _, costs = measured
+    for formats in costs.costs.values():
+        plain = {f.bits: kl for f, kl in formats.items() if f.group_size == 64 and not f.rotated}
+        assert [plain[bits] for bits in sorted(plain)] == sorted(plain.values(), reverse=True)
+
+
+def test_more_budget_costs_less(measured):
+    _, costs = measured
+    assert judged(costs, choose(costs, 8.0)) < judged(costs, choose(costs, 3.0))
+
+
+def test_an_impossible_budget_names_the_range(measured):
+    with pytest.raises(BudgetError, match=r"take from 2\.500 to 9\.000 bits per element"):
+        choose(measured[1], 2.2)
+
+
+def test_the_files_are_read_back(measured, tmp_path):
+    found, costs = measured
+    conversion.write(tmp_path, found, costs, model="tiny", budget=4.0)
+    assert read_plan(tmp_path / "kv_config.json").layers == found.layers
+    record = json.loads((tmp_path / "kv_sensitivity.json").read_text())
+    assert record["achieved_bits"] == found.bits_per_element
+    assert {entry["layer_idx"] for entry in record["layers"]} == set(range(6))
+
+
+BAD = {
+    "budget-word": (["--optiq-kv-budget", "x"], "'x' is not a number of bits per element"),
+    "budget-small": (["--optiq-kv-budget", "2"], "'2' is not a number of bits per element"),
+    "only": (["--optiq-kv-only"], "--optiq-kv-only needs --optiq-kv-budget"),
+    "only-and-weights": (
+        ["--optiq-kv-only", "--optiq-kv-budget", "4", "--optiq-budget", "4"],
+        "--optiq-kv-only converts nothing: leave --optiq-budget out",
+    ),
+    "only-elsewhere": (
+        ["--optiq-kv-only", "--optiq-kv-budget", "4"],
+        "is not a folder with one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_loaded(name, run, tmp_path):
+    arguments, message = BAD[name]
+    done = run("mlx_lm.convert", "--hf-path", tmp_path, "--mlx-path", tmp_path / "out", *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,95 @@
+import json
+
+import pytest
+
+from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.kv import Format, LayerFormat, parse_spec, read_plan
+from mlx_optiq_ext.kv.plan import check_layers, entries
+
+SPECS = {
+    "4": LayerFormat(Format(4), Format(4)),
+    "k8v4": LayerFormat(Format(8), Format(4)),
+    "k8v4g32": LayerFormat(Format(8, 32), Format(4, 32)),
+    "4r": LayerFormat(Format(4, None, True), Format(4, None, True)),
+    "k4rv3g64": LayerFormat(Format(4, 64, True), Format(3, 64)),
+    "k16v4": LayerFormat(None, Format(4)),
+}
+
+
+@pytest.mark.parametrize("text", SPECS)
+def test_specs(text):
+    plan = parse_spec(text)
+    assert plan is not None
+    assert plan.everywhere == SPECS[text]
+
+
+@pytest.mark.parametrize("text", ["auto", "kv_config.json", "k4", "v4", "4bit", "k8v4g", ""])
+def test_what_is_no_spec_is_left_to_be_a_file(text):
+    assert parse_spec(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("7", "bits 7 is none of"), ("k4v4g48", "group_size 48 is none of")]
+)
+def test_specs_that_mlx_cannot_pack(text, message):
+    with pytest.raises(InputError, match=f"--optiq-kv {text}: {message}"):
+        parse_spec(text)
+
+
+ENTRY = {"layer_idx": 3, "bits": 8, "group_size": 64}
+BAD = {
+    "not JSON": ("[{", "is not JSON"),
+    "not a list": (json.dumps({"layers": [ENTRY]}), "must be a JSON list"),
+    "empty": ("[]", "must be a JSON list"),
+    "not an object": ("[3]", "entry 0 is not an object"),
+    "no layer": (json.dumps([{"bits": 8}]), "entry 0: layer_idx None is not a layer number"),
+    "negative layer": (json.dumps([{**ENTRY, "layer_idx": -1}]), "layer_idx -1 is not a layer"),
+    "layer is true": (json.dumps([{**ENTRY, "layer_idx": True}]), "layer_idx True is not a"),
+    "twice": (json.dumps([ENTRY, ENTRY]), "entry 1: layer_idx 3 is named twice"),
+    "bits 7": (json.dumps([{**ENTRY, "bits": 7}]), "entry 0: bits 7 is none of 2, 3, 4, 5, 6, 8"),
+    "no bits": (json.dumps([{"layer_idx": 3}]), "entry 0: bits None is none of"),
+    "bits in words": (json.dumps([{**ENTRY, "bits": "8"}]), "entry 0: bits '8' is none of"),
+    "group 48": (json.dumps([{**ENTRY, "group_size": 48}]), "group_size 48 is none of 32, 64, 128"),
+    "negative group": (json.dumps([{**ENTRY, "group_size": -64}]), "group_size -64 is none of"),
+    "nothing packed": (json.dumps([{**ENTRY, "bits": 16}]), "packs neither keys nor values"),
+    "unknown key": (json.dumps([{**ENTRY, "bitz": 8}]), "entry 0 has unknown keys: bitz"),
+    "unknown method": (json.dumps([{**ENTRY, "method": "magic"}]), "method 'magic' is not known"),
+    "rotation in words": (json.dumps([{**ENTRY, "k_rotated": "yes"}]), "k_rotated 'yes' is not"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_by_entry(name, tmp_path):
+    text, message = BAD[name]
+    path = tmp_path / "kv_config.json"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_plan(path)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.json cannot be read"):
+        read_plan(tmp_path / "none.json")
+
+
+def test_a_layer_that_the_model_does_not_have(tmp_path):
+    path = tmp_path / "kv_config.json"
+    path.write_text(json.dumps([ENTRY]))
+    check_layers(read_plan(path), 4)
+    with pytest.raises(InputError, match="layer_idx 3 is not in a model of 3 layers"):
+        check_layers(read_plan(path), 3)
+
+
+def test_a_plan_is_read_back_as_it_was_written(tmp_path):
+    layers = {
+        0: LayerFormat(Format(8, 64), Format(8, 64)),
+        2: LayerFormat(Format(4, 64, True), Format(3, 32)),
+        5: LayerFormat(None, Format(6, 128)),
+    }
+    path = tmp_path / "kv_config.json"
+    path.write_text(json.dumps(entries(layers)))
+    assert read_plan(path).layers == layers
+    # The published form, and nothing else, where it can say it all.
+    assert entries(layers)[0] == {"layer_idx": 0, "bits": 8, "group_size": 64}

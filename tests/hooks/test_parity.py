@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from mlx_optiq_hooks import kv_options
+
 STOCK = {"MLX_OPTIQ_EXT": "0"}
 
 #: Prints the help of every stock command that imports here, each ended by a form feed.
@@ -19,6 +21,10 @@ for name in sys.argv[1:]:
 COMMANDS = ("convert", "server", "lora", "fuse", "generate", "chat", "cache_prompt", "perplexity")
 
 
+#: Command -> how many options of ours it has at least.
+OURS = {"convert": 5, **dict.fromkeys(kv_options.COMMANDS, 1)}
+
+
 @pytest.fixture(scope="module")
 def helps(run):
     """The help of each command, with the package and without."""
@@ -30,19 +36,20 @@ def helps(run):
     return of({}), of(STOCK)
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "convert"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in OURS])
 def test_help_of_a_command_without_options_of_ours_is_stock(helps, command):
     ours, stock = helps
     assert f"usage: mlx_lm.{command} " in stock[command]
     assert ours[command] == stock[command]
 
 
-def test_help_of_convert_differs_by_our_group_only(helps):
-    ours, stock = (each["convert"] for each in helps)
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name in OURS])
+def test_help_of_a_command_with_options_of_ours_differs_by_our_group_only(helps, command):
+    ours, stock = (each[command] for each in helps)
     assert "optiq" not in stock
     head, title, group = ours.partition("\noptiq (mlx-optiq-ext ")
     assert title
-    assert group.count("--optiq-") >= 5
+    assert group.count("--optiq-") >= OURS[command]
     # Our options also stand in the usage, where they move the line breaks.
     without = re.sub(r"\[--optiq-[^]]*\]", "", head)
     assert "optiq" not in without

@@ -9,7 +9,7 @@ from .patch import Patch, bind
 
 def convert(wrapped, instance, args, kwargs):
     running = session.current()
-    if running is None or running.options is None:
+    if running is None or running.options is None or running.command != "convert":
         return wrapped(*args, **kwargs)
     options, call = running.options, bind(wrapped, args, kwargs)
     if options.kv_only:

@@ -19,35 +19,26 @@ DEPENDENT = (
     "report",
 )
 
-
 #: Options that a KV plan uses too.
 SHARED = ("calibration",)
 
 
-def kv_budget(text: str) -> float:
-    """Parse stored bits per element of the KV caches."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 2 < value <= 16:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bits per element above 2 and up to 16, such as 4.5"
-        )
-    return value
+def bits_above(least: float, what: str):
+    """A parser for a budget in stored bits, above ``least`` and up to 16."""
 
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least < value <= 16:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of bits per {what} above {least:g} and up to 16, such "
+                "as 4.5"
+            )
+        return value
 
-def budget(text: str) -> float:
-    """Parse bits per weight."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 16:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bits per weight above 0 and up to 16, such as 4.5"
-        )
-    return value
+    return parse
 
 
 def choices(allowed: tuple[int, ...], what: str):
@@ -74,7 +65,7 @@ def add_arguments(group):
     group.add_argument(
         "--optiq-budget",
         metavar="BPW",
-        type=budget,
+        type=bits_above(0, "weight"),
         help="Quantize each tensor at its own bits and group size, within this many bits per "
         "weight as printed after conversion (uniform 4-bit at group size 64 takes 4.5).",
     )
@@ -144,7 +135,7 @@ def add_arguments(group):
     group.add_argument(
         "--optiq-kv-budget",
         metavar="BITS",
-        type=kv_budget,
+        type=bits_above(2, "element"),
         help="Plan each layer's keys and values within this many stored bits per element and "
         "write kv_config.json beside the weights, for --optiq-kv auto (4-bit at group size 64 "
         "takes 4.5).",

@@ -1,6 +1,7 @@
 """``--optiq-kv`` of the commands that run a model, and what is refused before it is loaded."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,14 @@ def check(options, args):
 
 def mounted(model: Any) -> bool:
     """Whether a model has a KV plan; the first model that a command runs is given its plan."""
+    running = session.current()
+    plan = session.kv_plan(running)
+    if plan is None and "mlx_optiq_ext.kv" not in sys.modules:
+        return False  # unused: nothing is imported for it
     from mlx_optiq_ext import kv
 
     if kv.mounted_on(model) is not None:
         return True
-    running = session.current()
-    plan = session.kv_plan(running)
     if running is None or plan is None or running.results.get("kv"):
         return False  # such as a draft model
     mount(model, running)

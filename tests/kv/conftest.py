@@ -120,15 +120,38 @@ def kv_config(tmp_path_factory) -> Path:
 def serving(exact, kv_config, tmp_path_factory) -> Iterator[Server]:
     """A server under the plan, which notes what each layer's cache holds."""
     folder = tmp_path_factory.mktemp("serving")
-    code = PROBE.replace("NOTES", repr(str(folder / "notes.jsonl")))
+    code = probe("server", folder / "notes.jsonl")
     with serve(folder / "log", "--model", exact, "--optiq-kv", kv_config, code=code) as server:
         yield server
 
 
-#: Notes, for each update of a cache: layer, rows, and the bits that a key and a value take.
+def probe(command: str, notes: Path) -> str:
+    """Code that runs a command and notes what each update of a cache stores; see `held`."""
+    return PROBE.replace("COMMAND", command).replace("NOTES", repr(str(notes)))
+
+
+def held(notes: Path, *, rows: int = 1) -> dict[int, set[tuple[float, float]]]:
+    """Layer -> bits that a key and a value took, in batches of at least so many rows."""
+    seen: dict[int, set[tuple[float, float]]] = {}
+    for layer, count, keys, values in map(json.loads, notes.read_text().splitlines()):
+        if count >= rows:
+            seen.setdefault(layer, set()).add((keys, values))
+    return seen
+
+
+def planned(config: Path) -> dict[int, set[tuple[float, float]]]:
+    """What `held` finds under the plan of `kv_config`: two heads of 64, float32 scale and bias."""
+    expected = {}
+    for entry in json.loads(config.read_text()):
+        sides = [entry.get(f"{side}_bits", entry.get("bits")) for side in "kv"]
+        bits = [32 if b == 16 else b + 64 / entry["group_size"] for b in sides]
+        expected[entry["layer_idx"]] = {tuple(2 * 64 * b for b in bits)}
+    return expected
+
+
+#: One line for each update: layer, rows, bits of a key, bits of a value.
 PROBE = """
-import json
-from mlx_lm import server
+import importlib, json
 from mlx_optiq_ext.kv import cache, layout
 
 packed, update = layout.packed, cache.PackedKVCache.update_and_fetch
@@ -151,5 +174,5 @@ def noted(self, keys, values):
     return result
 
 layout.packed, cache.PackedKVCache.update_and_fetch = marked, noted
-server.main()
+importlib.import_module("mlx_lm.COMMAND").main()
 """

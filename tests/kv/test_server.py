@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx_lm
 import pytest
 
-from .conftest import PROBLEMS, serve
+from .conftest import PROBLEMS, held, planned, serve
 
 BATCHED = tuple(map(int, mlx_lm.__version__.split(".")[:2])) >= (0, 32)
 
@@ -24,19 +24,8 @@ def test_sixteen_clients_get_what_each_would_get_alone(serving):
 def test_each_layer_holds_its_own_bits_in_the_batch(serving, kv_config):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(serving.ask, [PROBLEMS[0] + "\n" * i for i in range(8)]))
-    notes = (serving.log.parent / "notes.jsonl").read_text().splitlines()
-    seen = {}
-    for layer, rows, keys, values in map(json.loads, notes):
-        if rows > 1:
-            seen.setdefault(layer, set()).add((keys, values))
-    heads_and_dim, scale = 2 * 64, 2 * 32  # float32 scale and bias of each group
-    expected = {}
-    for entry in json.loads(kv_config.read_text()):
-        sides = [entry.get(f"{side}_bits", entry.get("bits")) for side in "kv"]
-        extra = scale / entry["group_size"]
-        bits = [32 if b == 16 else b + extra for b in sides]
-        expected[entry["layer_idx"]] = {tuple(heads_and_dim * b for b in bits)}
-    assert seen == expected
+    notes = serving.log.parent / "notes.jsonl"
+    assert held(notes, rows=2) == planned(kv_config)
 
 
 def test_streaming_and_prompt_cache_reuse(serving):

@@ -18,7 +18,7 @@ COUNT = 16
 #: Every so many windows one is held out of the measurement, to judge finished plans on.
 HELD_OUT = 4
 #: Windows that refinement uses at most.
-REFINING = 128
+REFINING = 256
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,12 @@ from .blocks import arrays, calls_replaced, decoder_layers, layer_index, record,
 from .packing import Packing, quantizable
 from .refinement import Refined
 from .rounding import Packed
-from .sensitivity import BATCH, Problem
+from .sensitivity import Problem
 
 #: Updates, and the largest move of one, as a share of the group's scale.
-STEPS, RATE = 48, 2e-3
+STEPS, RATE = 48, 3e-3
+#: Windows of one update.
+DRAWN = 8
 #: Decay of the gradients' mean and of their mean square.
 DECAY, SQUARE_DECAY = 0.9, 0.95
 
@@ -157,10 +159,10 @@ def _drawn(windows: np.ndarray) -> Iterator[mx.array]:
     """Batches of windows without end, each window once before any comes again."""
     rng, queue = np.random.default_rng(0), np.zeros(0, np.int64)
     while True:
-        while len(queue) < min(BATCH, len(windows)):
+        while len(queue) < min(DRAWN, len(windows)):
             queue = np.concatenate([queue, rng.permutation(len(windows))])
-        yield mx.array(windows[queue[:BATCH]])
-        queue = queue[BATCH:]
+        yield mx.array(windows[queue[:DRAWN]])
+        queue = queue[DRAWN:]
 
 
 def _pace(step: int, steps: int) -> float:

@@ -19,7 +19,12 @@ KEPT = 2**28
 
 
 def score(logits: mx.array, key: mx.array) -> mx.array:
-    """Gradient of the negative log-likelihood of tokens drawn from the model, in its logits.
+    """A random gradient at the logits whose covariance is the KL divergence's Hessian there.
+
+    With ``p`` the probabilities that is ``diag(p) - p p^T``, and random signs times
+    ``diag(sqrt p) - p sqrt(p)^T`` are one draw. Tokens drawn from the model have the same
+    covariance, but where it is sure of itself nearly all of their gradients are next to nothing
+    and a few are huge.
 
     Args:
         logits: (batch, length, vocabulary).
@@ -28,10 +33,10 @@ def score(logits: mx.array, key: mx.array) -> mx.array:
     Returns:
         Of the same shape and dtype.
     """
-    logits32 = logits.astype(mx.float32)
-    drawn = mx.random.categorical(logits32, key=key)
-    hot = drawn[..., None] == mx.arange(logits.shape[-1])
-    return (mx.softmax(logits32, axis=-1) - hot).astype(logits.dtype)
+    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
+    signs = mx.where(mx.random.bernoulli(0.5, logits.shape, key=key), 1.0, -1.0)
+    signed = mx.sqrt(probabilities) * signs
+    return (signed - probabilities * signed.sum(axis=-1, keepdims=True)).astype(logits.dtype)
 
 
 def factors(
@@ -52,7 +57,7 @@ def factors(
     Args:
         model: An mlx-lm model; left as it was.
         batches: Token batches, int32 (batch, length).
-        draws: How often labels are drawn and differentiated per batch.
+        draws: How many gradients are drawn at the logits of each batch.
         across: Paths whose whole output moment is wanted.
         stream: Of the model, if its layers are on disk.
 
@@ -87,7 +92,7 @@ def factors(
 
 
 class _Walk:
-    """Layers from the last to the first, and for each all batches and draws of labels."""
+    """Layers from the last to the first, and for each all batches and draws."""
 
     def __init__(
         self,

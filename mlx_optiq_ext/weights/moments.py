@@ -1,9 +1,10 @@
 """Second moments of one tensor's inputs and output gradients: its factored Fisher information.
 
-With labels drawn from the model itself, the expected outer product of the gradient is the Hessian
-of KL(reference || model) at the reference (Martens, arXiv 1412.1193). For one layer it factors into
-the second moments of its inputs and of the gradients at its outputs (K-FAC, Martens and Grosse,
-arXiv 1503.05671); of the latter costing needs the diagonal only, rounding uses it whole.
+Gradients whose covariance at the logits is the Hessian of KL(reference || model) there have that of
+every weight as their covariance, but for the model's own curvature (Martens, arXiv 1412.1193). For
+one layer it factors into the second moments of its inputs and of the gradients at its outputs
+(K-FAC, Martens and Grosse, arXiv 1503.05671); of the latter costing needs the diagonal only,
+rounding uses it whole.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Factors:
         lookups: How often each row was looked up, (vocabulary,); embeddings only.
         columns: Second moment of the gradients at what was looked up, (dim, dim); embeddings only.
         across: Second moment of the gradients at the outputs, (out, out), where it was asked for.
-        tokens: Number of tokens in the batches, once for each draw of labels.
+        tokens: Number of tokens in the batches, once for each draw.
     """
 
     inputs: mx.array | None = None

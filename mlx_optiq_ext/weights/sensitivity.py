@@ -20,7 +20,7 @@ from .stream import Stream
 Sensitivity = dict[str, dict[Packing, float]]
 
 #: Counted up when a method measures anew what an older version kept.
-VERSION = 4
+VERSION = 5
 
 #: Windows run at once.
 BATCH = 4

@@ -18,8 +18,8 @@ from .spill import Spill, Spilled
 
 #: Tensors measured directly, to fit the scale of the expansion.
 DIRECT = 4
-#: Windows and draws of labels for whole output moments, which fewer leave noisy.
-WINDOWS, DRAWS = 48, 3
+#: Gradients drawn for each batch where whole output moments are wanted, which fewer leave noisy.
+DRAWS = 2
 #: Bytes for whole output moments together, and outputs beyond which a tensor's is never kept.
 ACROSS, WIDEST = 2**30, 4096
 
@@ -88,7 +88,7 @@ class _Ledger:
 def differentiated(problem: Problem) -> Mapping[str, Factors]:
     """What rounding needs of every tensor's factors; empty ones if MLX cannot differentiate.
 
-    For a problem that will be refined, more windows and draws of labels are used, and output
+    For a problem that will be refined, more windows and draws are used, and output
     moments are kept whole as far as `widest` allows. Computed once a problem.
     """
     if "factors" not in problem.results:
@@ -102,8 +102,7 @@ def differentiate(
     """Show every tensor's factors to ``visit``, and return what rounding needs of them."""
     tokens, draws, across = problem.calibration.measured, 1, set()
     if problem.refine:
-        every = max(1, len(problem.calibration.refining) // WINDOWS)
-        tokens, draws = problem.calibration.refining[::every], DRAWS
+        tokens, draws = problem.calibration.refining, DRAWS
         across = widest(problem.tensors)
     kept: dict[str, Factors] | SpilledFactors = {}
     if problem.stream is not None:

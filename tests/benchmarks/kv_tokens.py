@@ -1,7 +1,7 @@
 """Greedy answers under KV plans beside the 16-bit cache's, alone and in one batch.
 
     python tests/benchmarks/kv_tokens.py MODEL... --problems FILE.jsonl [--specs 8 4 4r]
-        [--count 50] [--max-tokens 40]
+        [--count 50] [--max-tokens 40] [--plain]
 
 ``same`` is the share of prompts with the very tokens of the plain cache, ``batch`` the share whose
 tokens in one batch of all prompts are those of the prompt alone, both in float32; ``accuracy`` the
@@ -24,9 +24,9 @@ from mlx_optiq_ext import kv
 generating: Any = importlib.import_module("mlx_lm.generate")
 
 
-def prompts_of(tokenizer: Any, problems: list[dict]) -> list[list[int]]:
+def prompts_of(tokenizer: Any, problems: list[dict], *, plain: bool) -> list[list[int]]:
     """Chat prompts, or the plain form of a base model."""
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and not plain:
         return [
             tokenizer.apply_chat_template(
                 [{"role": "user", "content": p["question"]}], add_generation_prompt=True
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--specs", nargs="*", default=["8", "4", "4r"])
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--plain", action="store_true", help="Prompts of a base model.")
     args = parser.parse_args()
     lines = args.problems.read_text().splitlines()[: args.count]
     problems = [json.loads(line) for line in lines]
@@ -94,7 +95,7 @@ def main() -> None:
     for name in args.models:
         model, tokenizer = mlx_lm.load(name)[:2]
         model.set_dtype(mx.float32)
-        prompts = prompts_of(tokenizer, problems)
+        prompts = prompts_of(tokenizer, problems, plain=args.plain)
         plain = alone(model, tokenizer, prompts, args.max_tokens)
         right = accuracy(tokenizer, plain, problems)
         print(f"| {Path(name).name} | 16 bit | | | {100 * right:.0f} % |", flush=True)

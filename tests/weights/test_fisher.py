@@ -54,23 +54,31 @@ def test_by_layer_and_as_a_whole_give_the_same_factors(loaded, monkeypatch):
                 assert float(mx.abs(one - other).max()) <= 1e-4 * scale + 1e-9, (path, name)
 
 
-def test_outputs_are_the_squared_gradients_of_the_sampled_loss(loaded):
+def test_outputs_are_the_squared_gradients_of_what_was_drawn(loaded):
     model, path = loaded[0], "model.layers.1.mlp.down_proj"
     found = gathered(model)[path]
     layer = model.layers[1].mlp.down_proj
-    logits = model(TOKENS)
-    drawn = mx.random.categorical(logits.astype(mx.float32), key=mx.random.key(0))
+    drawn = module.score(model(TOKENS), mx.random.key(0))
 
     def loss(offset):
         with tapped({path: layer}, lambda use: use.outputs + offset):
-            logits = model(TOKENS)
-        picked = mx.take_along_axis(logits, drawn[..., None], axis=-1)[..., 0]
-        return (mx.logsumexp(logits, axis=-1) - picked).sum()
+            return (model(TOKENS) * drawn).sum()
 
     gradient = mx.grad(loss)(mx.zeros((*TOKENS.shape, 64)))
     expected = array(mx.square(gradient).sum(axis=(0, 1)))
     assert array(found.outputs) == pytest.approx(expected, rel=1e-3)
     assert found.tokens == TOKENS.size
+
+
+def test_draws_have_the_hessian_of_the_divergence_as_covariance():
+    logits = mx.array([[[2.0, 0.5, -1.0, 1.0]]])
+    many = mx.broadcast_to(logits, (1, 200_000, 4))
+    drawn = array(module.score(many, mx.random.key(3)))[0]
+    p = array(mx.softmax(logits[0, 0]))
+    hessian = np.diag(p) - np.outer(p, p)
+    assert drawn.mean(axis=0) == pytest.approx(0, abs=5e-3)
+    assert drawn.T @ drawn / len(drawn) == pytest.approx(hessian, abs=3e-3)
+    assert array(module.score(logits, mx.random.key(1))).sum() == pytest.approx(0, abs=1e-6)
 
 
 def test_costs_follow_the_formula():

@@ -1,0 +1,110 @@
+"""A LoRA adapter as data, whatever form it was stored in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+#: The two stored forms.
+MLX_LM, PEFT = "mlx-lm", "peft"
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """The low-rank update of one layer, in mlx-lm's orientation.
+
+    For a linear layer, ``y + scale * (x @ a) @ b``.
+
+    Attributes:
+        a: (in, rank); for stacked experts (experts, rank, in); for an embedding (rows, rank).
+        b: (rank, out); for stacked experts (experts, out, rank); for an embedding (rank, dims).
+        scale: What the update is multiplied by. PEFT's alpha over rank, or over its root.
+        magnitude: DoRA's length of each output row, (out,); None for LoRA.
+    """
+
+    a: mx.array
+    b: mx.array
+    scale: float
+    magnitude: mx.array | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it updates a stack of experts."""
+        return self.a.ndim == 3
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+        return self.a.shape[1 if self.stacked else -1]
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in it."""
+        return self.a.size + self.b.size + (0 if self.magnitude is None else self.magnitude.size)
+
+    def arrays(self) -> list[mx.array]:
+        """Its arrays."""
+        return [each for each in (self.a, self.b, self.magnitude) if each is not None]
+
+    def cut(self, rank: int) -> "LayerAdapter":
+        """Its first ``rank`` components."""
+        if self.stacked:
+            a, b = self.a[:, :rank], self.b[..., :rank]
+        else:
+            a, b = self.a[:, :rank], self.b[:rank]
+        return LayerAdapter(a, b, self.scale, self.magnitude)
+
+    def padded(self, rank: int, scale: float) -> "LayerAdapter":
+        """The same update with zero components up to ``rank`` and another scale.
+
+        The scales' ratio goes into ``b``.
+        """
+        more = rank - self.rank
+        if self.stacked:
+            a = mx.pad(self.a, [(0, 0), (0, more), (0, 0)])
+            b = mx.pad(self.b, [(0, 0), (0, 0), (0, more)])
+        else:
+            a, b = mx.pad(self.a, [(0, 0), (0, more)]), mx.pad(self.b, [(0, more), (0, 0)])
+        if scale != self.scale:
+            b = (b.astype(mx.float32) * (self.scale / scale)).astype(b.dtype)
+        return LayerAdapter(a, b, scale, self.magnitude)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter.
+
+    Attributes:
+        source: What the user named: a folder or a Hub repository.
+        folder: Where its files are.
+        form: `MLX_LM` or `PEFT`.
+        layers: Path of the adapted layer -> its update. Paths are as stored until `fit` finds the
+            model's own.
+        config: ``adapter_config.json``.
+        notes: Our ``optiq_lora_config.json``; empty for adapters made elsewhere.
+    """
+
+    source: str
+    folder: Path
+    form: str
+    layers: Mapping[str, LayerAdapter]
+    config: Mapping[str, Any]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dora(self) -> bool:
+        """Whether it is DoRA, which scales each output row as a whole too."""
+        return any(layer.magnitude is not None for layer in self.layers.values())
+
+    @property
+    def base_model(self) -> str | None:
+        """The model it was trained on, as far as its files say."""
+        name = self.config.get("base_model_name_or_path") or self.config.get("model")
+        return name if isinstance(name, str) else None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have one rank and one scale."""
+        return len({(layer.rank, layer.scale) for layer in self.layers.values()}) <= 1

@@ -1,0 +1,101 @@
+"""Where an adapter's files are: a folder, or a repository on the Hub."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import InputError
+
+CONFIG = "adapter_config.json"
+NOTES = "optiq_lora_config.json"
+MLX_LM_WEIGHTS = "adapters.safetensors"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Files:
+    """An adapter's folder.
+
+    Attributes:
+        source: As the user wrote it.
+        folder: Holds the files.
+        weights: The tensors' file.
+        config: ``adapter_config.json``.
+        notes: ``optiq_lora_config.json``, or nothing.
+    """
+
+    source: str
+    folder: Path
+    weights: Path
+    config: Mapping[str, Any]
+    notes: Mapping[str, Any]
+
+
+def locate(source: str | Path) -> Files:
+    """Find an adapter's files; a repository is downloaded unless it is cached.
+
+    Raises:
+        InputError: There is no adapter, or a file of it is missing.
+    """
+    folder = folder_of(source)
+    config = _object(folder / CONFIG, source)
+    notes = _object(folder / NOTES, source) if (folder / NOTES).exists() else {}
+    known = {
+        MLX_LM_WEIGHTS: "lora_parameters" in config or "fine_tune_type" in config,
+        PEFT_WEIGHTS: "peft_type" in config,
+    }
+    for name, described in known.items():
+        if described and (folder / name).is_file():
+            return Files(str(source), folder, folder / name, config, notes)
+    present = [name for name in known if (folder / name).is_file()]
+    if present:
+        raise InputError(
+            f"{source}: {CONFIG} has neither mlx-lm's lora_parameters nor PEFT's peft_type that "
+            f"go with {present[0]}: was it taken from another adapter?"
+        )
+    if (folder / "adapter_model.bin").exists():
+        raise InputError(
+            f"{source} has its weights in adapter_model.bin, which can run code when read: save it "
+            "again with safe_serialization=True"
+        )
+    raise InputError(
+        f"{source} has no {MLX_LM_WEIGHTS} and no {PEFT_WEIGHTS}: name the folder of a trained "
+        "adapter"
+    )
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder of an adapter, which a repository is downloaded into."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{source} is a file: name the folder that holds the adapter")
+    name = str(source)
+    if not _REPOSITORY.fullmatch(name):
+        raise InputError(f"{source}: no such folder, and no name of a repository on the Hub")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = [CONFIG, NOTES, MLX_LM_WEIGHTS, PEFT_WEIGHTS]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise InputError(
+            f"{source}: no such folder, and no repository that could be read "
+            f"({type(error).__name__}): check the name and the network"
+        ) from error
+
+
+def _object(path: Path, source: str | Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise InputError(f"{source} has no {path.name}: name the folder of a trained adapter")
+    content = files.read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object: is it damaged?")
+    return content

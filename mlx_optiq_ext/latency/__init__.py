@@ -1,0 +1,30 @@
+"""Latency: what a model will do on a chip, predicted from its config and tensor headers."""
+
+from .chips import Chip, chips, detect, find_chip, read_chip, write_chip
+from .efficiency import FITTED, Efficiency, fit
+from .headers import Header, read_headers
+from .layout import Layout, Operator, layout_of, read_layout
+from .roofline import Demand, Prediction, Workload, demand, predict
+
+__all__ = [
+    "FITTED",
+    "Chip",
+    "Demand",
+    "Efficiency",
+    "Header",
+    "Layout",
+    "Operator",
+    "Prediction",
+    "Workload",
+    "chips",
+    "demand",
+    "detect",
+    "find_chip",
+    "fit",
+    "layout_of",
+    "predict",
+    "read_chip",
+    "read_headers",
+    "read_layout",
+    "write_chip",
+]

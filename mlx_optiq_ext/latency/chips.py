@@ -1,0 +1,183 @@
+"""What machines can do: memory bandwidth, arithmetic and the cost of a kernel launch."""
+
+import difflib
+import functools
+import json
+import math
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import InputError
+
+TABLE = Path(__file__).with_name("chips.json")
+#: The file that `calibrate` writes and ``auto`` prefers.
+CALIBRATED = "chip.json"
+FAMILIES = ("apple", "nvidia")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One machine.
+
+    Attributes:
+        id: Short name, such as ``m4-max-40``: forty GPU cores.
+        name: As its maker calls it.
+        family: ``"apple"`` or ``"nvidia"``, whose efficiency it is taken to reach.
+        bandwidth_gbs: Memory bandwidth, 1e9 bytes a second.
+        tflops: Dense half-precision matrix arithmetic, 1e12 FLOP a second.
+        generation: 3 for M3; an NVIDIA architecture's major compute capability.
+        dies: 2 for an Ultra.
+        gpu_cores: Of Apple's chips.
+        launch_us: Measured microseconds a kernel costs besides its memory traffic; None to take the
+            family's. Where it is given, ``bandwidth_gbs`` and ``tflops`` are what was measured.
+        source: Where the numbers come from.
+    """
+
+    id: str
+    name: str
+    family: str
+    bandwidth_gbs: float
+    tflops: float
+    generation: int = 0
+    dies: int = 1
+    gpu_cores: int | None = None
+    launch_us: float | None = None
+    source: str = ""
+
+    @property
+    def measured(self) -> bool:
+        """Whether its numbers were measured rather than looked up."""
+        return self.launch_us is not None
+
+
+@functools.cache
+def chips() -> dict[str, Chip]:
+    """Every chip of the table by id."""
+    table = files.read_json(TABLE)
+    return {
+        row["id"]: Chip(**row, source=table["sources"][row["family"]]) for row in table["chips"]
+    }
+
+
+def find_chip(text: str) -> Chip:
+    """The chip that a name, ``auto`` or a JSON file means.
+
+    Raises:
+        InputError: There is none; the message suggests the nearest names.
+    """
+    if text == "auto":
+        return detect()
+    known = chips()
+    if text in known:
+        return known[text]
+    if text.endswith(".json") or Path(text).is_file():
+        return read_chip(Path(text))
+    near = difflib.get_close_matches(text.lower(), known, n=3, cutoff=0.5)
+    variants = [name for name in known if name.startswith(f"{text.lower()}-")]
+    hint = " or ".join(variants or near)
+    raise InputError(
+        f"no chip {text!r} is known"
+        + (f", did you mean {hint}?" if hint else ": 'list' prints them.")
+        + " A JSON file describes another one, as --optiq-calibrate-chip writes it"
+    )
+
+
+def read_chip(path: Path) -> Chip:
+    """A chip described by a JSON object with the attributes of `Chip`.
+
+    Raises:
+        InputError: The file is missing or wrong; the message names the field.
+    """
+    value = files.read_json(path)
+    known = {field.name for field in fields(Chip)}
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold one JSON object with bandwidth_gbs and tflops")
+    if unknown := set(value) - known:
+        raise InputError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
+    value = {"id": path.stem, "name": path.stem, "family": "apple", **value}
+    if value["family"] not in FAMILIES:
+        raise InputError(f"{path}: family {value['family']!r} is none of {', '.join(FAMILIES)}")
+    for name in ("bandwidth_gbs", "tflops"):
+        _check_positive(path, name, value.get(name))
+    if value.get("launch_us") is not None:
+        _check_positive(path, "launch_us", value["launch_us"])
+    for name in ("generation", "dies"):
+        if not isinstance(value.get(name, 1), int):
+            raise InputError(f"{path}: {name} {value[name]!r} is not a whole number")
+    return Chip(**value)
+
+
+def _check_positive(path: Path, name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise InputError(f"{path}: {name} {value!r} is not a number above 0")
+
+
+def write_chip(path: Path, chip: Chip) -> None:
+    """Write a chip as the JSON that `read_chip` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, asdict(chip))
+
+
+def calibrated_path() -> Path:
+    """Where this machine's own measurements are kept."""
+    return files.cache_dir() / CALIBRATED
+
+
+def detect(ask: Callable[[list[str]], str] | None = None) -> Chip:
+    """This machine's chip: its own measurements if there are any, else the table's entry.
+
+    Args:
+        ask: Runs a command and returns what it prints, or an empty string.
+
+    Raises:
+        InputError: The machine is not in the table.
+    """
+    if calibrated_path().exists():
+        return read_chip(calibrated_path())
+    ask = ask or _output
+    found = _apple(ask(["system_profiler", "SPDisplaysDataType", "-json"])) or _nvidia(
+        ask(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    )
+    if found is None:
+        raise InputError(
+            "this machine's chip is not known: name one ('list' prints them), or measure this one "
+            "with --optiq-calibrate-chip"
+        )
+    return found
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _apple(text: str) -> Chip | None:
+    try:
+        display = json.loads(text)["SPDisplaysDataType"][0]
+        model, cores = display["sppci_model"], int(display["sppci_cores"])
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    stem = model.removeprefix("Apple ").lower().replace(" ", "-")
+    return chips().get(f"{stem}-{cores}")
+
+
+def _nvidia(text: str) -> Chip | None:
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    words = set(re.findall(r"[a-z0-9]+", first.lower()))
+    best: tuple[int, Chip] | None = None
+    for chip in chips().values():
+        wanted = set(re.findall(r"[a-z0-9]+", chip.name.lower())) - {"nvidia", "geforce", "gb"}
+        model = next(iter(re.findall(r"[a-z]*\d+[a-z]*", chip.name.lower())), None)
+        if chip.family == "nvidia" and (model in words or wanted <= words):
+            score = len(wanted & words)
+            if best is None or score > best[0]:
+                best = (score, chip)
+    return None if best is None else best[1]

@@ -1,0 +1,115 @@
+"""Names, shapes and sizes of a model's tensors, without reading the tensors."""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import InputError
+
+#: No header of a real model is longer; a larger number means another kind of file.
+LONGEST = 100_000_000
+
+
+@dataclass(frozen=True)
+class Header:
+    """One stored tensor: its dtype as safetensors names it, its shape, its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+Headers = Mapping[str, Header]
+
+
+def read_headers(path_or_repo: str, revision: str | None = None) -> tuple[dict[str, Any], Headers]:
+    """The config and the tensor headers of a folder or a Hub repository.
+
+    Of a repository config.json is downloaded; its weight files are asked for their headers only, by
+    range requests.
+
+    Raises:
+        InputError: There are no safetensors headers to read.
+    """
+    path = Path(path_or_repo)
+    if path.is_dir():
+        return _config(files.read_json(path / "config.json"), path_or_repo), _local(path)
+    if path.exists() or path_or_repo.startswith((".", "/", "~")):
+        raise InputError(f"{path_or_repo} is not a model folder: give one with config.json")
+    return _remote(path_or_repo, revision)
+
+
+def _config(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"the config.json of {name} is not a JSON object")
+    return value
+
+
+def _local(folder: Path) -> Headers:
+    found: dict[str, Header] = {}
+    names = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    for path in names:
+        found.update(read_file(path))
+    if not found:
+        raise InputError(
+            f"{folder} has no safetensors weights, whose headers a prediction is made from: "
+            "convert it with mlx_lm.convert first"
+        )
+    return found
+
+
+def read_file(path: Path) -> Headers:
+    """The headers of one safetensors file.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST + 1
+            body = stream.read(length) if length <= LONGEST else b""
+        entries = json.loads(body)
+        return {
+            name: _header(entry["dtype"], entry["shape"], entry["data_offsets"])
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} has no safetensors header: is the download complete?") from error
+
+
+def _header(dtype: str, shape: Any, offsets: Any) -> Header:
+    first, last = offsets
+    return Header(dtype, tuple(int(n) for n in shape), int(last) - int(first))
+
+
+def _remote(repo: str, revision: str | None) -> tuple[dict[str, Any], Headers]:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+
+    try:
+        config = files.read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
+        metadata = HfApi().get_safetensors_metadata(repo, revision=revision)
+    except NotASafetensorsRepoError as error:
+        raise InputError(
+            f"{repo} has no safetensors weights, whose headers a prediction is made from: name a "
+            "repository that has"
+        ) from error
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise InputError(
+            f"the headers of {repo} cannot be read ({type(error).__name__}): check the name and "
+            "the connection, or give a local folder"
+        ) from error
+    found = {
+        name: _header(info.dtype, info.shape, info.data_offsets)
+        for file in metadata.files_metadata.values()
+        for name, info in file.tensors.items()
+    }
+    return _config(config, repo), found

@@ -1,0 +1,201 @@
+"""What a model's tensors take to store and to read for one token."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .caches import LayerCache, layer_caches, layer_count
+from .headers import Header, Headers, read_file, read_headers
+
+#: Modules that text generation never runs.
+_UNUSED = (
+    "vision_tower", "vision_model", "visual.", "audio_tower", "multi_modal_projector",
+    "embed_vision", "embed_audio", "mtp.", "mtp_layers", "vision_embed",
+)  # fmt: skip
+_EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "embeddings", "word_embeddings")
+_HEADS = ("lm_head", "output", "embed_out", "head")
+_PARTS = ("weight", "scales", "biases", "bias", "weight_scale_inv", "blocks")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_EXPERT = re.compile(r"(experts)\.\d+\.")
+#: Models whose RMSNorm adds one to its weight in a kernel of its own.
+_SHIFTED_NORM = ("gemma", "gemma2", "gemma3", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One weight and the kernels that read it.
+
+    Attributes:
+        path: Layer path of its module.
+        kind: ``"matmul"``, ``"expert"``, ``"embedding"`` (one row per token) or ``"vector"``.
+        nbytes: Stored bytes, with scales and biases.
+        elements: Weights in it.
+        experts: How many it stacks; 0 if none.
+        launches: Kernels per token.
+        rows: Output rows, of one expert.
+    """
+
+    path: str
+    kind: str
+    nbytes: int
+    elements: int
+    experts: int = 0
+    launches: int = 1
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model as the roofline sees it.
+
+    Attributes:
+        operators: Every weight that text generation uses.
+        caches: What each layer keeps of the past.
+        config: Of the text model.
+        nbytes: Bytes of all tensors that are loaded.
+    """
+
+    operators: tuple[Operator, ...]
+    caches: tuple[LayerCache, ...]
+    config: Mapping[str, Any]
+    nbytes: int
+
+    @property
+    def active_experts(self) -> int:
+        """Experts that a token is routed to."""
+        names = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_top_k", "moe_k")
+        return next((int(self.config[name]) for name in names if self.config.get(name)), 1)
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with routed experts."""
+        return len({_layer_of(o.path) for o in self.operators if o.kind == "expert"})
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an activation or an unpacked cache element."""
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype")
+        return 4 if dtype == "float32" else 2
+
+
+def read_layout(
+    path_or_repo: str, *, adapter: str | None = None, revision: str | None = None
+) -> Layout:
+    """The layout of a folder or Hub repository, from its config and safetensors headers.
+
+    Args:
+        path_or_repo: As for ``mlx_lm.load``.
+        adapter: Folder of a LoRA adapter to read beside the model.
+        revision: Of the repository.
+
+    Raises:
+        InputError: There are no headers to read.
+    """
+    config, headers = read_headers(path_or_repo, revision)
+    layout = layout_of(config, headers)
+    if adapter is None:
+        return layout
+    low_rank = read_file(Path(adapter) / "adapters.safetensors")
+    extra = tuple(
+        # One product each, and for the second a scaled sum.
+        Operator(name, "matmul", h.nbytes, math.prod(h.shape), 0, 1 + name.endswith("lora_b"))
+        for name, h in low_rank.items()
+    )
+    nbytes = layout.nbytes + sum(o.nbytes for o in extra)
+    return Layout((*layout.operators, *extra), layout.caches, layout.config, nbytes)
+
+
+def layout_of(config: Mapping[str, Any], headers: Headers) -> Layout:
+    """The layout of a model by its config and the headers of its tensors."""
+    text = _text_config(config)
+    modules: dict[str, dict[str, list[Header]]] = defaultdict(lambda: defaultdict(list))
+    for name, header in headers.items():
+        if not any(part in name for part in _UNUSED):
+            path, part = _split(name)
+            modules[_EXPERT.sub(r"\1.", path)][part].append(header)
+    tied = not any(path.rpartition(".")[2] in _HEADS for path in modules)
+    shifted = str(text.get("model_type")) in _SHIFTED_NORM
+    operators = tuple(
+        _operator(path, parts, config, tied=tied, shifted=shifted)
+        for path, parts in modules.items()
+    )
+    rows: dict[int, dict[str, int]] = defaultdict(dict)
+    for operator in operators:
+        index = _layer_of(operator.path)
+        if index is not None and index < (layer_count(text) or math.inf):
+            rows[index][_LAYER.split(operator.path, maxsplit=1)[-1]] = operator.rows
+    used = sum(o.nbytes for o in operators)
+    return Layout(operators, layer_caches(text, rows), text, used)
+
+
+def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    for name in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(name), dict):
+            return {"model_type": config.get("model_type"), **config[name]}
+    return dict(config)
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, _, last = name.rpartition(".")
+    return (path, last) if last in _PARTS else (name, "weight")
+
+
+def _layer_of(path: str) -> int | None:
+    match = _LAYER.search(f".{path}.")
+    return None if match is None else int(match.group(1))
+
+
+def _operator(
+    path: str,
+    parts: Mapping[str, list[Header]],
+    config: Mapping[str, Any],
+    *,
+    tied: bool,
+    shifted: bool,
+) -> Operator:
+    every = [header for headers in parts.values() for header in headers]
+    nbytes = sum(header.nbytes for header in every)
+    weights = parts.get("weight") or parts.get("blocks") or every
+    shape = weights[0].shape
+    experts = len(weights) if "experts." in f"{path}." and len(weights) > 1 else 0
+    if len(shape) == 3 and "conv" not in path:
+        experts = shape[0]
+    name = path.rpartition(".")[2]
+    if len(shape) < 2 or "conv" in path:
+        launches = 1 + (shifted and name.endswith("norm"))
+        return Operator(path, "vector", nbytes, sum(map(_size, weights)), 0, launches)
+    elements = _elements(path, parts, weights, config)
+    if name in _EMBEDDINGS and tied:
+        return Operator(path, "matmul", nbytes, elements, 0, 2, shape[0])  # a row, and the head
+    if name in _EMBEDDINGS or "per_layer" in name and "embed" in name:
+        return Operator(path, "embedding", nbytes, elements, 0, 1, shape[0])
+    launches = 2 if "bias" in parts else 1
+    kind = "expert" if experts else "matmul"
+    return Operator(path, kind, nbytes, elements, experts, launches, shape[-2])
+
+
+def _size(header: Header) -> int:
+    return math.prod(header.shape)
+
+
+def _elements(
+    path: str,
+    parts: Mapping[str, list[Header]],
+    weights: Iterable[Header],
+    config: Mapping[str, Any],
+) -> int:
+    """Weights of a module; of a packed one, by its bits."""
+    stored = sum(map(_size, weights))
+    if "scales" not in parts:
+        return stored
+    settings = config.get("quantization") or config.get("quantization_config") or {}
+    own = settings.get(path)
+    bits = (own if isinstance(own, dict) else settings).get("bits")
+    if not isinstance(bits, int) or bits < 1:
+        groups = sum(map(_size, parts["scales"]))
+        return groups * int(settings.get("group_size") or 64)
+    return stored * 32 // bits

@@ -9,7 +9,7 @@ _activation.install("import")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from . import modalities, weights
+    from . import latency, modalities, weights
     from ._status import status
     from ._version import __version__
     from .errors import OptiqError
@@ -20,6 +20,7 @@ _PUBLIC = {
     "OptiqError": "errors",
     "hookimpl": "plugins",
     "hookspec": "plugins",
+    "latency": "latency",
     "modalities": "modalities",
     "status": "_status",
     "weights": "weights",
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "hookimpl",
     "hookspec",
+    "latency",
     "modalities",
     "status",
     "weights",

@@ -1,11 +1,13 @@
 """Fixtures for every test: a tiny model, commands in clean processes, a stand-in mlx-lm."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,37 @@ def run(tmp_path_factory) -> Run:
         return done
 
     return run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stock command's main() came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path) -> Callable[..., Outcome]:
+    """Runs the main() of a stock command here, in an empty working folder."""
+    folder = tmp_path / "working"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def command(name: str, *arguments: object) -> Outcome:
+        module = importlib.import_module(f"mlx_lm.{name}")
+        monkeypatch.setattr(sys, "argv", [f"mlx_lm.{name}", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        printed = capsys.readouterr()
+        return Outcome(status, printed.out, printed.err)
+
+    return command
 
 
 @pytest.fixture

@@ -1,22 +1,28 @@
 """Our own hookimpls: this package is its own first plugin."""
 
+from typing import Any
+
 from mlx_optiq_ext.plugins import hookimpl
 
-from . import convert_options, kv_options, session
+from . import convert_options, kv_options, latency_options, session
 
-_OPTIONS = {"convert": convert_options, **dict.fromkeys(kv_options.COMMANDS, kv_options)}
+_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "convert": (convert_options,),
+    **dict.fromkeys(kv_options.COMMANDS, (kv_options,)),
+    "benchmark": (kv_options, latency_options),
+}
 
 
 @hookimpl
 def optiq_add_arguments(command, group):
-    if command in _OPTIONS:
-        _OPTIONS[command].add_arguments(group)
+    for options in _OPTIONS.get(command, ()):
+        options.add_arguments(group)
 
 
 @hookimpl
 def optiq_check_options(command, options, args):
-    if command in _OPTIONS:
-        _OPTIONS[command].check(options, args)
+    instead = [part.check(options, args) for part in _OPTIONS.get(command, ())]
+    return next((run for run in instead if run is not None), None)
 
 
 @hookimpl

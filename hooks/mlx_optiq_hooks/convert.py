@@ -97,6 +97,8 @@ def _request(options):
 
     return weights.Request(
         budget=options.budget,
+        min_tps=None if options.min_tps is None else options.min_tps[0],
+        chip=None if options.min_tps is None else options.min_tps[1],
         plan_file=options.plan,
         bits=options.bits,
         group_sizes=options.group_sizes,

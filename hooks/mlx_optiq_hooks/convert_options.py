@@ -19,6 +19,9 @@ DEPENDENT = (
     "report",
 )
 
+#: Options that say how to choose a plan; one of them at most.
+CHOOSING = ("budget", "min_tps", "plan")
+
 #: Options that a KV plan uses too.
 SHARED = ("calibration",)
 
@@ -39,6 +42,20 @@ def bits_above(least: float, what: str):
         return value
 
     return parse
+
+
+def speed(text: str) -> tuple[float, str]:
+    """A parser for ``TPS`` or ``TPS@CHIP``."""
+    number, _, chip = text.partition("@")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not tokens per second above 0, such as 40 or 40@m4-max-40"
+        )
+    return value, chip or "auto"
 
 
 def choices(allowed: tuple[int, ...], what: str):
@@ -68,6 +85,13 @@ def add_arguments(group):
         type=bits_above(0, "weight"),
         help="Quantize each tensor at its own bits and group size, within this many bits per "
         "weight as printed after conversion (uniform 4-bit at group size 64 takes 4.5).",
+    )
+    group.add_argument(
+        "--optiq-min-tps",
+        metavar="TPS[@CHIP]",
+        type=speed,
+        help="In place of a budget: the largest one whose model is predicted to generate this many "
+        "tokens per second on a chip (mlx_lm.benchmark --optiq-predict list; default: this one).",
     )
     group.add_argument(
         "--optiq-refine",
@@ -188,14 +212,25 @@ def check_weights(options, args):
 
     gate().require("weights")
     given = [name for name in _given(options) if not name.startswith("kv_")]
-    if options.budget is None and options.plan is None:
+    chosen = [name for name in CHOOSING if getattr(options, name) is not None]
+    if not chosen:
         if set(given) <= set(DEPENDENT):
             raise InputError(
-                f"{_flags(given)} needs --optiq-budget, such as --optiq-budget 4.5, or --optiq-plan"
+                f"{_flags(given)} needs --optiq-budget, such as --optiq-budget 4.5, "
+                "--optiq-min-tps or --optiq-plan"
             )
         return
+    if options.min_tps is not None:
+        if options.budget is not None:
+            raise InputError(
+                "--optiq-budget and --optiq-min-tps both decide the size: leave one of them out"
+            )
+        from mlx_optiq_ext.latency import find_chip
+
+        gate().require("latency")
+        find_chip(options.min_tps[1])
     if options.plan is not None:
-        clash = set(given) & {"budget", "bits", "group_sizes", "sensitivity", "protect"}
+        clash = set(given) & {"budget", "min_tps", "bits", "group_sizes", "sensitivity", "protect"}
         if clash:
             raise InputError(
                 f"--optiq-plan decides already what {_flags(sorted(clash))} would: "
@@ -208,7 +243,7 @@ def check_weights(options, args):
         read_entries(options.plan)
     if not options.keep_unused_modalities:
         gate().require("modalities")
-    own = "--optiq-plan" if options.plan else "--optiq-budget"
+    own = _flags(chosen)
     stock = {
         "--quant-predicate": args.quant_predicate is not None,
         "--q-bits": args.q_bits is not None,

@@ -7,6 +7,7 @@ group before parsing and takes our values out of the namespace after it.
 
 import argparse
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -85,18 +86,30 @@ class Parser(argparse.ArgumentParser):
             if running is None or running.command != self.optiq_command:
                 self.error("--optiq-* options need the command's own main()")
             try:
-                check(self.optiq_command, options, namespace)
+                instead = check(self.optiq_command, options, namespace)
             except OptiqError as error:
                 self.error(str(error))
             running.options = options
+            if instead:
+                raise Instead(instead[0])
         return namespace, rest
 
 
-def check(command: str, options: SimpleNamespace, args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is loaded."""
+def check(
+    command: str, options: SimpleNamespace, args: argparse.Namespace
+) -> list[Callable[[], None]]:
+    """Refuse what cannot work before anything is loaded; what is to run in place of the command."""
     from . import plugin_manager
 
-    plugin_manager().hook.optiq_check_options(command=command, options=options, args=args)
+    return plugin_manager().hook.optiq_check_options(command=command, options=options, args=args)
+
+
+class Instead(Exception):
+    """Leaves a stock command's ``main`` for what runs in its place."""
+
+    def __init__(self, run: Callable[[], None]):
+        super().__init__()
+        self.run = run
 
 
 class _View(ModuleType):
@@ -110,13 +123,21 @@ class _View(ModuleType):
         return getattr(argparse, name)
 
 
+def _run(wrapped: Any, args: tuple, kwargs: dict) -> Any:
+    try:
+        return wrapped(*args, **kwargs)
+    except Instead as raised:
+        run = raised.run
+    return run()  # outside the handler: its own errors have nothing to do with how it got here
+
+
 def main(command: str):
     """Wrapper for a command's ``main``: opens the session and turns our errors into exit 2."""
 
     def main(wrapped, instance, args, kwargs):
         with session.session(command) as entry:
             try:
-                result = wrapped(*args, **kwargs)
+                result = _run(wrapped, args, kwargs)
                 if "fatal" in entry.results:
                     raise entry.results["fatal"]
                 return result

@@ -40,7 +40,7 @@ def planned(entry: Session) -> bool:
     """Whether a session converts by plan."""
     options = entry.options
     return entry.command == "convert" and any(
-        getattr(options, name, None) is not None for name in ("budget", "plan")
+        getattr(options, name, None) is not None for name in ("budget", "min_tps", "plan")
     )
 
 

@@ -25,7 +25,8 @@ def optiq_check_options(command, options, args):
     """Refuse bad input. Called after parsing, before anything is loaded, if an option was given.
 
     ``args`` is the stock namespace. Raise ``mlx_optiq_ext.OptiqError`` to end the command with
-    exit status 2 and that message.
+    exit status 2 and that message. Return a function without arguments to have it run in place of
+    the command; the first one counts.
     """
 
 

@@ -1,6 +1,6 @@
 """Latency: what a model will do on a chip, predicted from its config and tensor headers."""
 
-from .chips import Chip, chips, detect, find_chip, read_chip, write_chip
+from .chips import Chip, detect, find_chip, known_chips, read_chip, write_chip
 from .efficiency import FITTED, Efficiency, fit
 from .headers import Header, read_headers
 from .layout import Layout, Operator, layout_of, read_layout
@@ -16,11 +16,11 @@ __all__ = [
     "Operator",
     "Prediction",
     "Workload",
-    "chips",
     "demand",
     "detect",
     "find_chip",
     "fit",
+    "known_chips",
     "layout_of",
     "predict",
     "read_chip",

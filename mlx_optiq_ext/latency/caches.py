@@ -4,10 +4,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..kv.plan import KVPlan, LayerFormat
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # weights plans for a speed, and kv looks into weights
+    from ..kv.plan import KVPlan, LayerFormat
 
 #: Parts of module names that only attention layers have.
-_KEYS = ("k_proj", "qkv_proj", "wqkv", "Wqkv", "query_key_value", "c_attn", "kv_a_proj", "kv_b_proj")
+_KEYS = (
+    "k_proj",
+    "qkv_proj",
+    "wqkv",
+    "Wqkv",
+    "query_key_value",
+    "c_attn",
+    "kv_a_proj",
+    "kv_b_proj",
+)
 #: Parts of module names that only recurrent layers have.
 _RECURRENT = ("linear_attn", "A_log", "mamba", "ssm", "time_mix", "conv1d", "short_conv", ".conv.")
 
@@ -39,7 +50,7 @@ class LayerCache:
         """Positions that are read at a context length."""
         return min(context, self.window) if self.window else context
 
-    def nbytes(self, context: float, formats: LayerFormat | None, width: int) -> float:
+    def nbytes(self, context: float, formats: "LayerFormat | None", width: int) -> float:
         """Bytes read per token and sequence at a context length.
 
         Args:
@@ -89,7 +100,7 @@ def layer_count(config: Mapping[str, Any]) -> int:
     return 0
 
 
-def formats_of(plan: KVPlan | None, cache: LayerCache) -> LayerFormat | None:
+def formats_of(plan: "KVPlan | None", cache: LayerCache) -> "LayerFormat | None":
     """A layer's part of a KV plan."""
     if plan is None or cache.kind == "recurrent":
         return None

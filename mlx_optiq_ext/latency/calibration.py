@@ -1,4 +1,4 @@
-"""Measures this machine: what its kernels read, compute and cost, with small kernels of decoding."""
+"""Measures this machine with small kernels of decoding: what they read, compute and cost."""
 
 import time
 from collections.abc import Callable

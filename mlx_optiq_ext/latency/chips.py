@@ -56,7 +56,7 @@ class Chip:
 
 
 @functools.cache
-def chips() -> dict[str, Chip]:
+def known_chips() -> dict[str, Chip]:
     """Every chip of the table by id."""
     table = files.read_json(TABLE)
     return {
@@ -72,7 +72,7 @@ def find_chip(text: str) -> Chip:
     """
     if text == "auto":
         return detect()
-    known = chips()
+    known = known_chips()
     if text in known:
         return known[text]
     if text.endswith(".json") or Path(text).is_file():
@@ -166,18 +166,22 @@ def _apple(text: str) -> Chip | None:
     except (ValueError, KeyError, IndexError, TypeError):
         return None
     stem = model.removeprefix("Apple ").lower().replace(" ", "-")
-    return chips().get(f"{stem}-{cores}")
+    return known_chips().get(f"{stem}-{cores}")
 
 
 def _nvidia(text: str) -> Chip | None:
-    first = text.strip().splitlines()[0] if text.strip() else ""
-    words = set(re.findall(r"[a-z0-9]+", first.lower()))
+    words = set(_words(text.strip().splitlines()[0])) if text.strip() else set()
     best: tuple[int, Chip] | None = None
-    for chip in chips().values():
-        wanted = set(re.findall(r"[a-z0-9]+", chip.name.lower())) - {"nvidia", "geforce", "gb"}
-        model = next(iter(re.findall(r"[a-z]*\d+[a-z]*", chip.name.lower())), None)
-        if chip.family == "nvidia" and (model in words or wanted <= words):
-            score = len(wanted & words)
+    for chip in known_chips().values():
+        own = _words(chip.name)
+        model = next((word for word in own if any(c.isdigit() for c in word)), "")
+        if chip.family == "nvidia" and model in words:
+            score = len(words.intersection(own))
             if best is None or score > best[0]:
                 best = (score, chip)
     return None if best is None else best[1]
+
+
+def _words(name: str) -> list[str]:
+    """A device's name in words, a memory size without its unit."""
+    return re.findall(r"[a-z0-9]+", re.sub(r"(\d+) ?gb\b", r"\1", name.lower()))

@@ -171,7 +171,7 @@ def _operator(
     elements = _elements(path, parts, weights, config)
     if name in _EMBEDDINGS and tied:
         return Operator(path, "matmul", nbytes, elements, 0, 2, shape[0])  # a row, and the head
-    if name in _EMBEDDINGS or "per_layer" in name and "embed" in name:
+    if name in _EMBEDDINGS or ("per_layer" in name and "embed" in name):
         return Operator(path, "embedding", nbytes, elements, 0, 1, shape[0])
     launches = 2 if "bias" in parts else 1
     kind = "expert" if experts else "matmul"

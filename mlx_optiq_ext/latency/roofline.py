@@ -9,11 +9,14 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..kv.plan import KVPlan, check_layers
 from .caches import LayerCache, formats_of, layer_count
 from .chips import Chip
 from .efficiency import FITTED, Efficiency
 from .layout import Layout, Operator
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # weights plans for a speed, and kv looks into weights
+    from ..kv.plan import KVPlan
 
 #: Share of the peak FLOP/s that a prompt's matrix products reach.
 MATMUL = {"apple": 0.76, "nvidia": 0.2}
@@ -82,7 +85,7 @@ def predict(
     chip: Chip,
     workload: Workload | None = None,
     *,
-    kv_plan: KVPlan | None = None,
+    kv_plan: "KVPlan | None" = None,
     efficiency: Efficiency = FITTED,
 ) -> Prediction:
     """Predict speed and memory.
@@ -99,6 +102,8 @@ def predict(
     """
     workload = workload or Workload()
     if kv_plan is not None and (count := layer_count(layout.config)):
+        from ..kv.plan import check_layers
+
         check_layers(kv_plan, count)
     context = workload.prompt + workload.generated / 2
     seconds = demand(layout, context, workload.batch, kv_plan).seconds(chip, efficiency)
@@ -155,7 +160,7 @@ class Demand:
 
 
 def demand(
-    layout: Layout, context: float, batch: int = 1, kv_plan: KVPlan | None = None
+    layout: Layout, context: float, batch: int = 1, kv_plan: "KVPlan | None" = None
 ) -> Demand:
     """What one decode step of a model asks of a chip.
 
@@ -205,9 +210,7 @@ def _used(operator: Operator, layout: Layout) -> float:
     return operator.elements if operator.kind == "matmul" else 0.0
 
 
-def _prefill_tps(
-    layout: Layout, chip: Chip, workload: Workload, efficiency: Efficiency
-) -> float:
+def _prefill_tps(layout: Layout, chip: Chip, workload: Workload, efficiency: Efficiency) -> float:
     rate = efficiency.bytes_per_second(chip)
     flops = chip.tflops * 1e12 * MATMUL[chip.family]
     # The head is only run for the last token of a prompt.
@@ -230,7 +233,7 @@ def _is_head(operator: Operator) -> bool:
     return "layers." not in operator.path and name != "norm" and operator.kind != "vector"
 
 
-def _stored(cache: LayerCache, context: int, plan: KVPlan | None, layout: Layout) -> float:
+def _stored(cache: LayerCache, context: int, plan: "KVPlan | None", layout: Layout) -> float:
     if cache.kind == "shared":
         return 0.0
     size = cache.nbytes(context, formats_of(plan, cache), layout.element_bytes)

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..kv.plan import KVPlan
-from .chips import Chip, chips
+from .chips import Chip, known_chips
 from .efficiency import FITTED, Efficiency
 from .layout import Layout
 from .plot import plot
 from .roofline import Prediction, Workload, demand
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # weights plans for a speed, and kv looks into weights
+    from ..kv.plan import KVPlan
 
 #: Contexts of a plot.
 CONTEXTS = tuple(2**power for power in range(8, 18))
@@ -44,9 +47,9 @@ def table() -> str:
     """Every chip of the table, one a line."""
     rows = [
         f"{chip.id:14} {chip.name:32} {chip.bandwidth_gbs:7g} GB/s {chip.tflops:7g} TFLOP/s"
-        for chip in chips().values()
+        for chip in known_chips().values()
     ]
-    sources = dict.fromkeys(chip.source for chip in chips().values())
+    sources = dict.fromkeys(chip.source for chip in known_chips().values())
     return "\n".join([*rows, "", *sources])
 
 
@@ -55,7 +58,7 @@ def curve(
     chip: Chip,
     *,
     batch: int = 1,
-    kv_plan: KVPlan | None = None,
+    kv_plan: "KVPlan | None" = None,
     contexts: Sequence[int] = CONTEXTS,
     efficiency: Efficiency = FITTED,
 ) -> list[tuple[float, float]]:
@@ -75,5 +78,9 @@ def plotted(layouts: Mapping[str, Layout], chip: Chip, **settings) -> str:
         chip: The machine.
         settings: For `curve`.
     """
-    curves = {name: curve(layout, chip, **settings) for name, layout in layouts.items()}
+    return drawn({name: curve(layout, chip, **settings) for name, layout in layouts.items()}, chip)
+
+
+def drawn(curves: Mapping[str, Sequence[tuple[float, float]]], chip: Chip) -> str:
+    """An SVG of finished curves."""
     return plot(curves, f"Predicted decoding on {chip.name}")

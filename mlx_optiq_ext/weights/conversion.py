@@ -13,21 +13,24 @@ import mlx.nn as nn
 from ..errors import InputError, OptiqError
 from .distillation import STEPS, distill
 from .memory import block_bytes, streams
-from .packing import Size, tensors
+from .packing import BITS, GROUP_SIZES, Size, tensors
 from .plan import Plan
 from .plan_file import read_plan
 from .planning import METHODS, load_unquantized, reload, study_model
 from .refinement import Refined, judge, refine
 from .search import Study, search
 from .sensitivity import Method
+from .speed import search_speed, target
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for; one of ``budget`` and ``plan_file`` is given.
+    """What the user asked for; one of ``budget``, ``min_tps`` and ``plan_file`` is given.
 
     Attributes:
         budget: Bits per weight as mlx-lm prints them.
+        min_tps: Tokens per second that the converted model shall be predicted to generate.
+        chip: Where, for `latency.find_chip`.
         plan_file: A plan to apply instead of measuring one.
         bits: Widths to consider; None for all.
         group_sizes: Group sizes to consider; None for all.
@@ -40,6 +43,8 @@ class Request:
     """
 
     budget: float | None = None
+    min_tps: float | None = None
+    chip: str | None = None
     plan_file: Path | None = None
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
@@ -109,6 +114,10 @@ def prepare(
         plan = read_plan(request.plan_file, found, Size.of(model, found))
         if not request.refine:
             return Conversion(plan, block_bytes=block)
+    wanted = None
+    if request.min_tps is not None:
+        wanted = target(path_or_repo, model, request.min_tps, request.chip or "auto")
+        wanted.check(tensors(model, request.bits or BITS, request.group_sizes or GROUP_SIZES))
     study = study_model(
         model,
         tokenizer,
@@ -126,8 +135,11 @@ def prepare(
         say=say,
     )
     if request.plan_file is None:
-        assert request.budget is not None
-        plan = search(study, request.budget, protect=request.protect)
+        if wanted is not None:
+            plan = search_speed(study, wanted, protect=request.protect, say=say)
+        else:
+            assert request.budget is not None
+            plan = search(study, request.budget, protect=request.protect)
     conversion = Conversion(plan, study=study, block_bytes=block)
     if request.refine:
         conversion = refined(conversion, study)

@@ -43,13 +43,14 @@ def points():
 @functools.cache
 def layout_named(architecture: str, packing: str) -> Layout:
     """The layout of an architecture at ``4g64``, ``bf16`` or ``mxfp4+4g64`` (experts in MXFP4)."""
-    config = dict(CONFIGS[architecture])
+    config: dict = dict(CONFIGS[architecture])
+    own: dict = {}
     experts, _, others = packing.rpartition("+")
-    own = {}
     if others != "bf16":
         bits, group = map(int, others.split("g"))
-        config["quantization"] = own = {"bits": bits, "group_size": group}
-    headers = {}
+        own |= {"bits": bits, "group_size": group}
+        config["quantization"] = own
+    headers: dict[str, Header] = {}
     for template, spans, shape, packs in ARCHITECTURES[architecture]:
         for index in layers(spans):
             path = template.replace("{}", str(index), 1)
@@ -116,7 +117,7 @@ class Table:
         ]
 
     def fit(self):
-        return fit(self.seconds, self.measured)
+        return fit(self.seconds, self.measured.tolist())
 
     def errors(self, seconds):
         """Relative error in tokens per second."""

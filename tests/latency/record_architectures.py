@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from mlx.utils import tree_flatten
 
@@ -21,14 +22,16 @@ def tensors(config):
     model = module.Model(module.ModelArgs.from_dict(config))
     rule = getattr(model, "quant_predicate", None)
     packs = {}
-    for path, leaf in tree_flatten(model.leaf_modules(), is_leaf=lambda m: hasattr(m, "parameters")):
+    leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=lambda m: hasattr(m, "parameters"))
+    for path, leaf in leaves:
         if hasattr(leaf, "to_quantized"):
             answer = True if rule is None else rule(path, leaf)
             packs[f"{path}.weight"] = answer if isinstance(answer, dict) else bool(answer)
+    arrays: Any = tree_flatten(model.parameters())
     tied = config.get("tie_word_embeddings")
     return {
         path: (list(array.shape), packs.get(path, False))
-        for path, array in tree_flatten(model.parameters())
+        for path, array in arrays
         # Some classes build a head that they drop when they load tied weights.
         if not (tied and "lm_head" in path)
     }

@@ -1,0 +1,134 @@
+"""A plan for a speed instead of a size: the largest budget that is still fast enough."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .. import files
+from ..errors import BudgetError
+from ..latency import Chip, Header, Workload, find_chip, layout_of, predict
+from .packing import Packing, Tensor
+from .plan import Plan
+from .planning import local_folder
+from .search import Packings, Study, search, stored, variants
+
+#: How close to the largest budget to come, in bits per weight.
+STEP = 0.005
+
+
+@dataclass(frozen=True)
+class Target:
+    """A speed to reach.
+
+    Attributes:
+        tps: Tokens per second, as ``mlx_lm.benchmark`` measures them without options.
+        chip: Where.
+        config: Of the model.
+        headers: Its tensors before they are packed.
+    """
+
+    tps: float
+    chip: Chip
+    config: Mapping[str, Any]
+    headers: Mapping[str, Header]
+
+    def check(self, tensors: Iterable[Tensor]) -> None:
+        """Raise BudgetError if not even the smallest candidates are fast enough."""
+        known = {t.path: t for t in tensors}
+        fastest = self.speed(known, {path: t.packings[0] for path, t in known.items()})
+        if fastest < self.tps:
+            raise BudgetError(
+                f"{self.tps:g} tokens per second are out of reach on {self.chip.name}: with these "
+                f"candidates this model is predicted to generate {fastest:.1f} at most"
+            )
+
+    def speed(self, tensors: Mapping[str, Tensor], packings: Packings) -> float:
+        """Predicted tokens per second under a plan."""
+        headers = dict(self.headers)
+        settings: dict[str, Any] = {"bits": 4, "group_size": 64}
+        for path, packing in packings.items():
+            if packing.packed:
+                settings[path] = {"bits": packing.bits, "group_size": packing.group_size}
+                headers |= _packed(tensors[path], packing)
+        layout = layout_of({**self.config, "quantization": settings}, headers)
+        return predict(layout, self.chip, Workload()).decode_tps
+
+
+def target(path_or_repo: str, model: nn.Module, tps: float, chip: str) -> Target:
+    """The target for a model that was loaded and not yet measured."""
+    config = files.read_json(local_folder(path_or_repo) / "config.json")
+    arrays = tree_flatten(model.parameters())
+    assert isinstance(arrays, list)
+    headers = {
+        path: Header(str(array.dtype), tuple(array.shape), array.nbytes)
+        for path, array in arrays
+        if isinstance(array, mx.array)
+    }
+    return Target(tps, find_chip(chip), config, headers)
+
+
+def _packed(tensor: Tensor, packing: Packing) -> dict[str, Header]:
+    *outer, inner = tensor.shape
+    words, groups = inner * packing.bits // 32, inner // packing.group_size
+    rows = math.prod(outer)
+    scale = Header("scale", (*outer, groups), rows * groups * tensor.dtype_bits // 8)
+    return {
+        f"{tensor.path}.weight": Header("U32", (*outer, words), 4 * rows * words),
+        f"{tensor.path}.scales": scale,
+        f"{tensor.path}.biases": scale,
+    }
+
+
+def search_speed(
+    study: Study,
+    wanted: Target,
+    *,
+    protect: bool = False,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """The plan of the largest budget whose model is predicted to be fast enough.
+
+    Args:
+        study: The measured model.
+        wanted: The speed.
+        protect: As for `search`.
+        say: Receives one line.
+
+    Raises:
+        BudgetError: Not even the smallest candidates are fast enough; the message says how fast
+            they are.
+    """
+    tensors = {t.path: t for t in study.problem.tensors}
+    smallest = {path: t.packings[0] for path, t in tensors.items()}
+    wanted.check(study.problem.tensors)
+    low = study.size.bits_per_weight(stored(tensors.values(), smallest))
+    high = study.size.bits_per_weight(
+        stored(tensors.values(), {path: t.packings[-1] for path, t in tensors.items()})
+    )
+
+    def fast(packings: Packings) -> bool:
+        return wanted.speed(tensors, packings) >= wanted.tps
+
+    if not fast(variants(study, high)["allocated"]):
+        while high - low > STEP:
+            middle = (low + high) / 2
+            low, high = (
+                (middle, high) if fast(variants(study, middle)["allocated"]) else (low, middle)
+            )
+        high = low
+    while True:
+        plan = search(study, high, protect=protect)
+        if fast(plan.packings):
+            reached = wanted.speed(tensors, plan.packings)
+            say(
+                f"[optiq] {reached:.1f} tokens per second predicted on {wanted.chip.name}, of "
+                f"{wanted.tps:g}: a budget of {high:.3f} bits per weight"
+            )
+            return plan
+        # The best plan of a budget may read more per token than the one that set it (experts).
+        high -= STEP * 4

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import UnsupportedError
+from .rounding import pack
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -58,8 +59,7 @@ class Format:
         """Pack (..., dim) into codes, scales and biases, each (..., its own width)."""
         if self.rotated:
             array = rotate(array)
-        packed = mx.quantize(array, group_size=self.group_size, bits=self.bits)
-        return packed[0], packed[1], packed[2]
+        return pack(array, self.bits, self.group_size or 64)
 
     def __str__(self) -> str:
         size = f"g{self.group_size}" if self.group_size else ""

@@ -1,6 +1,7 @@
 """The KV plan that is best end to end within a budget."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import BudgetError
@@ -14,7 +15,7 @@ class Found:
     """A KV plan and what was measured of it.
 
     Attributes:
-        layers: Decoder layer -> formats.
+        choice: Side of a layer -> its format.
         bits_per_element: Stored bits with scales and biases, over all numbers that the caches hold.
         kl: Of the whole plan on held-out windows, in nats per token.
         name: Which of the plans that were tried it is.
@@ -22,12 +23,17 @@ class Found:
         uniform: Name, bits per element and KL of the best uniform plan that fits, if one does.
     """
 
-    layers: Mapping[int, LayerFormat]
+    choice: Mapping[Side, Format]
     bits_per_element: float
     kl: float
     name: str
     tried: Mapping[str, tuple[float, float]]
     uniform: tuple[str, float, float] | None
+
+    @property
+    def layers(self) -> dict[int, LayerFormat]:
+        """Decoder layer -> formats."""
+        return as_layers(self.choice)
 
     def summary(self) -> str:
         """One line for the terminal."""
@@ -58,6 +64,8 @@ def search(found: Costs, budget: float) -> Found:
             )
         except BudgetError:
             break
+    with suppress(BudgetError):
+        plans["allocated, K and V alike"] = choose(found, budget, alike=True)
     plans |= _uniform(found, budget)
     distinct: dict[str, Mapping[Side, Format]] = {}
     for name, plan in plans.items():
@@ -67,13 +75,12 @@ def search(found: Costs, budget: float) -> Found:
         name: (found.bits_per_element(plan), judged(found, plan)) for name, plan in distinct.items()
     }
     best = min(tried, key=lambda name: tried[name][1])
-    layers = as_layers(distinct[best])
     uniform = min(
         ((name, *tried[name]) for name in tried if name.startswith("k")),
         key=lambda entry: entry[2],
         default=None,
     )
-    return Found(layers, *tried[best], best, tried, uniform)
+    return Found(distinct[best], *tried[best], best, tried, uniform)
 
 
 def _uniform(found: Costs, budget: float) -> dict[str, dict[Side, Format]]:

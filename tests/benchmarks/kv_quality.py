@@ -22,6 +22,7 @@ from mlx_lm.utils import dequantize_model
 from mlx_optiq_ext.kv import LayerFormat, parse_spec
 from mlx_optiq_ext.kv.conversion import plan_kv
 from mlx_optiq_ext.kv.layout import Mounted, Slot, packed, stock_caches
+from mlx_optiq_ext.kv.search import search
 from mlx_optiq_ext.kv.sensitivity import Costs, choose, judged
 
 
@@ -54,7 +55,8 @@ def plans(found: Costs, budgets: list[float], specs: list[str]):
         }
         yield f"uniform {text}", choice
     for budget in budgets:
-        yield f"{budget:g}", choose(found, budget)
+        best = search(found, budget)
+        yield f"{budget:g}: {best.name}", dict(best.choice)
         yield f"{budget:g} not rotated", choose(found, budget, allow=lambda f: not f.rotated)
         yield f"{budget:g} K and V alike", choose(found, budget, alike=True)
 

@@ -13,6 +13,7 @@ from mlx_optiq_ext.kv.packed import (
     rotate,
     rotate_back,
 )
+from mlx_optiq_ext.kv.rounding import COVERED, FEW
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -31,10 +32,40 @@ def test_every_width_packs_every_head_dimension_it_divides(dim, bits, group_size
     assert packed.nbytes == array.size // 8 * (bits + 64 / group_size)  # float32 scales and biases
     stored = rotate(array) if rotated else array
     groups = stored.reshape(-1, group_size)
-    step = (groups.max(axis=-1) - groups.min(axis=-1)) / (2**bits - 1)
+    span = groups.max(axis=-1) - groups.min(axis=-1)
     error = mx.abs(packed.stored() - stored).reshape(-1, group_size).max(axis=-1)
-    # MLX moves the grid so that zero is on it, which may cost a little at the ends.
-    assert bool((error <= 1.05 * step).all())
+    # MLX moves the grid so that zero is on it, which may cost a little at the ends; the few codes
+    # of narrow widths leave the ends out.
+    clipped = 0.5 * max(0, 1 - COVERED.get(bits, 1) + 0.05 * (group_size == 128))
+    assert bool((error <= (1.05 / (2**bits - 1) + clipped) * span).all())
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", COVERED)
+def test_narrow_codes_err_less_than_mlx_does(bits, group_size, dtype):
+    array = mx.random.normal((200, FEW, 128), key=mx.random.key(bits)).astype(dtype)
+    whole = mx.dequantize(
+        *mx.quantize(array, group_size=group_size, bits=bits), group_size=group_size, bits=bits
+    )
+
+    def error(found):
+        return float(mx.square(found.astype(mx.float32) - array.astype(mx.float32)).mean())
+
+    format = Format(bits, group_size)
+    clipped = Packed(format.pack(array), format).stored()
+    searched = Packed(format.pack(array.reshape(1, -1, 128)), format).stored()
+    assert searched.dtype == clipped.dtype == dtype
+    assert error(clipped) <= error(whole)
+    assert error(searched.reshape(array.shape)) < 0.95 * error(clipped)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_groups_of_one_value_and_of_zeros_are_kept(rows):
+    array = mx.concatenate([mx.full((rows, 64), 3.0), mx.zeros((rows, 64))], axis=-1)
+    for bits in BITS:
+        format = Format(bits, 64)
+        assert mx.allclose(Packed(format.pack(array), format).stored(), array, atol=1e-5)
 
 
 @given(dim=st.integers(1, 512).filter(rotatable), seed=st.integers(0, 2**32 - 1))

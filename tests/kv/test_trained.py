@@ -1,6 +1,7 @@
 """Trained models answer under packed caches as they do under plain ones, alone and in a batch."""
 
 import importlib
+import importlib.util
 import json
 from pathlib import Path
 

@@ -1,0 +1,49 @@
+"""Loads what the pipeline wrote, for any number of classes and with their names."""
+
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import InputError
+from . import network
+from .checkpoint import Architecture, Checkpoint, read
+from .pipeline import METADATA
+from .torch_file import class_names
+
+
+def load(path: str | Path) -> Any:
+    """A ``yolo26mlx.YOLO`` with these weights; every tensor is checked.
+
+    yolo-mlx itself loads the ``.npz`` file of a network with its usual number of classes too. It
+    ignores what it does not know and does not notice what is missing.
+
+    Args:
+        path: An output folder of ``run_yolo_pipeline``, or any YOLO26 checkpoint.
+
+    Raises:
+        InputError: Missing, damaged, or not a whole YOLO26.
+    """
+    path = Path(path)
+    names = None
+    if path.is_dir():
+        record = files.read_json(path / METADATA)
+        weights = sorted(path.glob("yolo26*.npz"))
+        if not isinstance(record, dict) or len(weights) != 1:
+            raise InputError(f"{path} is not an output of --optiq-model-type yolo")
+        listed = record.get("names")
+        if isinstance(listed, dict) and all(str(key).isdecimal() for key in listed):
+            names = class_names({int(key): name for key, name in listed.items()})
+        path = weights[0]
+    checkpoint = read(path)
+    return assemble(checkpoint, names or checkpoint.names)
+
+
+def assemble(checkpoint: Checkpoint, names: dict[int, str] | None = None) -> Any:
+    """A ``yolo26mlx.YOLO`` of a checkpoint."""
+    package = network.library()
+    architecture: Architecture = checkpoint.architecture
+    wrapper = package.YOLO(task=architecture.task, verbose=False)
+    wrapper.model = network.load(checkpoint)
+    wrapper.nc, wrapper.stride = architecture.classes, wrapper.model.stride
+    wrapper.names = names or wrapper.model.names
+    return wrapper

@@ -1,0 +1,174 @@
+"""From a YOLO26 checkpoint to a smaller file that yolo-mlx loads as it is."""
+
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import files
+from .._version import __version__
+from ..errors import InputError
+from . import archive, images, network, planning, sensitivity
+from .checkpoint import Architecture, Checkpoint, read
+from .network import Layer
+from .planning import Plan, Problem
+
+#: More images than this add time and little else.
+MOST_IMAGES = 32
+
+METADATA = "optiq_metadata.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion wrote.
+
+    Attributes:
+        path: The weights, for ``yolo26mlx.YOLO(path)`` or ``mlx_optiq_ext.yolo.load``.
+        plan: Each layer's choice, with the measured detection error.
+        source_bytes: Size of the checkpoint that was read.
+    """
+
+    path: Path
+    plan: Plan
+    source_bytes: int
+
+    def summary(self) -> str:
+        """One line for the user."""
+        plan, error = self.plan, self.plan.error
+        assert error is not None
+        return (
+            f"[optiq] {self.path}: {plan.file_bytes:,} bytes ({plan.bits_per_weight:.3f} bits per "
+            f"weight), {self.source_bytes:,} before; detection error on held-out images: classes "
+            f"{error.classes:.4g} nats, boxes {error.boxes:.4g}"
+        )
+
+
+def run_yolo_pipeline(
+    source: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path,
+    budget: float = 5.0,
+    image_size: int = 640,
+    protect: bool = False,
+) -> Result:
+    """Quantize a YOLO26 layer by layer within a byte budget.
+
+    Args:
+        source: A ``.pt``, ``.safetensors`` or ``.npz`` checkpoint.
+        out: Folder to write: ``yolo26n.npz`` (by task and scale) and ``optiq_metadata.json``.
+        calibration: Folder with a few images such as the network will see.
+        budget: All bits of the file over all parameters.
+        image_size: Longer side of the images while measuring, a multiple of 32.
+        protect: Keep the first convolution and the last ones of the head at 8 bits' steps.
+
+    Returns:
+        The path, the plan and what was measured.
+
+    Raises:
+        InputError: A file, folder or value is not usable.
+        BudgetError: No plan fits.
+        UnsupportedError: yolo-mlx or Pillow is not installed.
+    """
+    source, out = Path(source), Path(out)
+    check(source, out, calibration, budget)
+    network.library()
+    checkpoint = read(source)
+    paths = images.find(calibration)
+    chosen = [paths[i * len(paths) // MOST_IMAGES] for i in range(MOST_IMAGES)]
+    pictures, skipped = images.load(
+        paths if len(paths) <= MOST_IMAGES else chosen, image_size
+    )
+    for line in skipped:
+        print(f"[optiq] {line}", file=sys.stderr)
+    calibrating, judging = split(pictures)
+    problem, model = study(checkpoint, calibrating, protect=protect)
+    references = [(picture, network.outputs(model, picture.pixels)) for picture in judging]
+    mx.eval([reference.arrays() for _, reference in references])
+    plan, stored = planning.best(problem, budget, model, references)
+    name = f"{checkpoint.architecture.name}.npz"
+    with files.staged(out) as folder:
+        folder.mkdir()
+        size = archive.write(folder / name, {planning.file_name(n): a for n, a in stored.items()})
+        assert size == plan.file_bytes, "the file is not as large as it was planned to be"
+        record = _record(checkpoint, plan, budget, pictures, image_size)
+        files.write_json(folder / METADATA, record)
+    return Result(out / name, plan, source.stat().st_size)
+
+
+def check(source: Path, out: Path, calibration: str | Path, budget: float) -> None:
+    """Refuse what cannot work before anything is read."""
+    if not source.is_file():
+        raise InputError(f"{source} is not a file: give a YOLO26 checkpoint, such as yolo26n.pt")
+    if out.exists():
+        raise InputError(f"{out} exists already: remove it or name another output folder")
+    if not 0 < budget <= 32:
+        raise InputError(f"a budget of {budget:g} bits per weight is not above 0 and up to 32")
+    images.find(calibration)
+
+
+def split(pictures: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Images to calibrate on and to judge on: every fourth judges, a single one does both."""
+    judging = pictures[3::4] or pictures[-1:]
+    calibrating = [p for p in pictures if all(p is not q for q in judging)]
+    return calibrating or pictures, judging
+
+
+def study(
+    checkpoint: Checkpoint,
+    pictures: list[Any],
+    *,
+    protect: bool = False,
+) -> tuple[Problem, Any]:
+    """Measure a network.
+
+    Returns:
+        What to plan on, and the network, exposed.
+    """
+    model = network.load(checkpoint)
+    arrays = {name: np.array(a) for name, a in network.parameters(model).items()}
+    layers = network.layers(model)
+    network.expose(model)
+    evidence = sensitivity.measure(model, layers, pictures)
+    protected = frozenset(_ends(layers, evidence) if protect else ())
+    return Problem(tuple(layers), arrays, evidence, protected), model
+
+
+def _ends(layers: list[Layer], evidence: sensitivity.Evidence) -> list[str]:
+    """The stem and the layers that end a branch of the head."""
+    used = [layer for layer in layers if not evidence.unused(layer.path)]
+    return [used[0].path, *(layer.path for layer in used if layer.norm is None)]
+
+
+def _record(
+    checkpoint: Checkpoint, plan: Plan, budget: float, pictures: list[Any], image_size: int
+) -> dict[str, Any]:
+    architecture: Architecture = checkpoint.architecture
+    return {
+        "method": "yolo26 integer codes",
+        "model_type": "yolo",
+        "task": architecture.task,
+        "scale": architecture.scale,
+        "classes": architecture.classes,
+        "names": checkpoint.names,
+        "target_bpw": budget,
+        "achieved_bpw": plan.bits_per_weight,
+        "file_bytes": plan.file_bytes,
+        "channel_rule": plan.rule,
+        "error": asdict(plan.error) if plan.error else None,
+        "per_layer": {path: asdict(choice) for path, choice in plan.choices.items()},
+        "calibration": {
+            "images": [picture.path.name for picture in pictures],
+            "image_size": image_size,
+        },
+        "versions": {
+            "mlx_optiq_ext": __version__,
+            "mlx": metadata.version("mlx"),
+            "yolo_mlx": metadata.version("yolo-mlx"),
+        },
+    }

@@ -1,0 +1,239 @@
+"""Chooses each layer's step so that the file fits its budget and the detections stay."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import BudgetError
+from ..weights.allocation import allocate
+from . import archive
+from .codes import RULES, channel_steps, packed
+from .divergence import Divergence, divergence, mean
+from .images import Picture
+from .naming import canonical, ultralytics
+from .network import Layer, Outputs, outputs
+from .sensitivity import Evidence
+
+#: Steps to choose from, over the spread of a layer's weight.
+FACTORS = tuple(math.exp(exponent / 4) for exponent in range(-20, 5))
+
+#: A protected layer's codes reach at least this far, as 8-bit ones do.
+PROTECTED_LEVELS = 127
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was decided for one layer.
+
+    Attributes:
+        factor: Its step over the spread of its weight; 0 where only zeros are stored, because
+            no detection depends on it.
+        bits: Stored bits per weight, those of its normalization and of the file's headers included.
+        cost: The expected detection error that its rounding adds.
+    """
+
+    factor: float
+    bits: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every layer's choice.
+
+    Attributes:
+        rule: How channels share a layer's step.
+        choices: Layer path -> choice.
+        file_bytes: Size of the file.
+        parameters: What the bits are counted over.
+        error: Detection error on the images kept for judging, or None before judging.
+    """
+
+    rule: str
+    choices: dict[str, Choice]
+    file_bytes: int
+    parameters: int
+    error: Divergence | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All bits of the file over all parameters."""
+        return self.file_bytes * 8 / self.parameters
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is planned on.
+
+    Attributes:
+        layers: Every layer, those that only training uses included.
+        arrays: All parameters of the network by name, float32.
+        evidence: What their errors cost.
+        protected: Paths of layers that keep at least 8 bits' steps.
+    """
+
+    layers: tuple[Layer, ...]
+    arrays: Arrays
+    evidence: Evidence
+    protected: frozenset[str] = frozenset()
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, without the strides that yolo-mlx lists among them."""
+        return sum(a.size for name, a in self.arrays.items() if not name.endswith("stride"))
+
+    def named(self, layer: Layer) -> list[str]:
+        """Names of the arrays of a layer and of its normalization."""
+        own = (f"{layer.path}.", f"{layer.norm_path}." if layer.norm else "\0")
+        return [name for name in self.arrays if name.startswith(own)]
+
+
+def file_name(name: str) -> str:
+    """The name under which an array is stored: Ultralytics', which is shorter and read by all."""
+    return ultralytics(canonical(name))
+
+
+def plan(problem: Problem, budget: float, rule: str) -> tuple[Plan, Arrays]:
+    """Choose steps within a budget.
+
+    Args:
+        problem: The network and what was measured.
+        budget: Bits of the file per parameter.
+        rule: One of ``codes.RULES``.
+
+    Returns:
+        The plan and the arrays of its file by the network's names.
+
+    Raises:
+        BudgetError: Even the coarsest steps take more.
+    """
+    costs, sizes, factors = [], [], []
+    for layer in problem.layers:
+        rows = _candidates(problem, layer, rule)
+        costs.append([row[1] for row in rows])
+        sizes.append([row[2] for row in rows])
+        factors.append([row[0] for row in rows])
+    rest = {name: _small(array) for name, array in _others(problem).items()}
+    fixed = archive.END_BYTES + sum(archive.entry_bytes(file_name(n), a) for n, a in rest.items())
+    capacity = math.floor(budget * problem.parameters / 8) - fixed
+    least = fixed + sum(min(row) for row in sizes)
+    if least - fixed > capacity:
+        raise BudgetError(
+            f"a budget of {budget:g} bits per weight is too small for this network: its coarsest "
+            f"file takes {least * 8 / problem.parameters:.2f}"
+        )
+    picks = allocate(costs, sizes, capacity)
+    stored, choices = dict(rest), {}
+    for layer, pick, cost, size, factor in zip(
+        problem.layers, picks, costs, sizes, factors, strict=True
+    ):
+        stored |= _stored(problem, layer, rule, factor[pick])[0]
+        elements = problem.arrays[f"{layer.path}.weight"].size
+        choices[layer.path] = Choice(factor[pick], size[pick] * 8 / elements, cost[pick])
+    total = fixed + sum(size[pick] for size, pick in zip(sizes, picks, strict=True))
+    return Plan(rule, choices, total, problem.parameters), stored
+
+
+def _candidates(problem: Problem, layer: Layer, rule: str) -> list[tuple[float, float, int]]:
+    """(factor, cost, bytes) of each way to store a layer."""
+    if problem.evidence.unused(layer.path):
+        options: Sequence[float] = (0.0,)
+    elif layer.path in problem.protected:
+        options = [f for f in FACTORS if f <= _protecting_factor(problem, layer, rule)] or FACTORS[:1]
+    else:
+        options = FACTORS
+    curvature, found = problem.evidence.curvature[layer.path], []
+    for factor in options:
+        stored = _stored(problem, layer, rule, factor)
+        if stored is not None:
+            arrays, error = stored
+            size = sum(archive.entry_bytes(file_name(n), a) for n, a in arrays.items())
+            found.append((factor, float((curvature * np.square(error)).sum()), size))
+    return found
+
+
+def _protecting_factor(problem: Problem, layer: Layer, rule: str) -> float:
+    """The coarsest factor at which every channel's codes reach as far as 8-bit ones do."""
+    weight = problem.arrays[f"{layer.path}.weight"]
+    steps = channel_steps(weight, problem.evidence.curvature[layer.path], rule)
+    reach = np.abs(weight.reshape(len(weight), -1)).max(1)
+    return float(np.min(reach[reach > 0] / steps[reach > 0], initial=np.inf)) / PROTECTED_LEVELS
+
+
+def _stored(problem: Problem, layer: Layer, rule: str, factor: float) -> Any:
+    own = {name: problem.arrays[name] for name in problem.named(layer)}
+    weight = own[f"{layer.path}.weight"]
+    if factor == 0:
+        # Ones keep a variance a variance.
+        blank = {
+            name: np.full(a.shape, name.endswith("running_var"), np.int8) for name, a in own.items()
+        }
+        return blank, np.zeros_like(weight)
+    curvature = problem.evidence.curvature[layer.path]
+    steps = factor * channel_steps(weight, curvature, rule)
+    return packed(layer, own, steps, problem.evidence.inputs[layer.path])
+
+
+def _others(problem: Problem) -> Arrays:
+    """Arrays that belong to no layer, such as strides."""
+    taken = {name for layer in problem.layers for name in problem.named(layer)}
+    return {name: array for name, array in problem.arrays.items() if name not in taken}
+
+
+def _small(array: np.ndarray) -> np.ndarray:
+    """Half precision where it holds the values exactly."""
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.array_equal(half, array) else array
+
+
+def judge(
+    model: Any, stored: Mapping[str, np.ndarray], references: Sequence[tuple[Picture, Outputs]]
+) -> Divergence:
+    """Detection error of a file's arrays.
+
+    Args:
+        model: An exposed network, left with these arrays.
+        stored: Arrays by the network's names, as the file holds them.
+        references: Images, each with the original network's outputs.
+    """
+    fill(model, stored)
+    found = []
+    for picture, reference in references:
+        out = outputs(model, picture.pixels)
+        mx.eval(out.arrays())
+        found.append(divergence(reference, out))
+    return mean(found)
+
+
+def fill(model: Any, stored: Mapping[str, np.ndarray]) -> None:
+    """Set the arrays that an exposed network still has."""
+    reachable = dict(model.named_modules())
+    for name, array in stored.items():
+        path, _, attribute = name.rpartition(".")
+        if path in reachable and attribute in reachable[path]:
+            setattr(reachable[path], attribute, mx.array(array).astype(mx.float32))
+
+
+def best(
+    problem: Problem,
+    budget: float,
+    model: Any,
+    references: Sequence[tuple[Picture, Outputs]],
+) -> tuple[Plan, Arrays]:
+    """Plan by every rule and keep the plan that judges best."""
+    found = []
+    for rule in RULES:
+        candidate, stored = plan(problem, budget, rule)
+        error = judge(model, stored, references)
+        judged = Plan(
+            rule, candidate.choices, candidate.file_bytes, candidate.parameters, error
+        )
+        found.append((judged, stored))
+    return min(found, key=lambda pair: pair[0].error.total)

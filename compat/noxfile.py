@@ -15,11 +15,8 @@ import nox
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "compat" / "constraints"
-ROWS = [
-    row
-    for row in nox.project.load_toml(ROOT / "compat" / "mlx_optiq_compat" / "matrix.toml")["row"]
-    if row["verdict"] != "outside"
-]
+MATRIX = nox.project.load_toml(ROOT / "compat" / "mlx_optiq_compat" / "matrix.toml")
+ROWS = [row for row in MATRIX["row"] if row["verdict"] != "outside"]
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -28,6 +25,7 @@ nox.options.sessions = [
     "types",
     "signatures",
     *(f"tests({row['mlx_lm']})" for row in ROWS if row.get("ci")),
+    "yolo",
 ]
 
 
@@ -42,6 +40,25 @@ def tests(session: nox.Session, row: dict) -> None:
     session.install("-c", str(pins), *needs)
     # The environment passes through as it is; some machines need their LD_PRELOAD for MLX.
     session.run("pytest", *(session.posargs or ["tests"]))
+
+
+@nox.session
+def yolo(session: nox.Session) -> None:
+    """Run the YOLO26 tests with yolo-mlx, which needs an older mlx than the newest mlx-lm."""
+    session.chdir(ROOT)
+    package, tested = MATRIX["yolo_mlx"], MATRIX["yolo_mlx"]["tested_with"]
+    backend = [] if sys.platform == "darwin" else [f"mlx[cpu]=={tested['mlx']}"]
+    session.install(
+        *backend,
+        f"mlx=={tested['mlx']}",
+        f"mlx-lm=={tested['mlx_lm']}",
+        f"transformers=={tested['transformers']}",
+        f"yolo-mlx=={package['version']}",
+        "pycocotools>=2.0.8",
+        "-e",
+        ".[test,yolo]",
+    )
+    session.run("pytest", *(session.posargs or ["tests/yolo"]))
 
 
 @nox.session

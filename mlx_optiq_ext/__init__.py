@@ -9,7 +9,7 @@ _activation.install("import")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from . import latency, modalities, weights
+    from . import latency, modalities, weights, yolo
     from ._status import status
     from ._version import __version__
     from .errors import OptiqError
@@ -24,6 +24,7 @@ _PUBLIC = {
     "modalities": "modalities",
     "status": "_status",
     "weights": "weights",
+    "yolo": "yolo",
     "__version__": "_version",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "modalities",
     "status",
     "weights",
+    "yolo",
 ]
 
 

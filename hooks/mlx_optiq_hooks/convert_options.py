@@ -173,6 +173,8 @@ def add_arguments(group):
 
 
 def check(options, args):
+    if options.model_type is not None:
+        return  # not a language model: yolo_options checks it
     alone = set(_given(options)) <= {"kv_budget", "kv_only", *SHARED}
     if options.kv_budget is not None or options.kv_only:
         check_kv(options, args)

@@ -10,7 +10,7 @@ from mlx_optiq_ext.errors import UnsupportedError
 from .patch import Patch
 
 #: The capabilities that patches belong to. ``flags`` is ours alone, compat/ knows the others.
-FEATURES = ("flags", "weights", "kv", "kv_batched", "modalities", "latency", "plugins")
+FEATURES = ("flags", "weights", "kv", "kv_batched", "modalities", "latency", "yolo", "plugins")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from .checkpoint import Architecture, Checkpoint, read
 from .divergence import Divergence
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, detect, evaluate
 from .labels import read_labels
 from .loading import load
 from .pipeline import Result, run_yolo_pipeline
@@ -17,6 +17,7 @@ __all__ = [
     "Evaluation",
     "Plan",
     "Result",
+    "detect",
     "draw",
     "evaluate",
     "load",

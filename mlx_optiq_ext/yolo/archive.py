@@ -31,7 +31,7 @@ def _deflate(data: bytes, strategy: int) -> bytes:
 def _packed(array: np.ndarray) -> tuple[bytes, bytes]:
     """An array as ``.npy`` bytes, and these deflated."""
     stream = io.BytesIO()
-    np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0))
+    np.lib.format.write_array(stream, np.asarray(array, order="C"), version=(1, 0))
     plain = stream.getvalue()
     coded = _deflate(plain, zlib.Z_HUFFMAN_ONLY)
     # Small and constant arrays repeat themselves; codes do not.

@@ -1,4 +1,4 @@
-"""Reads YOLO26 weights from ``.pt``, ``.safetensors`` or ``.npz`` and says which network they are."""
+"""Reads YOLO26 weights from ``.pt``, ``.safetensors`` or ``.npz`` and tells the network."""
 
 import re
 import zipfile

@@ -45,7 +45,8 @@ def divergence(reference: Outputs, other: Outputs) -> Divergence:
     if reference.masks is not None and other.masks is not None:
         error = mx.square(other.masks - reference.masks).mean()
         extra = extra + error / mx.square(reference.masks).mean()
-    return Divergence(classes.sum().item(), boxes.sum().item(), extra.item())
+    sums = [part.sum().item() for part in (classes, boxes, extra)]
+    return Divergence(*sums)  # pyright: ignore[reportArgumentType]
 
 
 def mean(values: list[Divergence]) -> Divergence:
@@ -74,4 +75,5 @@ def overlap(a: mx.array, b: mx.array) -> mx.array:
     high = mx.minimum(a[:, :2] + a[:, 2:] / 2, b[:, :2] + b[:, 2:] / 2)
     shared = mx.maximum(high - low, 0).prod(-1)
     areas = mx.maximum(a[:, 2:], 0).prod(-1) + mx.maximum(b[:, 2:], 0).prod(-1)
-    return shared / mx.maximum(areas - shared, 1e-9)
+    union = areas - shared
+    return mx.where(union > 0, shared / mx.maximum(union, 1e-9), 1.0)  # two empty boxes agree

@@ -1,5 +1,6 @@
 """Images from a folder, fitted into the network's input."""
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,9 @@ def pillow() -> Any:
         UnsupportedError: It is not installed.
     """
     try:
-        from PIL import Image
+        return importlib.import_module("PIL.Image")
     except ImportError as error:
-        raise UnsupportedError(
-            "images need Pillow: pip install 'mlx-optiq-ext[yolo]'"
-        ) from error
-    return Image
+        raise UnsupportedError("images need Pillow: pip install 'mlx-optiq-ext[yolo]'") from error
 
 
 def find(folder: str | Path) -> list[Path]:

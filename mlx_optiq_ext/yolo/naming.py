@@ -50,7 +50,9 @@ def ultralytics(name: str) -> str:
 
 
 def matched(
-    weights: Mapping[str, mx.array], expected: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str]
+    weights: Mapping[str, mx.array],
+    expected: Mapping[str, tuple[int, ...]],
+    kinds: Mapping[str, str],
 ) -> dict[str, mx.array]:
     """Rename and turn a checkpoint's tensors to what a network expects.
 

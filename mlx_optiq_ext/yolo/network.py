@@ -3,6 +3,7 @@
 yolo-mlx is AGPL: it is imported where it is installed, and nothing of it stands here.
 """
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,13 +66,13 @@ def library() -> Any:
         UnsupportedError: It is not installed, or does not import here.
     """
     try:
-        import yolo26mlx.nn.tasks
+        importlib.import_module("yolo26mlx.nn.tasks")
+        return importlib.import_module("yolo26mlx")
     except ImportError as error:
         raise UnsupportedError(
-            f"YOLO26 needs yolo-mlx ({error}): pip install 'mlx-optiq-ext[yolo]', in an environment "
-            "of its own because it needs mlx below 0.31"
+            f"YOLO26 needs yolo-mlx ({error}): pip install 'mlx-optiq-ext[yolo]', in an "
+            "environment of its own because it needs mlx below 0.31"
         ) from error
-    return yolo26mlx
 
 
 def build(architecture: Architecture) -> Any:

@@ -81,9 +81,7 @@ def run_yolo_pipeline(
     checkpoint = read(source)
     paths = images.find(calibration)
     chosen = [paths[i * len(paths) // MOST_IMAGES] for i in range(MOST_IMAGES)]
-    pictures, skipped = images.load(
-        paths if len(paths) <= MOST_IMAGES else chosen, image_size
-    )
+    pictures, skipped = images.load(paths if len(paths) <= MOST_IMAGES else chosen, image_size)
     for line in skipped:
         print(f"[optiq] {line}", file=sys.stderr)
     calibrating, judging = split(pictures)

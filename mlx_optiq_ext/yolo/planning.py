@@ -1,7 +1,7 @@
 """Chooses each layer's step so that the file fits its budget and the detections stay."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +88,10 @@ class Problem:
         """Number of parameters, without the strides that yolo-mlx lists among them."""
         return sum(a.size for name, a in self.arrays.items() if not name.endswith("stride"))
 
-    def named(self, layer: Layer) -> list[str]:
-        """Names of the arrays of a layer and of its normalization."""
-        own = (f"{layer.path}.", f"{layer.norm_path}." if layer.norm else "\0")
-        return [name for name in self.arrays if name.startswith(own)]
+    def own(self, layer: Layer) -> Arrays:
+        """The arrays of a layer and of its normalization."""
+        paths = (layer.path, layer.norm_path)
+        return {n: a for n, a in self.arrays.items() if n.rpartition(".")[0] in paths and "." in n}
 
 
 def file_name(name: str) -> str:
@@ -133,7 +133,7 @@ def plan(problem: Problem, budget: float, rule: str) -> tuple[Plan, Arrays]:
     for layer, pick, cost, size, factor in zip(
         problem.layers, picks, costs, sizes, factors, strict=True
     ):
-        stored |= _stored(problem, layer, rule, factor[pick])[0]
+        stored |= _storing(problem, layer, rule)(factor[pick])[0]
         elements = problem.arrays[f"{layer.path}.weight"].size
         choices[layer.path] = Choice(factor[pick], size[pick] * 8 / elements, cost[pick])
     total = fixed + sum(size[pick] for size, pick in zip(sizes, picks, strict=True))
@@ -145,12 +145,15 @@ def _candidates(problem: Problem, layer: Layer, rule: str) -> list[tuple[float, 
     if problem.evidence.unused(layer.path):
         options: Sequence[float] = (0.0,)
     elif layer.path in problem.protected:
-        options = [f for f in FACTORS if f <= _protecting_factor(problem, layer, rule)] or FACTORS[:1]
+        options = [f for f in FACTORS if f <= _protecting_factor(problem, layer, rule)] or FACTORS[
+            :1
+        ]
     else:
         options = FACTORS
     curvature, found = problem.evidence.curvature[layer.path], []
+    store = _storing(problem, layer, rule)
     for factor in options:
-        stored = _stored(problem, layer, rule, factor)
+        stored = store(factor)
         if stored is not None:
             arrays, error = stored
             size = sum(archive.entry_bytes(file_name(n), a) for n, a in arrays.items())
@@ -166,23 +169,24 @@ def _protecting_factor(problem: Problem, layer: Layer, rule: str) -> float:
     return float(np.min(reach[reach > 0] / steps[reach > 0], initial=np.inf)) / PROTECTED_LEVELS
 
 
-def _stored(problem: Problem, layer: Layer, rule: str, factor: float) -> Any:
-    own = {name: problem.arrays[name] for name in problem.named(layer)}
+def _storing(problem: Problem, layer: Layer, rule: str) -> Callable[[float], Any]:
+    """What gives a layer's arrays as stored, and its rounding error, for a factor."""
+    own = problem.own(layer)
     weight = own[f"{layer.path}.weight"]
-    if factor == 0:
+    if problem.evidence.unused(layer.path):
         # Ones keep a variance a variance.
         blank = {
             name: np.full(a.shape, name.endswith("running_var"), np.int8) for name, a in own.items()
         }
-        return blank, np.zeros_like(weight)
-    curvature = problem.evidence.curvature[layer.path]
-    steps = factor * channel_steps(weight, curvature, rule)
-    return packed(layer, own, steps, problem.evidence.inputs[layer.path])
+        return lambda _: (blank, np.zeros_like(weight))
+    steps = channel_steps(weight, problem.evidence.curvature[layer.path], rule)
+    inputs = problem.evidence.inputs[layer.path]
+    return lambda factor: packed(layer, own, factor * steps, inputs)
 
 
 def _others(problem: Problem) -> Arrays:
     """Arrays that belong to no layer, such as strides."""
-    taken = {name for layer in problem.layers for name in problem.named(layer)}
+    taken = {name for layer in problem.layers for name in problem.own(layer)}
     return {name: array for name, array in problem.arrays.items() if name not in taken}
 
 
@@ -232,8 +236,6 @@ def best(
     for rule in RULES:
         candidate, stored = plan(problem, budget, rule)
         error = judge(model, stored, references)
-        judged = Plan(
-            rule, candidate.choices, candidate.file_bytes, candidate.parameters, error
-        )
+        judged = Plan(rule, candidate.choices, candidate.file_bytes, candidate.parameters, error)
         found.append((judged, stored))
     return min(found, key=lambda pair: pair[0].error.total)

@@ -43,7 +43,12 @@ class Evidence:
 
 
 def measure(
-    model: Any, found: Sequence[Layer], pictures: Sequence[Picture], *, draws: int = 2, seed: int = 0
+    model: Any,
+    found: Sequence[Layer],
+    pictures: Sequence[Picture],
+    *,
+    draws: int = 2,
+    seed: int = 0,
 ) -> Evidence:
     """Measure curvature and mean inputs.
 

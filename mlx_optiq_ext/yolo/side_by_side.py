@@ -1,5 +1,6 @@
 """One picture with the detections of two networks."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def draw(
 
 
 def _mark(panel: Any, rows: Any, names: dict[int, str]) -> None:
-    from PIL import ImageDraw, ImageFont
-
-    pen = ImageDraw.Draw(panel)
+    drawing, fonts = (importlib.import_module(f"PIL.Image{part}") for part in ("Draw", "Font"))
+    pen = drawing.Draw(panel)
     width = max(2, panel.width // 300)
-    font = ImageFont.load_default(size=max(12, panel.width // 50))
+    font = fonts.load_default(size=max(12, panel.width // 50))
     for left, top, right, bottom, confidence, index in rows:
+        if right <= left or bottom <= top:
+            continue
         colour = COLOURS[int(index) % len(COLOURS)]
         pen.rectangle((left, top, right, bottom), outline=colour, width=width)
         text = f"{names.get(int(index), int(index))} {confidence:.2f}"

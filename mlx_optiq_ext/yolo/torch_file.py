@@ -80,6 +80,7 @@ class Record(dict):
         self.state = state
 
     def __call__(self, *args: Any, **kwargs: Any) -> "Record":
+        """Functions and bound methods."""
         return Record()
 
     def append(self, item: Any) -> None:

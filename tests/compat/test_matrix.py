@@ -60,7 +60,8 @@ def test_features_start_at_a_supported_release_and_say_why(feature):
 
 def test_every_feature_of_the_design_is_there():
     expected = (
-        "weights plugins lora modalities kv kv_batched adapters adapters_batched evaluation latency"
+        "weights plugins lora modalities kv kv_batched adapters adapters_batched evaluation "
+        "latency yolo"
     )
     assert {feature.name for feature in features()} == set(expected.split())
 
@@ -101,3 +102,13 @@ def test_readme_table_says_what_each_feature_does():
     assert cells["| 0.32.2"].count("| yes") == len(built)
     assert "yes" not in cells["| 0.30.2"]
     assert not any(each.title in readme_table() for each in features() if each.planned)
+
+
+def test_yolo_mlx_is_tested_within_its_range():
+    data = tomllib.loads((ROOT / "compat" / "mlx_optiq_compat" / "matrix.toml").read_text())
+    package = data["yolo_mlx"]
+    lower, _, upper = package["mlx"].partition(",<")
+    assert release(lower[2:]) <= release(package["tested_with"]["mlx"]) < release(upper)
+    assert package["tested_with"]["mlx_lm"] in {row.mlx_lm for row in supported()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["yolo"] == [f"yolo-mlx>={package['version']}"]

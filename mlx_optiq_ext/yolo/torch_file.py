@@ -49,8 +49,11 @@ PLAIN = {
     ("__builtin__", "set"): set,
 }
 
-#: Path, date and number objects: kept as records, they carry nothing we need.
+#: Paths, dates, numbers and bound methods: kept as records, they carry nothing we need.
 RECORDED_NAMES = {
+    ("_codecs", "encode"),
+    ("builtins", "getattr"),
+    ("__builtin__", "getattr"),
     ("pathlib", "Path"),
     ("pathlib", "PosixPath"),
     ("pathlib", "WindowsPath"),
@@ -75,6 +78,10 @@ class Record(dict):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
         self.state: Any = {}
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Keys and members of sets."""
+        return id(self)
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

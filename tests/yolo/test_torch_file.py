@@ -120,6 +120,21 @@ def test_reads_a_plain_state_dict_with_views_and_bfloat16(torch, tmp_path):
     assert names is None
 
 
+def test_what_checkpoints_hold_beside_weights_is_passed_over(torch, tmp_path):
+    conv = module(torch, weight=Tensor(np.array([1], np.float32), "FloatStorage"))
+    conv.hook = conv.__init__  # a bound method
+    beside = {
+        "date": "2026",
+        "fitness": np.float64(0.4),
+        "path": Path("runs"),
+        "shapes": {(1, 2), (3, 4)},
+        "history": np.arange(3),
+        "blob": b"bytes",
+    }
+    path = save(tmp_path / "a.pt", {"model": conv, "optimizer": None, **beside}, torch)
+    assert torch_file.read(path)[0]["weight"].tolist() == [1]
+
+
 class Attack:
     """Unpickling it makes a file, if anything is run at all."""
 

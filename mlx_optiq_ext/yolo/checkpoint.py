@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
+import safetensors
 
 from ..errors import InputError
 from . import torch_file
@@ -17,6 +18,17 @@ Task = Literal["detect", "segment", "pose"]
 
 #: Channels of the stem -> scale; ``m`` and ``l`` differ in depth only.
 STEMS = {16: "n", 32: "s", 64: "m", 96: "x"}
+
+#: What damaged files raise.
+_DAMAGE = (
+    RuntimeError,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    zipfile.BadZipFile,
+    safetensors.SafetensorError,
+)
 
 SUFFIXES = {"detect": "", "segment": "-seg", "pose": "-pose"}
 
@@ -80,21 +92,23 @@ def read(source: str | Path) -> Checkpoint:
 
 def _read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None]:
     try:
-        if path.suffix == ".npz":
-            _check_entries(path)
+        _check_whole(path)
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
         mx.eval(arrays)
         return arrays, None
-    except (RuntimeError, ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"{path} is damaged or not a {path.suffix} file ({reason}): download it again"
         ) from error
 
 
-def _check_entries(path: Path) -> None:
-    """Checksums of a zip archive; MLX reads past them."""
+def _check_whole(path: Path) -> None:
+    """Raise if a file is cut or altered; MLX reads past that in some releases."""
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(str(path), framework="np"):
+            return
     with zipfile.ZipFile(path) as archive:
         broken = archive.testzip()
     if broken is not None:

@@ -8,10 +8,23 @@ import pytest
 from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_hooks import builtin, yolo_options
 
-NAMES = (
-    "model_type budget calibration protect bits plan report kv_budget kv_only min_tps refine distill "
-    "group_sizes sensitivity keep_unused_modalities"
-).split()
+NAMES = [
+    "model_type",
+    "budget",
+    "calibration",
+    "protect",
+    "bits",
+    "plan",
+    "report",
+    "kv_budget",
+    "kv_only",
+    "min_tps",
+    "refine",
+    "distill",
+    "group_sizes",
+    "sensitivity",
+    "keep_unused_modalities",
+]
 
 
 @pytest.fixture

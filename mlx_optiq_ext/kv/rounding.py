@@ -60,25 +60,24 @@ def _searched(array: mx.array, share: float, bits: int, group_size: int) -> Part
     """Of a few starts the scale and bias that explain most of each group."""
     groups = mx.unflatten(array.astype(mx.float32), -1, (-1, group_size))
     low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    mean = groups.mean(axis=-1, keepdims=True)
-    centred, span, top = groups - mean, high - low, float(2**bits - 1)
-    most = mx.full(low.shape, -1.0)
-    scale, bias = span / top, low
-    for share in sorted({min(share + step, 1.0) for step in AROUND}):
-        step = mx.maximum(span * (share / top), TINY)
-        start, explained = low + span * ((1 - share) / 2), most
-        for _ in range(FITS):
-            codes = mx.clip(mx.round((groups - start) / step), 0, top)
-            middle = codes.mean(axis=-1, keepdims=True)
-            product = ((codes - middle) * centred).sum(axis=-1, keepdims=True)
-            square = mx.maximum(mx.square(codes - middle).sum(axis=-1, keepdims=True), TINY)
-            step = mx.maximum(product / square, TINY)
-            start, explained = mean - step * middle, mx.square(product) / square
-        better = explained > most
-        scale, bias = mx.where(better, step, scale), mx.where(better, start, bias)
-        most = mx.where(better, explained, most)
-    # Against what is stored, not what was found.
-    scale, bias = scale.astype(array.dtype), bias.astype(array.dtype)
+    mean, span, top = groups.mean(axis=-1, keepdims=True), high - low, float(2**bits - 1)
+    shares = mx.array(sorted({min(share + step, 1.0) for step in AROUND}))
+    # (..., groups, starts), and elements last.
+    scale, bias = mx.maximum(span * (shares / top), TINY), low + span * ((1 - shares) / 2)
+    each, centred = groups[..., None, :], (groups - mean)[..., None, :]
+    explained = scale
+    for _ in range(FITS):
+        codes = mx.clip(mx.round((each - bias[..., None]) / scale[..., None]), 0, top)
+        middle = codes.mean(axis=-1)
+        product = (codes * centred).sum(axis=-1)  # elements are centred, so codes need not be
+        square = mx.square(codes).sum(axis=-1) - group_size * mx.square(middle)
+        square = mx.maximum(square, TINY)
+        scale, explained = mx.maximum(product / square, TINY), mx.square(product) / square
+        bias = mean - scale * middle
+    best = mx.argmax(explained, axis=-1, keepdims=True)
+    # Codes go by what is stored, not what was found.
+    scale = mx.take_along_axis(scale, best, axis=-1).astype(array.dtype)
+    bias = mx.take_along_axis(bias, best, axis=-1).astype(array.dtype)
     safe = mx.maximum(scale.astype(mx.float32), TINY)
     codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
     return _words(codes.astype(mx.uint32), bits), scale[..., 0], bias[..., 0]

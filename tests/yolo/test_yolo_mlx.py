@@ -328,9 +328,12 @@ def test_without_mlx_lm_the_same_images_give_the_same_file(converted, checkpoint
 
 
 def test_the_command(run, checkpoint, photos, tmp_path):
+    one = tmp_path / "one"  # a single image calibrates and judges
+    one.mkdir()
+    (one / "0.png").write_bytes((photos / "0.png").read_bytes())
     done = run(
         "mlx_lm.convert", "--optiq-model-type", "yolo", "--hf-path", checkpoint, "--mlx-path",
-        tmp_path / "out", "--optiq-budget", "5", "--optiq-calibration", photos,
+        tmp_path / "out", "--optiq-budget", "5", "--optiq-calibration", one,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "yolo26n.npz" in done.stdout

@@ -333,7 +333,7 @@ def test_the_command(run, checkpoint, photos, tmp_path):
     (one / "0.png").write_bytes((photos / "0.png").read_bytes())
     done = run(
         "mlx_lm.convert", "--optiq-model-type", "yolo", "--hf-path", checkpoint, "--mlx-path",
-        tmp_path / "out", "--optiq-budget", "5", "--optiq-calibration", one,
+        tmp_path / "out", "--optiq-budget", "5", "--optiq-calibration", one, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "yolo26n.npz" in done.stdout

@@ -1,6 +1,18 @@
 """``mlx_lm.models.base``: attention over packed keys and values."""
 
+import functools
+from typing import Any
+
 from .patch import Patch, bind
+
+
+@functools.cache
+def attention_backends() -> tuple[Any, ...]:
+    """The plugins' functions, that of the plugin registered last first."""
+    from . import plugin_manager
+
+    found = plugin_manager().hook.optiq_attention_backends()
+    return tuple(backend for backends in found for backend in backends)
 
 
 def scaled_dot_product_attention(wrapped, instance, args, kwargs):
@@ -14,7 +26,7 @@ def scaled_dot_product_attention(wrapped, instance, args, kwargs):
     call = bind(wrapped, args, kwargs)
     # Which cache it came from does not matter: what is packed knows its own format.
     call.pop("cache", None)
-    return attention(**call)
+    return attention(**call, backends=attention_backends())
 
 
 PATCHES = (

@@ -57,6 +57,16 @@ def optiq_prompt_cache(model, max_kv_size, options):
     """
 
 
+@hookspec
+def optiq_attention_backends():
+    """Offer functions that attend over packed keys and values, as a list. All results, joined.
+
+    Called once, before the first such attention. A function takes ``(queries, keys, values, scale,
+    mask, sinks)`` as ``mlx_optiq_ext.kv.attention`` describes them, in the basis in which they are
+    stored. It returns the output, or None for a call that it leaves to the others.
+    """
+
+
 @hookspec(firstresult=True)
 def optiq_lora_rank(path, module, rank, options):
     """Choose the LoRA rank of one layer. First result; None keeps ``rank``.

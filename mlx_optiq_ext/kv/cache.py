@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .packed import Format, Packed
+from ..turboquant.format import TurboFormat
+from .packed import AnyFormat, Format, Packed
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
@@ -33,8 +34,8 @@ class PackedKVCache:
     def __init__(
         self,
         cache: Any,
-        keys_format: Format | None,
-        values_format: Format | None,
+        keys_format: AnyFormat | None,
+        values_format: AnyFormat | None,
         *,
         dense: bool = False,
         mergeable: bool = True,
@@ -217,8 +218,8 @@ class PackedKVCache:
 
         found = json.loads(description)
         kind = getattr(caches, found["cache"])
-        self.keys_format = found["keys"] and Format(**found["keys"])
-        self.values_format = found["values"] and Format(**found["values"])
+        self.keys_format = found["keys"] and _format(found["keys"])
+        self.values_format = found["values"] and _format(found["values"])
         self.dense, self.mergeable = found["dense"], found["mergeable"]
         if metas is None:
             self.planes = [kind.from_state(state) for state in states]
@@ -226,7 +227,7 @@ class PackedKVCache:
             self.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
 
 
-def _parts(array: mx.array, format: Format | None) -> tuple[mx.array, mx.array, mx.array]:
+def _parts(array: mx.array, format: AnyFormat | None) -> tuple[mx.array, mx.array, mx.array]:
     """Codes, scales and biases; of an array that stays as it is, itself and two of no width.
 
     mlx-lm's batches give keys and values one type, so its bits are taken for codes.
@@ -236,13 +237,17 @@ def _parts(array: mx.array, format: Format | None) -> tuple[mx.array, mx.array, 
     return array.view(mx.uint32), array[..., :0], array[..., :0]
 
 
-def _view(parts: tuple[mx.array, ...], format: Format | None, dense: bool) -> Any:
+def _view(parts: tuple[mx.array, ...], format: AnyFormat | None, dense: bool) -> Any:
     if format is None:
         return parts[0].view(parts[1].dtype)
     packed = Packed(parts, format)
     return packed.plain() if dense else packed
 
 
-def _known(one: Format | None, other: Format | None) -> Format | None:
+def _format(found: dict[str, Any]) -> AnyFormat:
+    return TurboFormat(**found) if "seed" in found else Format(**found)
+
+
+def _known(one: AnyFormat | None, other: AnyFormat | None) -> AnyFormat | None:
     """Of two equal formats the one whose group size was fitted."""
     return other if one is not None and one.group_size is None else one

@@ -1,12 +1,14 @@
-"""Keys or values in packed form: MLX's affine quantization along the head dimension."""
+"""Keys or values in packed form, along the head dimension."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
 from ..errors import UnsupportedError
+from ..hadamard import rotatable, rotate, rotate_back
+from ..turboquant.format import TurboFormat
 from .rounding import pack
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -15,7 +17,7 @@ GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Format:
-    """How keys or values are stored.
+    """How keys or values are stored: MLX's affine quantization.
 
     Attributes:
         bits: Width of a code.
@@ -61,46 +63,50 @@ class Format:
             array = rotate(array)
         return pack(array, self.bits, self.group_size or 64)
 
+    def unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
+        """Undo `pack`, but for the rotation."""
+        codes, scales, biases = parts
+        return mx.dequantize(
+            codes,
+            scales.astype(dtype),
+            biases.astype(dtype),
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+
+    def turn(self, array: mx.array) -> mx.array:
+        """Rotate (..., dim) as what is packed was, if it was."""
+        return rotate(array) if self.rotated else array
+
+    def turn_back(self, array: mx.array) -> mx.array:
+        """Undo `turn`."""
+        return rotate_back(array) if self.rotated else array
+
+    def levels(self, dim: int) -> tuple[float, ...]:
+        """Nothing: codes stand for multiples of a group's scale."""
+        return ()
+
     def __str__(self) -> str:
         size = f"g{self.group_size}" if self.group_size else ""
         return f"{self.bits}{size}{'r' if self.rotated else ''}"
 
 
-def rotatable(dim: int) -> bool:
-    """Whether MLX has a Hadamard transform of this size."""
-    odd = dim // (dim & -dim)
-    return odd == 1 or (odd in (3, 5, 7) and dim % 4 == 0)
-
-
-def rotate(array: mx.array) -> mx.array:
-    """Rotate the last axis by the normalised Hadamard matrix."""
-    return mx.hadamard_transform(array, scale=array.shape[-1] ** -0.5)
-
-
-def rotate_back(array: mx.array) -> mx.array:
-    """Undo `rotate`.
-
-    The matrices of 2^k are symmetric and undo themselves; the others are not, so they are
-    multiplied with their transpose.
-    """
-    dim = array.shape[-1]
-    if dim & (dim - 1) == 0:
-        return rotate(array)
-    matrix = rotate(mx.eye(dim, dtype=array.dtype))
-    return array @ matrix.T
+#: What keys and values can be packed with.
+AnyFormat: TypeAlias = Format | TurboFormat
 
 
 class Packed:
     """An array of keys or values (batch, heads, length, dim) in packed form.
 
     Attributes:
-        parts: Codes (uint32), scales and biases, each (batch, heads, length, its own width).
+        parts: Codes (uint32), scales (or norms) and biases, each (batch, heads, length, its own
+            width).
         format: How they are packed, with its group size.
     """
 
     __slots__ = ("format", "parts")
 
-    def __init__(self, parts: Sequence[mx.array], format: Format):
+    def __init__(self, parts: Sequence[mx.array], format: AnyFormat):
         self.parts = tuple(parts)
         self.format = format
 
@@ -131,19 +137,12 @@ class Packed:
 
     def stored(self, dtype: mx.Dtype | None = None) -> mx.array:
         """The array as it was packed, that is rotated if the format is."""
-        codes, scales, biases = self.parts
         dtype = dtype or self.dtype
-        if codes.size == 0:  # a row of a batch that holds nothing yet
+        if self.parts[0].size == 0:  # a row of a batch that holds nothing yet
             return mx.zeros(self.shape, dtype)
-        return mx.dequantize(
-            codes,
-            scales.astype(dtype),
-            biases.astype(dtype),
-            group_size=self.format.group_size,
-            bits=self.format.bits,
-        )
+        return self.format.unpack(self.parts, dtype)
 
     def plain(self, dtype: mx.Dtype | None = None) -> mx.array:
         """The array that it stands for, up to rounding."""
         array = self.stored(dtype)
-        return rotate_back(array) if self.format.rotated and array.size else array
+        return self.format.turn_back(array) if array.size else array

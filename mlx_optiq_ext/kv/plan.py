@@ -8,19 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .packed import BITS, GROUP_SIZES, Format
+from ..turboquant.codebook import BITS as TURBO_BITS
+from ..turboquant.format import TurboFormat
+from .packed import BITS, GROUP_SIZES, AnyFormat, Format
 
 #: File beside a model that ``auto`` reads.
 FILE = "kv_config.json"
 #: Width that means "as the model computes them".
 UNPACKED = 16
+#: How keys and values can be packed.
+METHODS = ("affine", "turboquant")
 
 _SPEC = re.compile(
-    r"(?:(?P<both>\d+)(?P<rotated>r?)|k(?P<k>\d+)(?P<kr>r?)v(?P<v>\d+)(?P<vr>r?))(?:g(?P<group>\d+))?"
+    r"(?:(?P<both>\d+)(?P<how>[rt]?)|k(?P<k>\d+)(?P<kh>[rt]?)v(?P<v>\d+)(?P<vh>[rt]?))(?:g(?P<group>\d+))?"
 )
 _KEYS = {
     "layer_idx", "bits", "group_size", "k_bits", "v_bits", "k_group_size", "v_group_size",
-    "k_rotated", "v_rotated", "method",
+    "k_rotated", "v_rotated", "method", "k_method", "v_method", "seed",
 }  # fmt: skip
 
 
@@ -28,8 +32,8 @@ _KEYS = {
 class LayerFormat:
     """Formats of one layer; None keeps that side as the model computes it."""
 
-    keys: Format | None
-    values: Format | None
+    keys: AnyFormat | None
+    values: AnyFormat | None
 
     def __str__(self) -> str:
         return f"k{self.keys or UNPACKED}v{self.values or UNPACKED}"
@@ -51,7 +55,9 @@ class KVPlan:
 
 
 def parse_spec(text: str) -> KVPlan | None:
-    """A uniform plan from ``4``, ``k8v4`` or ``k8v4g32``, ``r`` behind a width for rotation.
+    """A uniform plan from ``4``, ``k8v4`` or ``k8v4g32``.
+
+    Behind a width, ``r`` rotates before packing and ``t`` is TurboQuant.
 
     Returns None for what does not look like one.
 
@@ -63,13 +69,17 @@ def parse_spec(text: str) -> KVPlan | None:
         return None
     found = match.groupdict()
     group = None if found["group"] is None else int(found["group"])
-    keys, keys_rotated = found["both"] or found["k"], found["rotated"] or found["kr"]
-    values, values_rotated = found["both"] or found["v"], found["rotated"] or found["vr"]
     where = f"--optiq-kv {text}"
-    formats = LayerFormat(
-        _format(int(keys), group, bool(keys_rotated), where),
-        _format(int(values), group, bool(values_rotated), where),
-    )
+
+    def side(bits: str, how: str) -> AnyFormat | None:
+        if how == "t":
+            return _turbo(int(bits), 0, where)
+        return _format(int(bits), group, how == "r", where)
+
+    if found["both"]:
+        format = side(found["both"], found["how"])
+        return KVPlan(text, everywhere=LayerFormat(format, format))
+    formats = LayerFormat(side(found["k"], found["kh"]), side(found["v"], found["vh"]))
     return KVPlan(text, everywhere=formats)
 
 
@@ -128,10 +138,22 @@ def _entry(index: int, formats: LayerFormat) -> dict[str, Any]:
         "bits": widest.bits,
         "group_size": widest.group_size or 64,
     }
-    if formats.keys != formats.values or any(f.rotated for f in known):
+    turbo = [f for f in known if isinstance(f, TurboFormat)]
+    if formats.keys == formats.values and turbo:
+        return {
+            "layer_idx": index,
+            "bits": widest.bits,
+            "method": METHODS[1],
+            "seed": turbo[0].seed,
+        }
+    if turbo:
+        entry["seed"] = turbo[0].seed
+    if formats.keys != formats.values or any(isinstance(f, Format) and f.rotated for f in known):
         for side, found in sides.items():
             entry[f"{side}_bits"] = found.bits if found else UNPACKED
-            if found:
+            if isinstance(found, TurboFormat):
+                entry[f"{side}_method"] = METHODS[1]
+            elif found:
                 entry[f"{side}_group_size"] = found.group_size or 64
                 entry[f"{side}_rotated"] = found.rotated
     return entry
@@ -145,20 +167,25 @@ def _layer_index(entry: Any, where: str) -> int:
     index = entry.get("layer_idx")
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise InputError(f"{where}: layer_idx {index!r} is not a layer number from 0 on")
-    if entry.get("method", "affine") != "affine":
-        raise InputError(f'{where}: method {entry["method"]!r} is not known: use "affine"')
     return index
 
 
 def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
-    sides = []
+    sides: list[AnyFormat | None] = []
     for side in ("k", "v"):
         bits = entry.get(f"{side}_bits", entry.get("bits"))
-        group = entry.get(f"{side}_group_size", entry.get("group_size", 64))
+        method = entry.get(f"{side}_method", entry.get("method", METHODS[0]))
+        if method not in METHODS:
+            names = " or ".join(f'"{name}"' for name in METHODS)
+            raise InputError(f"{where}: method {method!r} is not known: use {names}")
         rotated = entry.get(f"{side}_rotated", False)
         if not isinstance(rotated, bool):
             raise InputError(f"{where}: {side}_rotated {rotated!r} is not true or false")
-        sides.append(_format(bits, group, rotated, where))
+        if method == METHODS[0] or bits == UNPACKED:
+            group = entry.get(f"{side}_group_size", entry.get("group_size", 64))
+            sides.append(_format(bits, group, rotated, where))
+        else:
+            sides.append(_turbo(bits, entry.get("seed", 0), where))
     if sides == [None, None]:
         raise InputError(f"{where} packs neither keys nor values: leave the layer out")
     return LayerFormat(*sides)
@@ -173,3 +200,12 @@ def _format(bits: Any, group: Any, rotated: bool, where: str) -> Format | None:
         names = ", ".join(map(str, GROUP_SIZES))
         raise InputError(f"{where}: group_size {group!r} is none of {names}")
     return Format(int(bits), group, rotated)
+
+
+def _turbo(bits: Any, seed: Any, where: str) -> TurboFormat:
+    if bits not in TURBO_BITS or isinstance(bits, bool):
+        names = ", ".join(map(str, TURBO_BITS))
+        raise InputError(f"{where}: TurboQuant bits {bits!r} is none of {names}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"{where}: seed {seed!r} is not a number from 0 on")
+    return TurboFormat(bits, seed)

@@ -20,7 +20,7 @@ from ..weights.allocation import allocate
 from ..weights.journal import Journal
 from ..weights.packing import Packing
 from .layout import Slot, owners
-from .packed import BITS, GROUP_SIZES, Format, rotatable
+from .packed import BITS, GROUP_SIZES, AnyFormat, Format, rotatable
 from .plan import LayerFormat
 from .replay import Replay
 
@@ -55,12 +55,12 @@ class Costs:
         """Numbers that one side holds at the measured length."""
         return sum(math.prod(shape) for shape in self.shapes[side])
 
-    def bits_per_element(self, choice: Mapping[Side, Format]) -> float:
+    def bits_per_element(self, choice: Mapping[Side, AnyFormat]) -> float:
         """Stored bits over elements of a whole choice."""
         total = sum(self.elements(side) for side in choice)
         return sum(self.elements(s) * f.bits_per_element for s, f in choice.items()) / total
 
-    def formats(self, choice: Mapping[Side, Format]) -> dict[Slot, LayerFormat]:
+    def formats(self, choice: Mapping[Side, AnyFormat]) -> dict[Slot, LayerFormat]:
         """A choice as formats of the caches."""
         layers = as_layers(choice)
         return {slot: layers[layer] for layer in layers for slot in self.slots[layer]}
@@ -212,13 +212,13 @@ def choose(
     return {side: options[i][picked[i]] for i, own in enumerate(sides) for side in own}
 
 
-def judged(found: Costs, choice: Mapping[Side, Format]) -> float:
+def judged(found: Costs, choice: Mapping[Side, AnyFormat]) -> float:
     """KL of a whole choice on the held-out windows, in nats per token."""
     formats = found.formats(choice)
     return float(np.mean([run.divergence(formats) for run in found.held_out]))
 
 
-def as_layers(choice: Mapping[Side, Format]) -> dict[int, LayerFormat]:
+def as_layers(choice: Mapping[Side, AnyFormat]) -> dict[int, LayerFormat]:
     """Both sides of each layer together."""
     result: dict[int, LayerFormat] = {}
     for (layer, which), format in choice.items():

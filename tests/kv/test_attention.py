@@ -3,6 +3,7 @@ import pytest
 
 from mlx_optiq_ext.kv import Format, Packed, attention
 from mlx_optiq_ext.kv.attention import blocks, composed, dispatch, fused
+from mlx_optiq_ext.turboquant import TurboFormat
 
 BATCH, HEADS, QUERY_HEADS = 2, 2, 6
 SIDES = {
@@ -11,6 +12,8 @@ SIDES = {
     "rotated": (Format(4, 64, rotated=True), Format(4, 32, rotated=True)),
     "keys only": (Format(6, 64), None),
     "values only": (None, Format(2, 32)),
+    "turboquant": (TurboFormat(4, seed=3), TurboFormat(2)),
+    "turboquant keys": (TurboFormat(3), Format(8, 64)),
 }
 MASKS = {
     "none": lambda rows, tokens: None,
@@ -30,8 +33,11 @@ def problem(rows: int, tokens: int, dim: int = 64, value_dim: int = 64):
     )
 
 
-def pack(array: mx.array, format: Format | None):
-    return array if format is None else Packed(format.pack(array), format)
+def pack(array: mx.array, format: Format | TurboFormat | None):
+    if format is None:
+        return array
+    fitted = format.fitted(array.shape[-1])
+    return Packed(fitted.pack(array), fitted)
 
 
 def plain(array):
@@ -80,8 +86,9 @@ def test_the_callers_arrays_stay_as_they_are():
     before = mx.array(queries)
     format = Format(4, 64, rotated=True)
     for name in ("cpu", "metal", "cuda"):
-        attend = dispatch.choose(name, 3)
-        mx.eval(attend(queries, pack(keys, format), pack(values, format), 0.5, "causal", None))
+        packed = pack(keys, format), pack(values, format)
+        attend = dispatch.choose(name, queries, *packed, "causal")
+        mx.eval(attend(queries, *packed, 0.5, "causal", None))
         assert mx.array_equal(queries, before)
 
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from mlx_lm.models import cache as stock
 
 from mlx_optiq_ext.kv import Format, PackedKVCache
+from mlx_optiq_ext.turboquant import TurboFormat
 
 HEADS, DIM = 2, 64
 KEYS, VALUES = Format(4, 32), Format(3, 64, rotated=True)
+TURBO = TurboFormat(4), TurboFormat(2, seed=5)
 BATCHED = hasattr(stock.KVCache, "keys_and_values")  # mlx-lm 0.32 keeps the caches it is given
 
 KINDS = {
@@ -28,7 +30,7 @@ if not BATCHED:
     del KINDS["chunked"]  # before mlx-lm 0.32 it loses track after its front was dropped
 
 
-def fake(array: mx.array, format: Format) -> mx.array:
+def fake(array: mx.array, format: Format | TurboFormat) -> mx.array:
     """What packing and unpacking leave of an array."""
     from mlx_optiq_ext.kv import Packed
 
@@ -38,8 +40,9 @@ def fake(array: mx.array, format: Format) -> mx.array:
 class Pair:
     """A packed cache, and mlx-lm's own that is fed what packing leaves of the same rows."""
 
-    def __init__(self, kind: str, seed: int = 0):
-        self.packed = PackedKVCache(KINDS[kind](), KEYS, VALUES, dense=True)
+    def __init__(self, kind: str, seed: int = 0, formats: tuple = (KEYS, VALUES)):
+        self.formats = formats
+        self.packed = PackedKVCache(KINDS[kind](), *formats, dense=True)
         self.plain = KINDS[kind]()
         self.key = mx.random.key(seed)
 
@@ -48,7 +51,9 @@ class Pair:
         keys = mx.random.normal((rows, HEADS, tokens, DIM), key=one)
         values = mx.random.normal((rows, HEADS, tokens, DIM), key=two)
         found = self.packed.update_and_fetch(keys, values)
-        expected = self.plain.update_and_fetch(fake(keys, KEYS), fake(values, VALUES))
+        expected = self.plain.update_and_fetch(
+            *(fake(a, f) for a, f in zip((keys, values), self.formats, strict=True))
+        )
         for a, b in zip(found, expected, strict=True):
             # What a batch left empty is unpacked from zeros, and may be anything in mlx-lm's.
             assert a.shape == b.shape
@@ -138,25 +143,48 @@ def test_batches(kind, lengths, data):
     assert mx.array_equal(batch.packed.left_padding, batch.plain.left_padding)
 
 
-@pytest.mark.parametrize("sides", [(KEYS, VALUES), (KEYS, None), (None, VALUES)])
+@pytest.mark.parametrize("formats", [(KEYS, VALUES), TURBO, (TURBO[0], VALUES)], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "sliding"])
+@pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 rebuilds the caches of a batch")
+def test_a_batch_of_every_format(kind, formats):
+    pairs = [Pair(kind, seed, formats) for seed in range(3)]
+    for pair, length in zip(pairs, (5, 0, 11), strict=True):
+        if length:
+            pair.append(length)
+    batch = Pair(kind, 9, formats)
+    batch.packed = pairs[0].packed.merge([p.packed for p in pairs])
+    batch.plain = pairs[0].plain.merge([p.plain for p in pairs])
+    batch.append(1, 3)
+    for cache in (batch.packed, batch.plain):
+        cache.filter([0, 2])
+    batch.append(1, 2)
+    batch.same_mask(1)
+    one, other = batch.packed.extract(1), batch.plain.extract(1)
+    for a, b in zip(one.keys_and_values(), other.keys_and_values(), strict=True):
+        assert mx.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(KEYS, VALUES), (KEYS, None), (None, VALUES), TURBO])
 def test_bytes_are_those_of_the_plan(sides):
     cache = PackedKVCache(stock.KVCache(), *sides)
     rows = mx.random.normal((1, HEADS, 256, DIM)).astype(mx.bfloat16)
     cache.update_and_fetch(rows, rows)
-    bits = sum(16 if side is None else side.bits_per_element for side in sides)
+    fitted = [side and side.fitted(DIM) for side in sides]
+    bits = sum(16 if side is None else side.bits_per_element for side in fitted)
     assert cache.nbytes == rows.size * bits / 8
 
 
+@pytest.mark.parametrize("formats", [(KEYS, VALUES), TURBO], ids=["affine", "turboquant"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded(kind, tmp_path, monkeypatch):
+def test_saved_and_loaded(kind, formats, tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "PackedKVCache", PackedKVCache, raising=False)
-    pair = Pair(kind)
+    pair = Pair(kind, formats=formats)
     for tokens in (5, 6, 1):
         pair.append(tokens)
     stock.save_prompt_cache(str(tmp_path / "cache.safetensors"), [pair.packed])
     loaded: Any = stock.load_prompt_cache(str(tmp_path / "cache.safetensors"))[0]
-    assert loaded.keys_format == KEYS
-    assert loaded.values_format == VALUES
+    assert loaded.keys_format == formats[0].fitted(DIM)
+    assert loaded.values_format == formats[1].fitted(DIM)
     pair.packed = loaded
     pair.append(1)
     pair.append(3)

@@ -5,6 +5,7 @@ import pytest
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.kv import Format, LayerFormat, parse_spec, read_plan
 from mlx_optiq_ext.kv.plan import check_layers, entries
+from mlx_optiq_ext.turboquant import TurboFormat
 
 SPECS = {
     "4": LayerFormat(Format(4), Format(4)),
@@ -13,6 +14,8 @@ SPECS = {
     "4r": LayerFormat(Format(4, None, True), Format(4, None, True)),
     "k4rv3g64": LayerFormat(Format(4, 64, True), Format(3, 64)),
     "k16v4": LayerFormat(None, Format(4)),
+    "4t": LayerFormat(TurboFormat(4), TurboFormat(4)),
+    "k8v3tg32": LayerFormat(Format(8, 32), TurboFormat(3)),
 }
 
 
@@ -29,7 +32,12 @@ def test_what_is_no_spec_is_left_to_be_a_file(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("7", "bits 7 is none of"), ("k4v4g48", "group_size 48 is none of")]
+    ("text", "message"),
+    [
+        ("7", "bits 7 is none of"),
+        ("k4v4g48", "group_size 48 is none of"),
+        ("5t", "TurboQuant bits 5 is none of"),
+    ],
 )
 def test_specs_that_mlx_cannot_pack(text, message):
     with pytest.raises(InputError, match=f"--optiq-kv {text}: {message}"):
@@ -54,6 +62,11 @@ BAD = {
     "nothing packed": (json.dumps([{**ENTRY, "bits": 16}]), "packs neither keys nor values"),
     "unknown key": (json.dumps([{**ENTRY, "bitz": 8}]), "entry 0 has unknown keys: bitz"),
     "unknown method": (json.dumps([{**ENTRY, "method": "magic"}]), "method 'magic' is not known"),
+    "too many bits": (json.dumps([{**ENTRY, "method": "turboquant"}]), "TurboQuant bits 8 is none"),
+    "a seed in words": (
+        json.dumps([{"layer_idx": 0, "bits": 4, "method": "turboquant", "seed": "x"}]),
+        "seed 'x' is not a number",
+    ),
     "rotation in words": (json.dumps([{**ENTRY, "k_rotated": "yes"}]), "k_rotated 'yes' is not"),
 }
 
@@ -87,6 +100,10 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path):
         0: LayerFormat(Format(8, 64), Format(8, 64)),
         2: LayerFormat(Format(4, 64, True), Format(3, 32)),
         5: LayerFormat(None, Format(6, 128)),
+        6: LayerFormat(TurboFormat(4, 9), TurboFormat(4, 9)),
+        7: LayerFormat(TurboFormat(3, 2), TurboFormat(4, 2)),
+        8: LayerFormat(Format(8, 64), TurboFormat(2)),
+        9: LayerFormat(None, TurboFormat(1)),
     }
     path = tmp_path / "kv_config.json"
     path.write_text(json.dumps(entries(layers)))

@@ -96,6 +96,33 @@ def test_it_builds_the_prompt_cache_or_leaves_it_to_mlx_lm(python, tiny):
     assert python("-c", CACHES, tiny).stdout == "6 KVCache None\n6 RotatingKVCache 32\n"
 
 
+ATTEND = """
+import sys, mlx_lm
+from mlx_lm.models.cache import make_prompt_cache
+import mlx.core as mx
+import optiq_example
+from mlx_optiq_ext import kv
+asked, attend = [], optiq_example.short_contexts
+def noted(queries, keys, *rest):
+    output = attend(queries, keys, *rest)
+    asked.append((keys.shape[2], output is not None))
+    return output
+optiq_example.short_contexts = noted
+model, _ = mlx_lm.load(sys.argv[1])
+kv.mount(model, kv.parse_spec("8"))
+asked.clear()
+caches = kv.make_caches(model)
+for length in (60, 10):
+    mx.eval(model(mx.zeros((1, length), dtype=mx.int32), cache=caches))
+print(sorted(set(asked)))
+"""
+
+
+def test_its_attention_backend_is_asked_first_and_may_decline(python, tiny):
+    done = python("-c", ATTEND, tiny)
+    assert done.stdout == "[(60, True), (70, False)]\n", done.stderr
+
+
 ADAPT = """
 import json, sys, mlx_lm
 from pathlib import Path

@@ -54,6 +54,25 @@ def optiq_prompt_cache(model, max_kv_size):
 
 
 @hookimpl
+def optiq_attention_backends():
+    return [short_contexts]
+
+
+def short_contexts(queries, keys, values, scale, mask, sinks):
+    """Attend in float32 over up to 64 tokens; longer contexts go to the package's own kernels."""
+    import mlx.core as mx
+
+    if keys.shape[2] > 64:
+        return None
+    sides = (s.stored(mx.float32) if hasattr(s, "stored") else s for s in (keys, values))
+    exact = queries.astype(mx.float32)
+    output = mx.fast.scaled_dot_product_attention(
+        exact, *sides, scale=scale, mask=mask, sinks=sinks
+    )
+    return output.astype(queries.dtype)
+
+
+@hookimpl
 def optiq_lora_rank(path, rank):
     return 2 * rank if path.endswith("v_proj") else None
 

@@ -1,18 +1,27 @@
 """Attention on a CPU, in blocks of queries and tiles of tokens.
 
 MLX has no fused kernel there, and half precision is emulated: tiles are unpacked to float32, and
-never more scores exist than one block of queries needs.
+never more scores exist than one block of queries needs. For so few queries that unpacking costs
+more than it saves, MLX's quantized products read packed data as it is.
 """
+
+from collections.abc import Callable
+from typing import TypeGuard
 
 import mlx.core as mx
 
-from ..packed import Packed
+from ..packed import Format, Packed
+from .composed import product
 from .scores import grouped, probabilities, rows_of
 
 #: Queries of a block.
 QUERIES = 256
 #: Tokens of a tile.
 TOKENS = 1024
+#: Queries of a key/value head up to which a quantized product is faster, by bits: times its keys,
+#: and times its values (measured in float32, tests/benchmarks/kv_attention.py).
+KEY_ROWS = {2: 1, 3: 10, 4: 4, 5: 14, 6: 20, 8: 1}
+VALUE_ROWS = {2: 4, 3: 10, 4: 4, 5: 14, 6: 20, 8: 4}
 
 
 def attend(
@@ -25,23 +34,59 @@ def attend(
 ) -> mx.array:
     """Attention in the stored basis; see `mlx_optiq_ext.kv.attention.attention`."""
     length, (heads, tokens) = queries.shape[2], keys.shape[1:3]
-    spans = [(t, min(t + TOKENS, tokens)) for t in range(0, tokens, TOKENS)]
-    key_tiles = [_tile(keys, *span).swapaxes(-1, -2) for span in spans]
-    value_tiles = [_tile(values, *span) for span in spans]
+    rows = queries.shape[1] // heads * min(length, QUERIES)
+    score, weigh = _scores(keys, rows), _outputs(values, rows)
     outputs = []
     for start in range(0, length, QUERIES):
         stop = min(start + QUERIES, length)
         block = grouped(queries[:, :, start:stop].astype(mx.float32) * scale, heads)
-        scores = _joined([block @ tile for tile in key_tiles])
-        weights = probabilities(scores, rows_of(mask, start, stop, length, tokens), sinks)
-        products = [
-            weights[..., slice(*span)] @ tile for span, tile in zip(spans, value_tiles, strict=True)
-        ]
-        output = sum(products[1:], start=products[0])
-        outputs.append(output.flatten(1, 2).astype(queries.dtype))
+        weights = probabilities(score(block), rows_of(mask, start, stop, length, tokens), sinks)
+        outputs.append(weigh(weights).flatten(1, 2).astype(queries.dtype))
         if length > QUERIES:
             mx.eval(outputs)  # else MLX sets memory aside for many blocks before it runs the first
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _scores(keys: Packed | mx.array, rows: int) -> Callable[[mx.array], mx.array]:
+    """``block -> block @ keys.T`` over (batch, heads, repeats, length, ...)."""
+    if _direct(keys, rows, KEY_ROWS):
+        exact = _in_float32(keys)
+        return lambda block: product(block, exact, transpose=True)
+    tiles = [_tile(keys, *span).swapaxes(-1, -2) for span in _spans(keys)]
+    return lambda block: _joined([block @ tile for tile in tiles])
+
+
+def _outputs(values: Packed | mx.array, rows: int) -> Callable[[mx.array], mx.array]:
+    """``weights -> weights @ values``."""
+    if _direct(values, rows, VALUE_ROWS):
+        exact = _in_float32(values)
+        return lambda weights: product(weights, exact, transpose=False)
+    spans = _spans(values)
+    tiles = [_tile(values, *span) for span in spans]
+
+    def weigh(weights: mx.array) -> mx.array:
+        parts = [weights[..., slice(*span)] @ tile for span, tile in zip(spans, tiles, strict=True)]
+        return sum(parts[1:], start=parts[0])
+
+    return weigh
+
+
+def _direct(side: Packed | mx.array, rows: int, limits: dict[int, int]) -> TypeGuard[Packed]:
+    return (
+        isinstance(side, Packed)
+        and isinstance(side.format, Format)
+        and rows <= limits[side.format.bits]
+    )
+
+
+def _in_float32(side: Packed) -> Packed:
+    codes, *others = side.parts
+    return Packed([codes, *(part.astype(mx.float32) for part in others)], side.format)
+
+
+def _spans(side: Packed | mx.array) -> list[tuple[int, int]]:
+    tokens = side.shape[2]
+    return [(t, min(t + TOKENS, tokens)) for t in range(0, tokens, TOKENS)]
 
 
 def _tile(array: Packed | mx.array, start: int, stop: int) -> mx.array:

@@ -2,8 +2,13 @@
 
 import mlx.core as mx
 
-from ..packed import Packed
+from ..packed import Format, Packed
 from .scores import grouped, probabilities, rows_of
+
+
+def supports(*sides: Packed | mx.array) -> bool:
+    """Whether MLX has a product with data in these forms."""
+    return all(not isinstance(s, Packed) or isinstance(s.format, Format) for s in sides)
 
 
 def attend(
@@ -20,13 +25,13 @@ def attend(
     """
     batch, query_heads, length, _ = queries.shape
     heads, tokens = keys.shape[1:3]
-    scores = _product(grouped(queries * scale, heads), keys, transpose=True)
+    scores = product(grouped(queries * scale, heads), keys, transpose=True)
     weights = probabilities(scores, rows_of(mask, 0, length, length, tokens), sinks)
-    output = _product(weights, values, transpose=False)
+    output = product(weights, values, transpose=False)
     return output.reshape(batch, query_heads, length, output.shape[-1])
 
 
-def _product(left: mx.array, right: Packed | mx.array, *, transpose: bool) -> mx.array:
+def product(left: mx.array, right: Packed | mx.array, *, transpose: bool) -> mx.array:
     """``left @ right``, or with its transpose, over (batch, heads, repeats, ...)."""
     if not isinstance(right, Packed):
         right = mx.expand_dims(right, 2)

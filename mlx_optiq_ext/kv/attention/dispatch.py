@@ -1,14 +1,18 @@
 """Chooses how attention over packed keys and values is computed."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import mlx.core as mx
 
-from ..packed import Packed, rotate, rotate_back
-from . import blocks, composed, fused
+from ..packed import Packed
+from . import blocks, composed, fused, kernels
 
 #: ``(queries, keys, values, scale, mask, sinks) -> output``, all in the stored basis.
 Backend = Callable[..., mx.array]
+#: The same, or None for a call that it leaves to others.
+Offered = Callable[..., mx.array | None]
 
 #: Queries up to this many are decoding (speculation included); more are a prompt's chunk.
 DECODING = 8
@@ -21,13 +25,36 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def choose(name: str, length: int) -> Backend:
-    """The function for a backend and a number of queries."""
+def choose(
+    name: str,
+    queries: mx.array,
+    keys: Packed | mx.array,
+    values: Packed | mx.array,
+    mask: mx.array | str | None,
+) -> Backend:
+    """The function that attends on a backend, for a call of this kind."""
     if name == "cpu":
         return blocks.attend
-    if name == "metal" and length <= DECODING:
+    if _has_kernel(name) and kernels.supports(queries, keys, values, mask):
+        return partial(kernels.attend, name)
+    if name == "metal" and queries.shape[2] <= DECODING and composed.supports(keys, values):
         return composed.attend
     return fused.attend
+
+
+def _has_kernel(name: str) -> bool:
+    if name == "cuda":
+        return _tensor_cores()
+    # The Metal kernel was never timed, so that it waits to be asked for.
+    return os.environ.get("MLX_OPTIQ_EXT_METAL_KERNEL") == "1"
+
+
+@cache
+def _tensor_cores() -> bool:
+    """Whether MLX compiles CUDA source and the GPU multiplies as the kernel asks it to."""
+    if not (hasattr(mx.fast, "cuda_kernel") and hasattr(mx, "device_info")):
+        return False
+    return int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
 
 def attention(
@@ -38,6 +65,7 @@ def attention(
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
+    backends: Sequence[Offered] = (),
 ) -> mx.array:
     """Scaled dot-product attention; none of the caller's arrays is changed.
 
@@ -49,15 +77,18 @@ def attention(
         mask: ``"causal"``, or what broadcasts to (batch, query heads, length, tokens): bool with
             True where to look, or added to the scores.
         sinks: (query heads,), a logit a head that takes probability and gives nothing (gpt-oss).
+        backends: Functions asked before the package's own; None from one means the next.
 
     Returns:
         (batch, query heads, length, value dim) in the queries' dtype.
     """
     # Rotating both sides of a product leaves it as it was.
-    if isinstance(keys, Packed) and keys.format.rotated:
-        queries = rotate(queries)
-    attend = choose(backend(), queries.shape[2])
-    output = attend(queries, keys, values, scale, mask, sinks)
-    if isinstance(values, Packed) and values.format.rotated:
-        output = rotate_back(output)
-    return output
+    if isinstance(keys, Packed):
+        queries = keys.format.turn(queries)
+    own = choose(backend(), queries, keys, values, mask)
+    call = (queries, keys, values, scale, mask, sinks)
+    offered = (attend(*call) for attend in backends)
+    output = next((found for found in offered if found is not None), None)
+    if output is None:
+        output = own(*call)
+    return values.format.turn_back(output) if isinstance(values, Packed) else output

@@ -1,0 +1,171 @@
+"""Decoding with our own kernels: one reads packed keys and values, one joins its splits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.core as mx
+
+from ...packed import AnyFormat, Packed
+from .source import COMBINE, DECODE, WARPS, Family, Side, combine, decode, name_of
+
+#: Head dimensions, group sizes and types that the kernels are written for.
+DIMS, GROUP_SIZES, DTYPES = (64, 96, 128, 256), (32, 64, 128), (mx.bfloat16, mx.float16)
+#: Most queries of a head: a token and what speculation adds.
+QUERIES = 8
+#: Blocks to spread a call over: two on each multiprocessor of an H100 or H200, and enough for
+#: smaller devices.
+BLOCKS = 264
+#: Tokens that a warp takes at a time.
+TILE = 16
+
+
+def supports(
+    queries: mx.array,
+    keys: Packed | mx.array,
+    values: Packed | mx.array,
+    mask: mx.array | str | None,
+) -> bool:
+    """Whether the kernels can compute this call."""
+    if not (isinstance(keys, Packed) and isinstance(values, Packed)):
+        return False
+    tokens, width = keys.parts[0].shape[2:]
+    return (
+        tokens >= TILE
+        and (mask is None or isinstance(mask, mx.array) or mask == "causal")
+        and 0 < queries.shape[2] <= QUERIES
+        and _fits(keys.format, width, queries.dtype, keys.dtype)
+        and _fits(values.format, values.parts[0].shape[3], queries.dtype, values.dtype)
+    )
+
+
+# A step of decoding comes here once a layer: one look-up has to find all that does not change.
+@cache
+def _fits(format: AnyFormat, width: int, queries: mx.Dtype, stored: mx.Dtype) -> bool:
+    return (
+        queries in DTYPES
+        and stored == queries
+        and width * 32 // format.bits in DIMS
+        and (format.group_size in GROUP_SIZES or bool(format.levels(width * 32 // format.bits)))
+    )
+
+
+def attend(
+    platform: str,
+    queries: mx.array,
+    keys: Packed,
+    values: Packed,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+    *,
+    dtype: mx.Dtype | None = None,
+) -> mx.array:
+    """Attention in the stored basis; see `mlx_optiq_ext.kv.attention.attention`.
+
+    Args:
+        platform: ``"cuda"`` or ``"metal"``.
+        queries: As there, like the others.
+        keys: Packed.
+        values: Packed.
+        scale: Factor on the scores.
+        mask: None, ``"causal"`` or an array.
+        sinks: Logits or None.
+        dtype: Of the output; the queries' by default.
+    """
+    batch, query_heads, length, _ = queries.shape
+    _, heads, tokens, width = keys.parts[0].shape
+    out = dtype or queries.dtype
+    kind, rows = _NO_MASK if mask is None else _mask(mask, (batch, query_heads, length, tokens))
+    call = _call(
+        platform, keys.format, values.format, width, values.parts[0].shape[3],
+        query_heads // heads, length, scale, kind, sinks is not None, queries.dtype, out,
+    )  # fmt: skip
+    splits = BLOCKS // (batch * heads * call.chunks)
+    splits = max(1, min(splits, -(-tokens // (TILE * WARPS))))
+    shape = (batch, heads, splits, call.rows)
+    states, parts = call.decode(
+        inputs=[queries, *_parts(keys), *_parts(values), rows if rows is not None else queries],
+        grid=(splits * WARPS * 32, heads, batch * call.chunks),
+        threadgroup=(WARPS * 32, 1, 1),
+        output_shapes=[(*shape, 2), (*shape, call.dim)],
+        output_dtypes=_FLOATS,
+    )
+    return call.combine(
+        inputs=[states, parts, queries if sinks is None else sinks.astype(mx.float32)],
+        grid=(call.dim, heads * call.rows, batch),
+        threadgroup=(call.dim, 1, 1),
+        output_shapes=[(batch, query_heads, length, call.dim)],
+        output_dtypes=[out],
+    )[0]
+
+
+_FLOATS = [mx.float32, mx.float32]
+#: Where there is no mask, or no sink, the kernels are handed the queries and do not look.
+_NO_MASK = ("none", None)
+
+
+def _parts(side: Packed) -> tuple[mx.array, ...]:
+    codes, scales, biases = side.parts
+    return codes, scales, biases if biases.size else scales
+
+
+def _mask(mask: mx.array | str, shape: tuple[int, ...]) -> tuple[str, mx.array | None]:
+    """Which of `MASKS` it is, and its rows in the shape of all scores, without a copy."""
+    if isinstance(mask, str):
+        return mask, None
+    if mask.dtype == mx.bool_:
+        return "bool", mx.broadcast_to(mask, shape)
+    return "added", mx.broadcast_to(mask.astype(mx.float32), shape)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The kernels of a family, and what a launch has to know of it."""
+
+    rows: int
+    chunks: int
+    dim: int
+    decode: Callable[..., list[mx.array]]
+    combine: Callable[..., list[mx.array]]
+
+
+@cache
+def _call(
+    platform: str,
+    keys: AnyFormat,
+    values: AnyFormat,
+    key_width: int,
+    value_width: int,
+    repeats: int,
+    length: int,
+    scale: float,
+    mask: str,
+    sinks: bool,
+    dtype: mx.Dtype,
+    out: mx.Dtype,
+) -> _Call:
+    sides = (_side(keys, key_width), _side(values, value_width))
+    names = (str(d).removeprefix("mlx.core.") for d in (dtype, out))
+    family = Family(*sides, repeats, length, scale, mask, sinks, *names)
+    make = getattr(mx.fast, f"{platform}_kernel")
+    kernels = [
+        make(
+            name=name_of(platform, family, *names, *texts),
+            input_names=list(names[0]),
+            output_names=list(names[1]),
+            header=texts[0],
+            source=texts[1],
+            ensure_row_contiguous=False,
+        )
+        for names, texts in (
+            (DECODE, decode(family, platform)),
+            (COMBINE, combine(family, platform)),
+        )
+    ]
+    return _Call(family.rows, family.chunks, family.values.dim, *kernels)
+
+
+def _side(format: AnyFormat, width: int) -> Side:
+    dim = width * 32 // format.bits
+    return Side(dim, format.bits, format.group_size or dim, format.levels(dim))

@@ -1,0 +1,17 @@
+"""TurboQuant: vectors as a random rotation, a scalar codebook and a norm."""
+
+from .codebook import BITS, levels
+from .format import TurboFormat
+from .quantizer import Encoded, ProductQuantizer, Quantizer, create_quantizer
+from .rotation import Rotation
+
+__all__ = [
+    "BITS",
+    "Encoded",
+    "ProductQuantizer",
+    "Quantizer",
+    "Rotation",
+    "TurboFormat",
+    "create_quantizer",
+    "levels",
+]

@@ -1,0 +1,51 @@
+"""KL divergence under TurboQuant caches beside affine ones, by stored bits.
+
+    python tests/benchmarks/kv_turboquant.py MODEL TEXT [--windows 4] [--length 512]
+
+Every layer's keys and values are packed alike; the divergence of the final logits from those with
+unpacked caches is the mean over all positions of windows spread over the text, in nats. ``r``
+rotates before affine packing, ``t`` is TurboQuant.
+"""
+
+import argparse
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+AFFINE = [(2, 64), (2, 32), (3, 64), (3, 32), (4, 64), (4, 32)]
+
+
+def main() -> None:
+    """Print one line a format, least stored bits first."""
+    import mlx_lm
+
+    from mlx_optiq_ext import kv
+    from mlx_optiq_ext.kv.replay import Replay
+    from mlx_optiq_ext.turboquant import BITS, TurboFormat
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    args = parser.parse_args()
+    model, tokenizer = mlx_lm.load(args.model)[:2]
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)
+    tokens = np.array(tokenizer.encode(args.text.read_text(encoding="utf-8")))
+    starts = np.linspace(0, len(tokens) - args.length, args.windows).astype(int)
+    runs = [Replay(model, mx.array(tokens[s : s + args.length])[None]) for s in starts]
+    dim = next(iter(runs[0].shapes.values()))[0][-1]
+    formats = [TurboFormat(bits).fitted(dim) for bits in BITS]
+    formats += [kv.Format(b, g, rotated) for b, g in AFFINE for rotated in (False, True)]
+    print(f"head dimension {dim}, {args.windows} x {args.length} tokens\n")
+    print("| format | stored bits | KL |\n|---|---|---|")
+    for format in sorted(formats, key=lambda f: f.bits_per_element):
+        plan = dict.fromkeys(runs[0].owners, kv.LayerFormat(format, format))
+        divergence = np.mean([run.divergence(plan) for run in runs])
+        print(f"| {format} | {format.bits_per_element:.3f} | {divergence:.5f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

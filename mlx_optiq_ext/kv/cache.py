@@ -178,7 +178,7 @@ class PackedKVCache:
     @property
     def state(self) -> Any:
         """What mlx-lm evaluates and saves."""
-        states = [plane.state for plane in self.planes]
+        states = [_storable(plane.state) for plane in self.planes]
         return states if hasattr(self.planes[0], "meta_state") else [states, self._description()]
 
     @state.setter
@@ -221,10 +221,32 @@ class PackedKVCache:
         self.keys_format = found["keys"] and _format(found["keys"])
         self.values_format = found["values"] and _format(found["values"])
         self.dense, self.mergeable = found["dense"], found["mergeable"]
+        states = [_restored(state, states[0]) for state in states]
         if metas is None:
             self.planes = [kind.from_state(state) for state in states]
         else:
             self.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
+
+
+def _storable(state: Any) -> Any:
+    """A plane's state with a number in place of arrays of no width, which old MLX cannot save."""
+    if not isinstance(state, list | tuple):
+        return state
+    return [mx.zeros((1,), a.dtype) if _is_rows(a) and a.shape[-1] == 0 else a for a in state]
+
+
+def _restored(state: Any, first: Any) -> Any:
+    """Undo `_storable`; the first plane, which has widths, tells the shapes."""
+    if not isinstance(state, list | tuple):
+        return state
+    return [
+        mx.zeros((*like.shape[:3], 0), a.dtype) if _is_rows(like) and a.ndim == 1 else a
+        for a, like in zip(state, first, strict=True)
+    ]
+
+
+def _is_rows(array: Any) -> bool:
+    return isinstance(array, mx.array) and array.ndim == 4
 
 
 def _parts(array: mx.array, format: AnyFormat | None) -> tuple[mx.array, mx.array, mx.array]:

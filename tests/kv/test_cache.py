@@ -30,10 +30,12 @@ if not BATCHED:
     del KINDS["chunked"]  # before mlx-lm 0.32 it loses track after its front was dropped
 
 
-def fake(array: mx.array, format: Format | TurboFormat) -> mx.array:
+def fake(array: mx.array, format: Format | TurboFormat | None) -> mx.array:
     """What packing and unpacking leave of an array."""
     from mlx_optiq_ext.kv import Packed
 
+    if format is None:
+        return array
     return Packed(format.pack(array), format).plain()
 
 
@@ -174,7 +176,15 @@ def test_bytes_are_those_of_the_plan(sides):
     assert cache.nbytes == rows.size * bits / 8
 
 
-@pytest.mark.parametrize("formats", [(KEYS, VALUES), TURBO], ids=["affine", "turboquant"])
+SAVED = {
+    "affine": (KEYS, VALUES),
+    "turboquant": TURBO,
+    "both": (TURBO[0], VALUES),
+    "values only": (None, VALUES),
+}
+
+
+@pytest.mark.parametrize("formats", SAVED.values(), ids=list(SAVED))
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded(kind, formats, tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "PackedKVCache", PackedKVCache, raising=False)
@@ -183,8 +193,8 @@ def test_saved_and_loaded(kind, formats, tmp_path, monkeypatch):
         pair.append(tokens)
     stock.save_prompt_cache(str(tmp_path / "cache.safetensors"), [pair.packed])
     loaded: Any = stock.load_prompt_cache(str(tmp_path / "cache.safetensors"))[0]
-    assert loaded.keys_format == formats[0].fitted(DIM)
-    assert loaded.values_format == formats[1].fitted(DIM)
+    fitted = [side and side.fitted(DIM) for side in formats]
+    assert [loaded.keys_format, loaded.values_format] == fitted
     pair.packed = loaded
     pair.append(1)
     pair.append(3)

@@ -43,10 +43,9 @@ def test_the_squared_error_is_that_of_the_paper(dim, bits):
 @pytest.mark.parametrize("dim", [3, 64, 128, 4096])
 def test_levels_are_the_means_of_what_they_stand_for(dim, bits):
     """Lloyd's two conditions, over samples of the distribution itself."""
-    draws = np.random.default_rng(dim).standard_normal((400_000, min(dim, 64)))
-    rest = np.random.default_rng(1).chisquare(max(dim - draws.shape[1], 1e-9), len(draws))
-    norms = np.sqrt((draws**2).sum(1) + (rest if dim > 64 else 0))
-    sample = np.abs(draws[:, 0]) / norms
+    random = np.random.default_rng(dim)
+    one, rest = random.standard_normal(400_000), random.chisquare(dim - 1, 400_000)
+    sample = np.abs(one) / np.sqrt(one**2 + rest)
     levels = np.array(codebook.levels(dim, bits))
     nearest = np.digitize(sample, codebook.boundaries(dim, bits))
     for index, level in enumerate(levels):

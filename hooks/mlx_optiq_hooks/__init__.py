@@ -14,7 +14,7 @@ from .patch import Engine, Patch
 
 def tables() -> tuple[Patch, ...]:
     """Every patch, from one table per target module."""
-    from . import base, cache, convert, flags, perplexity, server, tuner_utils, utils
+    from . import base, cache, convert, flags, lora, perplexity, server, trainer, tuner_utils, utils
 
     return (
         *flags.PATCHES,
@@ -25,6 +25,8 @@ def tables() -> tuple[Patch, ...]:
         *server.PATCHES,
         *perplexity.PATCHES,
         *tuner_utils.PATCHES,
+        *lora.PATCHES,
+        *trainer.PATCHES,
     )
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 from mlx_optiq_ext.plugins import hookimpl
 
-from . import convert_options, kv_options, latency_options, session, yolo_options
+from . import convert_options, kv_options, latency_options, lora_options, session, yolo_options
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "convert": (convert_options, yolo_options),
+    "lora": (lora_options,),
     **dict.fromkeys(kv_options.COMMANDS, (kv_options,)),
     "benchmark": (kv_options, latency_options),
 }

@@ -10,7 +10,17 @@ from mlx_optiq_ext.errors import UnsupportedError
 from .patch import Patch
 
 #: The capabilities that patches belong to. ``flags`` is ours alone, compat/ knows the others.
-FEATURES = ("flags", "weights", "kv", "kv_batched", "modalities", "latency", "yolo", "plugins")
+FEATURES = (
+    "flags",
+    "weights",
+    "kv",
+    "kv_batched",
+    "lora",
+    "modalities",
+    "latency",
+    "yolo",
+    "plugins",
+)
 
 
 @dataclass(frozen=True)

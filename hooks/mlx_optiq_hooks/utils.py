@@ -1,4 +1,4 @@
-"""``mlx_lm.utils``: the text model of a checkpoint, and the predicate that quantizes by plan."""
+"""``mlx_lm.utils``: text models, the predicate that quantizes by plan, adapter configs."""
 
 from . import session
 from .patch import Patch, bind
@@ -51,6 +51,17 @@ def make_shards(wrapped, instance, args, kwargs):
     return shards.by_source(weights, conversion.plan.packings, conversion.block_bytes)
 
 
+def save_config(wrapped, instance, args, kwargs):
+    running = session.current()
+    checkpoint = running.results.get("checkpoint") if running is not None else None
+    call = bind(wrapped, args, kwargs)
+    if running is None or checkpoint is None:
+        return wrapped(*args, **kwargs)
+    resumed = running.results["training"].resume
+    config = {**call["config"], "resume_adapter_file": resumed and str(resumed)}
+    return checkpoint.write_config(config)
+
+
 PATCHES = (
     Patch(
         "mlx_lm.utils:load",
@@ -72,5 +83,12 @@ PATCHES = (
         why="keeps shards of a model larger than memory as small as one of its layers",
         upstream="none: stock evaluates up to 5 GB at once when it writes",
         wrapper=make_shards,
+    ),
+    Patch(
+        "mlx_lm.utils:save_config",
+        feature="lora",
+        why="adds PEFT's keys to a trained adapter's config, written whole",
+        upstream="none: mlx-lm knows its own keys only",
+        wrapper=save_config,
     ),
 )

@@ -59,7 +59,7 @@ class LayerAdapter:
     def padded(self, rank: int, scale: float) -> "LayerAdapter":
         """The same update with zero components up to ``rank`` and another scale.
 
-        The scales' ratio goes into ``b``.
+        The scales' ratio goes into ``b``, which then is float32.
         """
         more = rank - self.rank
         if self.stacked:
@@ -68,7 +68,7 @@ class LayerAdapter:
         else:
             a, b = mx.pad(self.a, [(0, 0), (0, more)]), mx.pad(self.b, [(0, more), (0, 0)])
         if scale != self.scale:
-            b = (b.astype(mx.float32) * (self.scale / scale)).astype(b.dtype)
+            b = b.astype(mx.float32) * (self.scale / scale)
         return LayerAdapter(a, b, scale, self.magnitude)
 
 

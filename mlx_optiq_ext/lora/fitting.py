@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Mapping
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
@@ -21,6 +22,8 @@ _STEMS = (
     "transformer",
     "backbone",
 )
+#: Names of embeddings that a head may be tied to.
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
 
 
 def fit(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -39,7 +42,11 @@ def fit(adapter: Adapter, model: nn.Module) -> Adapter:
     modules = dict(model.named_modules())
     known = {path for path, module in modules.items() if "weight" in module}
     layers: dict[str, LayerAdapter] = {}
-    for stored, layer in adapter.layers.items():
+    stored_layers = adapter.layers
+    tied = not any(path.rpartition(".")[2] == "lm_head" for path in known)
+    if tied and adapter.form == PEFT:
+        stored_layers = without_twin(stored_layers, adapter.source)
+    for stored, layer in stored_layers.items():
         path = place(stored, known)
         if path is None:
             raise InputError(
@@ -71,8 +78,6 @@ def fit(adapter: Adapter, model: nn.Module) -> Adapter:
                 f"on another model{_trained_on(adapter)}?"
             )
         layers[path] = layer
-    if adapter.form == PEFT:
-        layers = _tied(adapter, layers, modules)
     return dataclasses.replace(adapter, layers=layers)
 
 
@@ -87,18 +92,31 @@ def place(path: str, known: Collection[str]) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _tied(
-    adapter: Adapter, layers: Mapping[str, LayerAdapter], modules: Mapping[str, nn.Module]
-) -> dict[str, LayerAdapter]:
-    """Refuse an embedding's adapter where mlx-lm would apply it to a tied head too."""
-    tied = not any(path.rpartition(".")[2] == "lm_head" for path in modules)
-    for path in layers:
-        if tied and isinstance(modules[path], nn.Embedding | nn.QuantizedEmbedding):
-            raise InputError(
-                f"{adapter.source} adapts {path}, which is this model's head too: PEFT leaves the "
-                "head alone and mlx-lm would not. Train without the embeddings"
-            )
-    return dict(layers)
+def without_twin(layers: Mapping[str, LayerAdapter], source: str) -> dict[str, LayerAdapter]:
+    """The layers of a PEFT adapter for a tied model without the head's.
+
+    mlx-lm applies an embedding's adapter to the head that is tied to it; PEFT adapts the two apart.
+    They agree where the head's is the embedding's transposed, as our PEFT form has it.
+
+    Raises:
+        InputError: They do not agree.
+    """
+    head = layers.get("lm_head")
+    kept = {path: layer for path, layer in layers.items() if path != "lm_head"}
+    embedding = [layer for path, layer in kept.items() if path.endswith(_EMBEDDINGS)]
+    twins = (
+        head is not None
+        and len(embedding) == 1
+        and head.scale == embedding[0].scale
+        and mx.array_equal(head.a, embedding[0].b.T).item()
+        and mx.array_equal(head.b, embedding[0].a.T).item()
+    )
+    if not twins and (head is not None or embedding):
+        raise InputError(
+            f"{source} adapts the embedding or the head of a model that has one matrix for both: "
+            "mlx-lm would adapt both at once. Train without them"
+        )
+    return kept
 
 
 def _trained_on(adapter: Adapter) -> str:

@@ -1,5 +1,6 @@
 """Where an adapter's files are: a folder, or a repository on the Hub."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,3 +100,39 @@ def _object(path: Path, source: str | Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object: is it damaged?")
     return content
+
+
+def readable_by_stock(source: str | Path) -> bool:
+    """Whether mlx-lm's own loading should read an adapter, or say what is wrong with it.
+
+    It reads folders with its own ``lora_parameters`` and one rank for all; not PEFT's form, ranks
+    of their own, ours, or what is on the Hub.
+    """
+    folder = Path(source)
+    if not folder.exists():
+        return not _REPOSITORY.fullmatch(str(source))
+    if not (folder / CONFIG).is_file() or (folder / NOTES).exists():
+        return not (folder / NOTES).exists()
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    if not isinstance(config, dict) or "peft_type" not in config:
+        return not isinstance(config, dict) or _one_rank(folder / MLX_LM_WEIGHTS)
+    own = "lora_parameters" in config and (folder / MLX_LM_WEIGHTS).is_file()
+    return own and _one_rank(folder / MLX_LM_WEIGHTS)
+
+
+def _one_rank(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    ranks = set()
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            for name in stream.keys():  # noqa: SIM118 - not a dict
+                if name.endswith(".lora_a"):
+                    shape = stream.get_slice(name).get_shape()
+                    ranks.add(shape[1] if len(shape) == 3 else shape[-1])
+    except (OSError, SafetensorError):
+        return True
+    return len(ranks) <= 1

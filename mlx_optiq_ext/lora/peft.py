@@ -6,7 +6,7 @@ stored transposed to mlx-lm's: ``lora_A.weight`` (rank, in) and ``lora_B.weight`
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -146,28 +146,3 @@ def _number(value: Any, name: str, source: str) -> None:
         raise InputError(
             f"{source}: {name} in adapter_config.json is {value!r}: give a number above 0"
         )
-
-
-def tensors(
-    layers: Mapping[str, LayerAdapter], embeddings: Iterable[str] = ()
-) -> dict[str, mx.array]:
-    """The tensors of ``adapter_model.safetensors``.
-
-    Args:
-        layers: PEFT's path -> update; no stacked experts, which PEFT has no layer for.
-        embeddings: Those of the paths that are embeddings.
-    """
-    found = {}
-    lookups = set(embeddings)
-    for path, layer in layers.items():
-        stem = f"{PREFIX}{path}"
-        first, second = mx.contiguous(layer.a.T), mx.contiguous(layer.b.T)
-        if path in lookups:
-            found[f"{stem}.lora_embedding_A"] = first
-            found[f"{stem}.lora_embedding_B"] = second
-        else:
-            found[f"{stem}.lora_A.weight"] = first
-            found[f"{stem}.lora_B.weight"] = second
-        if layer.magnitude is not None:
-            found[f"{stem}.lora_magnitude_vector"] = layer.magnitude
-    return found

@@ -1,0 +1,143 @@
+"""A rank for each layer, at the trainable parameters of one rank for all."""
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import InputError
+from .fitting import place
+from .geometry import Geometry
+
+CONSTANT, BY_BITS, BY_KL = "constant", "by_bits", "by_kl"
+SCALINGS = (CONSTANT, BY_BITS, BY_KL)
+
+#: How far a layer's KL may move its rank from the others', as mlx-optiq has it.
+KL_RANGE = (0.5, 2.0)
+
+
+def weights(
+    scaling: str, layers: Mapping[str, Geometry], measured: Mapping[str, float]
+) -> dict[str, float] | None:
+    """How much rank each layer deserves beside the others.
+
+    Args:
+        scaling: One of `SCALINGS`. ``by_bits`` is in proportion to the bits a layer is stored in,
+            ``by_kl`` to the KL divergence that its quantization costs, kept within `KL_RANGE` of
+            the median.
+        layers: Path -> geometry.
+        measured: Path -> KL, as far as known.
+
+    Returns:
+        Path -> weight; None if they do not tell the layers apart.
+    """
+    if scaling == BY_BITS:
+        found = {path: float(min(shape.bits, 16)) for path, shape in layers.items()}
+    elif scaling == BY_KL and (known := [measured[p] for p in layers if measured.get(p, 0) > 0]):
+        middle = statistics.median(known)
+        low, high = KL_RANGE
+        found = {p: min(max(measured.get(p, middle) / middle, low), high) for p in layers}
+    else:
+        return None
+    return found if len(set(found.values())) > 1 else None
+
+
+def allocate(
+    layers: Mapping[str, Geometry], rank: int, weight: Mapping[str, float] | None
+) -> dict[str, int]:
+    """Whole ranks in proportion to weights, within the parameters that one rank would take.
+
+    Args:
+        layers: Path -> geometry.
+        rank: The constant rank that sets the budget.
+        weight: Path -> weight, or None for that rank everywhere.
+
+    Returns:
+        Path -> rank, at least 1 and never more than the layer's smaller side. What is left of the
+        budget is less than one rank of the smallest layer that could still grow.
+
+    Raises:
+        InputError: The rank is larger than a layer.
+    """
+    for path, shape in layers.items():
+        if not 1 <= rank <= max(shape.inputs, shape.outputs):
+            raise InputError(
+                f"rank {rank} does not suit {path}, a {shape.kind} from {shape.inputs} to "
+                f"{shape.outputs}: give a rank from 1 to {max(shape.inputs, shape.outputs)}"
+            )
+    if weight is None:
+        return dict.fromkeys(layers, rank)
+    most = {path: min(shape.inputs, shape.outputs) for path, shape in layers.items()}
+    cost = {path: shape.per_rank for path, shape in layers.items()}
+    budget = rank * sum(cost.values())
+
+    def wanted(level: float) -> dict[str, float]:
+        return {path: min(max(level * weight[path], 1.0), float(most[path])) for path in layers}
+
+    low, high = 0.0, max(most[path] / weight[path] for path in layers)
+    for _ in range(100):
+        middle = (low + high) / 2
+        if sum(cost[path] * each for path, each in wanted(middle).items()) > budget:
+            high = middle
+        else:
+            low = middle
+    target = wanted(low)
+    ranks = {path: math.floor(each + 1e-6) for path, each in target.items()}
+    left = budget - sum(cost[path] * each for path, each in ranks.items())
+    while True:
+        # Webster's rule: of two layers of one size, the one with more weight grows first.
+        open_ = [path for path in layers if cost[path] <= left and ranks[path] < most[path]]
+        if not open_:
+            return ranks
+        best = max(open_, key=lambda path: weight[path] / (ranks[path] + 0.5))
+        ranks[best] += 1
+        left -= cost[best]
+
+
+def measured_kl(model: str, paths: Mapping[str, Any]) -> dict[str, float]:
+    """KL per layer from ``optiq_metadata.json`` beside a model.
+
+    Args:
+        model: Its folder, or its name on the Hub if it is cached.
+        paths: The layers to find, under whatever names the file has.
+
+    Returns:
+        Path -> KL; empty without metadata, or where nothing was measured.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    path = metadata_path(model)
+    if path is None:
+        return {}
+    content = files.read_json(path)
+    if isinstance(content, dict) and "per_layer" not in content:
+        content = content.get("optimization")
+    entries = content.get("per_layer") if isinstance(content, dict) else None
+    found = {}
+    for name, entry in (entries if isinstance(entries, dict) else {}).items():
+        value = entry.get("kl") if isinstance(entry, dict) else None
+        own = place(name.removesuffix(".weight"), paths)
+        if own is None or value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+            raise InputError(f"{path}: kl of {name} is {value!r}: give a number from 0 on")
+        found[own] = float(value)
+    return found
+
+
+def metadata_path(model: str) -> Path | None:
+    """Where a model's ``optiq_metadata.json`` is, if it has one here."""
+    name = "optiq_metadata.json"
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = try_to_load_from_cache(model, name)
+    except ValueError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None

@@ -62,6 +62,16 @@ def yolo(session: nox.Session) -> None:
 
 
 @nox.session
+def peft(session: nox.Session) -> None:
+    """Compare LoRA adapters with real PEFT, both ways. Downloads torch."""
+    session.chdir(ROOT)
+    pins = CONSTRAINTS / f"mlx-lm-{ROWS[-1]['mlx_lm']}.txt"
+    backend = [] if sys.platform == "darwin" else ["mlx[cpu]"]
+    session.install("-c", str(pins), *backend, "-e", ".[test]", "torch", "peft")
+    session.run("pytest", *(session.posargs or ["-m", "peft"]))
+
+
+@nox.session
 def signatures(session: nox.Session) -> None:
     """Compare the recorded signatures of every row with the wheels on PyPI."""
     session.chdir(ROOT)

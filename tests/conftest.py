@@ -34,12 +34,22 @@ def pytest_configure(config):
     )
 
 
+def has_peft() -> bool:
+    """Whether there is a Python with real PEFT to compare with."""
+    named = os.environ.get("MLX_OPTIQ_PEFT_PYTHON")
+    return bool(named) or all(map(importlib.util.find_spec, ("peft", "torch")))
+
+
 def pytest_collection_modifyitems(config, items):
-    # yolo-mlx pins an mlx that the newest mlx-lm does not take: a nox session of its own.
-    if importlib.util.find_spec("yolo26mlx") is None:
-        apart = [item for item in items if item.get_closest_marker("yolo")]
-        config.hook.pytest_deselected(items=apart)
-        items[:] = [item for item in items if item not in apart]
+    # These have nox sessions of their own: yolo-mlx pins an mlx that the newest mlx-lm does not
+    # take, and PEFT brings torch. What PEFT found is recorded and always tested.
+    absent_markers = [
+        *([] if importlib.util.find_spec("yolo26mlx") else ["yolo"]),
+        *([] if has_peft() else ["peft"]),
+    ]
+    apart = [item for item in items if any(map(item.get_closest_marker, absent_markers))]
+    config.hook.pytest_deselected(items=apart)
+    items[:] = [item for item in items if item not in apart]
     if not SHARED.is_dir():
         absent = pytest.mark.skip(reason=f"{SHARED} is absent")
         for item in items:

@@ -26,7 +26,7 @@ def _run(wrapped, call, running):
     from . import gate
 
     given = call["args"]
-    on_command_line = running.options is not None
+    on_command_line = lora_options.wanted(running.options)
     options = lora_options.merged(running.options, given)
     if options is None:
         return wrapped(**call)

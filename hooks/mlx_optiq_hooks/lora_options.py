@@ -106,7 +106,12 @@ def merged(options: SimpleNamespace | None, args: Any) -> SimpleNamespace | None
     for name, value in vars(options).items() if options is not None else ():
         if value is not None:
             setattr(found, name, value)
-    return found if any(getattr(found, name) is not None for name in TRAINING) else None
+    return found if wanted(found) else None
+
+
+def wanted(options: SimpleNamespace | None) -> bool:
+    """Whether an option of a training was given."""
+    return any(getattr(options, name, None) is not None for name in TRAINING)
 
 
 def check_training(options: SimpleNamespace, given: bool, args: Any) -> None:

@@ -15,6 +15,8 @@ from .geometry import EMBEDDING, EXPERTS, geometry
 def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
     """Put an adapter on a model as mlx-lm's own LoRA or DoRA layers, each with its own rank.
 
+    Its arrays become float32, as those that mlx-lm trains are.
+
     Args:
         model: Without LoRA layers. It is changed.
         adapter: Of any form.
@@ -30,9 +32,10 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
     changed = []
     for path, layer in fit(adapter, model).layers.items():
         made = _adapted(modules[path], layer.rank, layer.scale, dora=layer.magnitude is not None)
-        made.lora_a, made.lora_b = layer.a, layer.b
+        # As PEFT does: what is added to a weight when fusing must not be rounded twice.
+        made.lora_a, made.lora_b = layer.a.astype(mx.float32), layer.b.astype(mx.float32)
         if layer.magnitude is not None:
-            made.m = layer.magnitude
+            made.m = layer.magnitude.astype(mx.float32)
         changed.append((path, made))
     model.update_modules(tree_unflatten(changed))
     return model

@@ -75,7 +75,7 @@ def test_experts_and_routers_get_ranks_of_their_own(tmp_path):
     ours: Any = attach(moe(), adapter)
     assert np.abs(np.array(ours(TOKENS)) - done.logits).max() < 1e-5
     assert {path: layer.rank for path, layer in adapter.layers.items()} == ranks
-    assert table(adapter).count("switch_mlp") == 9 or "switch_mlp" in table(adapter)
+    assert "switch_mlp" in table(adapter)
 
 
 def test_experts_are_named_and_left_out_of_the_peft_form(tmp_path):

@@ -9,7 +9,7 @@ _activation.install("import")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from . import latency, modalities, weights, yolo
+    from . import latency, lora, modalities, weights, yolo
     from ._status import status
     from ._version import __version__
     from .errors import OptiqError
@@ -21,6 +21,7 @@ _PUBLIC = {
     "hookimpl": "plugins",
     "hookspec": "plugins",
     "latency": "latency",
+    "lora": "lora",
     "modalities": "modalities",
     "status": "_status",
     "weights": "weights",
@@ -34,6 +35,7 @@ __all__ = [
     "hookimpl",
     "hookspec",
     "latency",
+    "lora",
     "modalities",
     "status",
     "weights",

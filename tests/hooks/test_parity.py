@@ -22,7 +22,7 @@ COMMANDS = ("convert", "server", "lora", "fuse", "generate", "chat", "cache_prom
 
 
 #: Command -> how many options of ours it has at least.
-OURS = {"convert": 5, **dict.fromkeys(kv_options.COMMANDS, 1)}
+OURS = {"convert": 5, "lora": 6, **dict.fromkeys(kv_options.COMMANDS, 1)}
 
 
 @pytest.fixture(scope="module")

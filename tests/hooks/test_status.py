@@ -67,10 +67,10 @@ def test_status_shows_a_patch_that_somebody_replaced(run, fake_mlx_lm):
 
 def test_status_says_why_a_feature_failed(run, fake_mlx_lm):
     env = fake_mlx_lm()
-    Path(env["PYTHONPATH"], "mlx_lm", "models", "cache.py").write_text("# nothing here\n")
-    code = f"import mlx_lm.models.cache, mlx_lm.tuner.utils; {STATUS}"
+    Path(env["PYTHONPATH"], "mlx_lm", "tuner", "trainer.py").write_text("# nothing here\n")
+    code = f"import mlx_lm.tuner.trainer, mlx_lm.tuner.utils; {STATUS}"
     found = entries(run("python", "-c", code, env=env, check=True).stdout)
-    assert found["plugins"].startswith("off (mlx_lm.models.cache:make_prompt_cache: Attrib")
+    assert found["lora"].startswith("off (mlx_lm.tuner.trainer:train: Attrib")
     assert found["weights"].startswith("on (")
     assert found["mlx_lm.tuner.utils:load_adapters"].startswith("NOT live (")
 

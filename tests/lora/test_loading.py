@@ -91,7 +91,7 @@ def test_generate_takes_one_and_says_what_is_wrong_with_another(run, tiny, recor
     words = ("mlx_lm.generate", "--model", tiny, "--prompt", question, "--max-tokens", "24")
     quiet = ("--verbose", "False", "--temp", "0")
     plain = run(*words, *quiet, check=True).stdout
-    adapted = run(*words, *quiet, "--adapter-path", recorded / "mixed", check=True).stdout
+    adapted = run(*words, *quiet, "--adapter-path", recorded / "ours", check=True).stdout
     assert adapted != plain
     folder = shutil.copytree(recorded / "mixed", tmp_path / "copy")
     edit(folder, r=5)

@@ -39,7 +39,11 @@ def fit(adapter: Adapter, model: nn.Module) -> Adapter:
     Raises:
         InputError: It is for another model: a layer is missing, or has another shape.
     """
-    modules = dict(model.named_modules())
+    return fit_modules(adapter, dict(model.named_modules()))
+
+
+def fit_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
+    """`fit` against a model's modules by path, as they are without LoRA layers."""
     known = {path for path, module in modules.items() if "weight" in module}
     layers: dict[str, LayerAdapter] = {}
     stored_layers = adapter.layers

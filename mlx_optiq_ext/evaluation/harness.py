@@ -1,0 +1,167 @@
+"""lm-evaluation-harness with our models: its tasks, prompts, filters and metrics.
+
+Answers are kept as they come, so that an interrupted run goes on where it stopped.
+"""
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import InputError, UnsupportedError
+from ..kv import make_caches
+from .journal import Journal
+from .models import Subject
+
+#: Tokens of an answer at most, unless told otherwise.
+MAX_TOKENS = 512
+
+
+def require() -> None:
+    """Raise UnsupportedError unless lm-eval is installed."""
+    for name in ("lm_eval", "datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise UnsupportedError(
+                f"gsm8k uses lm-evaluation-harness, and {name} is not installed: "
+                "pip install 'mlx-optiq-ext[eval]'"
+            )
+
+
+def task_config(name: str) -> dict[str, Any]:
+    """The definition of one of lm-eval's GSM8K tasks, such as ``"gsm8k"``."""
+    import yaml
+
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "tasks" / "gsm8k"
+    return yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def evaluate(
+    model: Subject,
+    config: dict[str, Any],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    chat_template: bool | None = None,
+    fewshot_as_multiturn: bool = False,
+    seed: int = 123,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Run one generating task of lm-eval on a model.
+
+    Args:
+        model: The model.
+        config: The task's definition, as lm-eval's YAML files have it.
+        shots: Examples before each question; None for the task's own.
+        limit: Items at most.
+        max_tokens: Tokens of an answer at most.
+        batch_size: Answers generated at once.
+        chat_template: Whether to use the tokenizer's; None for where there is one.
+        fewshot_as_multiturn: Whether the examples are turns of a chat.
+        seed: For drawing examples.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        lm-eval's samples: one dict per item and filter, with ``doc_id``, ``filter``, ``doc``,
+        ``filtered_resps``, ``resps`` and the task's metrics.
+    """
+    import lm_eval  # pyright: ignore[reportMissingImports]
+    from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+
+    journal = Journal.open({"task": config, "model": model.key(), "max_tokens": max_tokens})
+    loaded, tokenizer = model.load()
+    templated = chat_template
+    if templated is None:
+        templated = getattr(tokenizer, "chat_template", None) is not None
+
+    class Generator(LM):
+        """Generates with mlx-lm; the template is applied before lm-eval hands texts over."""
+
+        tokenizer_name = model.name
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            return tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+            known = journal.items()
+            wanted = {each.args[0]: each.args[1] for each in requests}
+            missing = [text for text in wanted if text not in known]
+            with tqdm(
+                total=len(wanted), initial=len(wanted) - len(missing), disable=not progress,
+                desc=model.label[-40:],
+            ) as bar:  # fmt: skip
+                for start in range(0, len(missing), batch_size):
+                    batch = missing[start : start + batch_size]
+                    answers = _generated(
+                        loaded, tokenizer, batch, max_tokens or MAX_TOKENS, special=not templated
+                    )
+                    for text, answer in zip(batch, answers, strict=True):
+                        known[text] = _cut(answer, wanted[text].get("until") or [], tokenizer)
+                        journal.put_item(text, known[text])
+                    bar.update(len(batch))
+            return [known[each.args[0]] for each in requests]
+
+        def loglikelihood(self, requests: Any, **_: Any) -> Any:
+            raise InputError("only generating tasks of lm-eval can be run here")
+
+        loglikelihood_rolling = loglikelihood
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        results: Any = lm_eval.simple_evaluate(
+            model=Generator(),
+            tasks=[config],
+            num_fewshot=shots,
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=0,
+            apply_chat_template=bool(templated),
+            fewshot_as_multiturn=bool(templated and fewshot_as_multiturn),
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    (samples,) = results["samples"].values()
+    return samples
+
+
+def _generated(
+    model: Any, tokenizer: Any, texts: list[str], max_tokens: int, *, special: bool
+) -> list[str]:
+    """Greedy continuations: in a batch, or one by one where a KV plan makes the caches."""
+    from mlx_lm import batch_generate, stream_generate
+
+    from ..kv import mounted_on
+
+    prompts = [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+    if mounted_on(model) is None:
+        return batch_generate(model, tokenizer, prompts, max_tokens=max_tokens).texts
+    answers = []
+    for prompt in prompts:
+        pieces = stream_generate(
+            model, tokenizer, prompt, max_tokens=max_tokens, prompt_cache=make_caches(model)
+        )
+        answers.append("".join(piece.text for piece in pieces))
+    return answers
+
+
+def _cut(text: str, stops: Sequence[str], tokenizer: Any) -> str:
+    """An answer up to its first stop, without what was thought before it."""
+    if getattr(tokenizer, "has_thinking", False):
+        _, found, rest = text.partition(tokenizer.think_end)
+        text = rest if found else text
+    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(ends)] if ends else text

@@ -1,0 +1,117 @@
+"""Models that are evaluated: their size, their tokenizer, their weights one at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from ..errors import InputError
+from ..kv import KVPlan, mount
+from ..latency import read_layout
+from ..weights.journal import model_digest
+from ..weights.planning import load, local_folder, to_compute_dtype
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        name: As the user gave it.
+        folder: Where its files are.
+        kv_plan: Precision of its keys and values; None for unpacked.
+    """
+
+    name: str
+    folder: Path
+    kv_plan: KVPlan | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, and the KV plan if there is one."""
+        return self.name if self.kv_plan is None else f"{self.name} (KV {self.kv_plan.source})"
+
+    def key(self) -> dict[str, Any]:
+        """What decides its answers."""
+        plan = None if self.kv_plan is None else repr(self.kv_plan)
+        return {"model": model_digest(self.folder), "kv": plan, "device": str(mx.default_device())}
+
+    def size(self) -> dict[str, float]:
+        """``stored_bpw`` over the weights that generation uses, and ``file_bytes``."""
+        layout = read_layout(str(self.folder))
+        weights = sum(o.elements for o in layout.operators)
+        files = self.folder.glob("model*.safetensors")
+        return {
+            "stored_bpw": 8 * layout.nbytes / max(weights, 1),
+            "file_bytes": float(sum(path.stat().st_size for path in files)),
+        }
+
+    def load(self) -> tuple[nn.Module, Any]:
+        """The model, its KV plan mounted, and its tokenizer.
+
+        On a CPU, where half precision and packed products crawl, the same weights are computed
+        with in float32, unpacked.
+        """
+        model, tokenizer, _ = load(str(self.folder), None, False)
+        if mx.default_device() == mx.Device(mx.cpu):
+            from mlx_lm.utils import dequantize_model
+
+            model.update(tree_map(to_compute_dtype, model.parameters()))
+            model = dequantize_model(model)
+        if self.kv_plan is not None:
+            mount(model, self.kv_plan)
+        return model, tokenizer
+
+
+def subject(name: str, kv_plan: KVPlan | None = None) -> Subject:
+    """A model by folder or Hub repository, which is downloaded.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"{name} is not a model folder: it has no config.json")
+        return Subject(name, path, kv_plan)
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is not a model folder: give a folder or a Hub repository")
+    try:
+        load(name, None, False)  # lazily: mlx-lm's own way to download
+        return Subject(name, local_folder(name), kv_plan)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name} cannot be downloaded ({type(error).__name__}): check the name and the "
+            "connection, or give a folder"
+        ) from error
+
+
+def tokenizer_of(model: Subject) -> Any:
+    """Its tokenizer, without its weights."""
+    from mlx_lm.utils import load_tokenizer
+
+    return load_tokenizer(model.folder)
+
+
+def check_same_tokens(first: Subject, second: Subject, texts: Sequence[Any]) -> None:
+    """Refuse to compare token by token what does not share its tokens.
+
+    Raises:
+        InputError: The vocabularies or the tokens of a text differ.
+    """
+    one, two = tokenizer_of(first), tokenizer_of(second)
+    start = f"{second.name} cannot be the baseline of {first.name}: "
+    known, other = one.get_vocab(), two.get_vocab()
+    if known != other:
+        differing = len(set(known.items()) ^ set(other.items()))
+        raise InputError(
+            f"{start}their tokenizers have {len(known)} and {len(other)} tokens, {differing} of "
+            "them different, and this task compares token by token"
+        )
+    for text in texts:
+        if isinstance(text, str) and one.encode(text[:2000]) != two.encode(text[:2000]):
+            raise InputError(f"{start}their tokenizers split the data into different tokens")

@@ -1,0 +1,63 @@
+"""Perplexity over long windows, through the cache that a model really uses."""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from .journal import Journal
+from .kl import CHUNK, digest_of, logits_of, target_log_probs
+from .models import Subject
+from .statistics import clustered_error
+
+
+def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list[np.ndarray]:
+    """Negative log-likelihood in nats of each token but the first, per window.
+
+    Args:
+        model: The model, with its KV plan if it has one.
+        tokens: int32 windows, (windows, context).
+        progress: Whether to show a progress bar.
+    """
+    journal = Journal.open(
+        {"task": "perplexity", "model": model.key(), "tokens": digest_of(tokens)}
+    )
+    missing = [n for n in range(len(tokens)) if journal.arrays(f"window-{n}") is None]
+    if missing:
+        loaded, _ = model.load()
+        for n in tqdm(missing, desc=f"Perplexity {model.label}"[-50:], disable=not progress):
+            journal.put_arrays(f"window-{n}", loss=_window(loaded, tokens[n]))
+        del loaded
+        mx.clear_cache()
+    found = [journal.arrays(f"window-{n}") for n in range(len(tokens))]
+    return [each["loss"].astype(float) for each in found if each is not None]
+
+
+def _window(model: Any, tokens: np.ndarray) -> np.ndarray:
+    parts = []
+    starts = range(0, len(tokens), CHUNK)
+    for start, logits in zip(starts, logits_of(model, tokens), strict=True):
+        following = tokens[start + 1 : start + 1 + logits.shape[1]]
+        if len(following):
+            parts.append(-np.array(target_log_probs(logits, following)))
+    return np.concatenate(parts)
+
+
+def figures(own: list[np.ndarray]) -> dict[str, float]:
+    """Perplexity with its standard error over windows."""
+    every = np.concatenate(own)
+    value = math.exp(float(every.mean()))
+    return {
+        "perplexity": value,
+        "perplexity_error": value * clustered_error(own),
+        "tokens": float(len(every)),
+    }
+
+
+def ratio(own: list[np.ndarray], other: list[np.ndarray]) -> dict[str, float]:
+    """Perplexity over another's on the same tokens, with the error of the paired difference."""
+    worse = [a - b for a, b in zip(own, other, strict=True)]
+    value = math.exp(float(np.concatenate(worse).mean()))
+    return {"perplexity_ratio": value, "perplexity_ratio_error": value * clustered_error(worse)}

@@ -1,0 +1,78 @@
+"""Results as Markdown and JSON."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..weights.plan import versions
+
+Figures = Mapping[str, float | str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One evaluation.
+
+    Attributes:
+        task: Its name.
+        data: What it ran on.
+        settings: What else decides the figures.
+        columns: Model, or model against baseline -> figures.
+        notes: Sentences that belong to the table.
+    """
+
+    task: str
+    data: str
+    settings: dict[str, Any]
+    columns: dict[str, Figures]
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def markdown(self) -> str:
+        """A table with a row per figure."""
+        names = list(dict.fromkeys(name for column in self.columns.values() for name in column))
+        settings = ", ".join(f"{key} {value}" for key, value in self.settings.items())
+        lines = [
+            f"## {self.task} on {self.data}",
+            "",
+            *([settings, ""] if settings else []),
+            "| | " + " | ".join(self.columns) + " |",
+            "|---|" + "---:|" * len(self.columns),
+        ]
+        for name in names:
+            cells = [_cell(name, column.get(name)) for column in self.columns.values()]
+            lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+        made = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return "\n".join([*lines, "", *self.notes, *([""] if self.notes else []), made, ""])
+
+    def write(self, folder: Path, name: str) -> tuple[Path, Path]:
+        """Write ``NAME.md`` and ``NAME.json`` into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        table, data = folder / f"{name}.md", folder / f"{name}.json"
+        files.write_text(table, self.markdown())
+        files.write_json(data, _plain(asdict(self)))
+        return table, data
+
+
+def _cell(name: str, value: float | str | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if math.isnan(value):
+        return "n/a"
+    if name.endswith("bytes") or (value == int(value) and abs(value) < 1e15):
+        return f"{int(value):,}".replace(",", " ")
+    return f"{value:.4g}" if abs(value) < 1 else f"{value:.6g}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

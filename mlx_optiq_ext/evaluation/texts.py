@@ -1,0 +1,43 @@
+"""Token windows of the text that models are compared on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..weights.calibration import read_texts, tokenized
+
+#: Tokens of a window.
+CONTEXT = 512
+
+
+def read_data(path: Path | None) -> list[Any]:
+    """Texts and chats of a ``.txt`` or ``.jsonl`` file.
+
+    Raises:
+        InputError: None was given, or it is missing, empty or malformed.
+    """
+    if path is None:
+        raise InputError("this task needs text: name a .txt or .jsonl file with --optiq-data")
+    try:
+        return read_texts(path)
+    except InputError as error:
+        raise InputError(str(error).replace("calibration file", "data file")) from error
+
+
+def windows(
+    texts: list[Any], tokenizer: Any, context: int = CONTEXT, limit: int | None = None
+) -> np.ndarray:
+    """Consecutive windows of tokens, (windows, context).
+
+    Raises:
+        InputError: The text is shorter than two tokens.
+    """
+    tokens = tokenized(texts, tokenizer)
+    if len(tokens) < 2:
+        raise InputError("the data file has no tokens: give it some text")
+    context = min(context, len(tokens))
+    count = len(tokens) // context
+    found = tokens[: count * context].reshape(count, context)
+    return found[:limit]

@@ -9,7 +9,7 @@ _activation.install("import")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from . import latency, lora, modalities, weights, yolo
+    from . import evaluation, latency, lora, modalities, weights, yolo
     from ._status import status
     from ._version import __version__
     from .errors import OptiqError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Loaded on first use: this package is imported at every interpreter start.
 _PUBLIC = {
     "OptiqError": "errors",
+    "evaluation": "evaluation",
     "hookimpl": "plugins",
     "hookspec": "plugins",
     "latency": "latency",
@@ -32,6 +33,7 @@ _PUBLIC = {
 __all__ = [
     "OptiqError",
     "__version__",
+    "evaluation",
     "hookimpl",
     "hookspec",
     "latency",

@@ -60,10 +60,11 @@ def sensitivity_methods() -> dict[str, Any]:
 
 def arm() -> None:
     """Register every patch. Called by ``mlx_optiq_ext._activation``."""
-    from . import report
+    from . import lm_eval, report
 
     _status.register(report.lines, report.load)
     main_module.redirect()
+    lm_eval.install()
     engine().apply()
 
 

@@ -4,13 +4,22 @@ from typing import Any
 
 from mlx_optiq_ext.plugins import hookimpl
 
-from . import convert_options, kv_options, latency_options, lora_options, session, yolo_options
+from . import (
+    convert_options,
+    evaluate_options,
+    kv_options,
+    latency_options,
+    lora_options,
+    session,
+    yolo_options,
+)
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "convert": (convert_options, yolo_options),
     "lora": (lora_options,),
     **dict.fromkeys(kv_options.COMMANDS, (kv_options,)),
     "benchmark": (kv_options, latency_options),
+    "evaluate": (kv_options, evaluate_options),
 }
 
 

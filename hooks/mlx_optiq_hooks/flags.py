@@ -34,6 +34,10 @@ COMMANDS = (
 )
 
 
+#: Command -> destination of a required stock option -> the option of ours that replaces it.
+REPLACED = {"evaluate": {"tasks": "--optiq-task"}}
+
+
 class Parser(argparse.ArgumentParser):
     """A stock command's parser with our option group."""
 
@@ -62,6 +66,13 @@ class Parser(argparse.ArgumentParser):
                     f"{self.optiq_command}: options must start with --optiq- and default to None."
                 )
 
+    def _relax(self, given) -> None:
+        """Do not require what an option on the command line replaces."""
+        names = {str(argument).partition("=")[0] for argument in given}
+        for action in self._actions:
+            if REPLACED.get(self.optiq_command, {}).get(action.dest) in names:
+                action.required = False
+
     def format_help(self) -> str:
         """Help text with our group."""
         self._add_optiq_arguments()
@@ -73,6 +84,7 @@ class Parser(argparse.ArgumentParser):
             self._add_optiq_arguments()
         except OptiqError as error:
             self.error(str(error))
+        self._relax(sys.argv[1:] if args is None else args)
         namespace, rest = super().parse_known_args(args, namespace)
         assert namespace is not None
         values = {

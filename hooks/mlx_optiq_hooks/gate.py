@@ -18,6 +18,7 @@ FEATURES = (
     "lora",
     "modalities",
     "latency",
+    "evaluation",
     "yolo",
     "plugins",
 )

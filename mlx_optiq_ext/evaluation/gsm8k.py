@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError
 from . import harness
 from .models import Subject
+from .report import Figures
 from .statistics import mcnemar, proportion_error
 
 #: lm-eval's task by the number of examples it shows.
@@ -104,10 +105,10 @@ def paired(own: dict[str, list[bool]], other: dict[str, list[bool]]) -> dict[str
 
 def accuracy_columns(
     model: Subject, baselines: Sequence[Subject], config: dict[str, Any], **settings: Any
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Figures]:
     """Columns of a report: each model, and the model against each baseline."""
     own = answers(model, config, **settings)
-    columns = {model.label: {**figures(own), **model.size()}}
+    columns: dict[str, Figures] = {model.label: {**figures(own), **model.size()}}
     for each in baselines:
         other = answers(each, config, **settings)
         columns[each.label] = {**figures(other), **each.size()}

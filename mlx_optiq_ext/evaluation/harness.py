@@ -119,21 +119,27 @@ def evaluate(
 
         loglikelihood_rolling = loglikelihood
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        results: Any = lm_eval.simple_evaluate(
-            model=Generator(),
-            tasks=[config],
-            num_fewshot=shots,
-            limit=limit,
-            log_samples=True,
-            bootstrap_iters=0,
-            apply_chat_template=bool(templated),
-            fewshot_as_multiturn=bool(templated and fewshot_as_multiturn),
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            results: Any = lm_eval.simple_evaluate(
+                model=Generator(),
+                tasks=[config],
+                num_fewshot=shots,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+                apply_chat_template=bool(templated),
+                fewshot_as_multiturn=bool(templated and fewshot_as_multiturn),
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+    except ConnectionError as error:
+        raise InputError(
+            f"{config['dataset_path']} is neither cached nor reachable: name its test set with "
+            "--optiq-data"
+        ) from error
     (samples,) = results["samples"].values()
     return samples
 

@@ -12,7 +12,7 @@ from . import kl as divergences
 from . import perplexity as likelihoods
 from . import wer as speech
 from .models import Subject, check_same_tokens, tokenizer_of
-from .report import Report
+from .report import Figures, Report
 from .texts import CONTEXT, read_data, windows
 
 
@@ -58,7 +58,7 @@ def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Repo
         check_same_tokens(model, each, texts)
     context = settings.context or CONTEXT
     tokens = windows(texts, tokenizer_of(model), context, settings.limit)
-    columns = {}
+    columns: dict[str, Figures] = {}
     for each in baselines:
         found = divergences.compare(model, each, tokens, progress=settings.progress)
         sizes = {**model.size(), **{f"baseline_{k}": v for k, v in each.size().items()}}
@@ -82,9 +82,7 @@ def perplexity(model: Subject, baselines: Sequence[Subject], settings: Settings)
     tokens = windows(texts, tokenizer_of(model), settings.context or 4 * CONTEXT, settings.limit)
     plain = [Subject(model.name, model.folder)] if model.kv_plan is not None else []
     own = likelihoods.losses(model, tokens, progress=settings.progress)
-    columns: dict[str, Mapping[str, float]] = {
-        model.label: {**likelihoods.figures(own), **model.size()}
-    }
+    columns: dict[str, Figures] = {model.label: {**likelihoods.figures(own), **model.size()}}
     for each in [*plain, *baselines]:
         other = likelihoods.losses(each, tokens, progress=settings.progress)
         columns[each.label] = {**likelihoods.figures(other), **each.size()}
@@ -137,7 +135,9 @@ def ai2d(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Re
     items, name = diagrams.items_of(settings.data)
     items = items[: settings.limit]
     own = diagrams.answers(model, items, progress=settings.progress)
-    columns = {model.label: grade_school.figures({"accuracy": own}) | model.size()}
+    columns: dict[str, Figures] = {
+        model.label: grade_school.figures({"accuracy": own}) | model.size()
+    }
     for each in baselines:
         other = diagrams.answers(each, items, progress=settings.progress)
         columns[each.label] = grade_school.figures({"accuracy": other}) | each.size()
@@ -160,7 +160,7 @@ def wer(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Rep
         raise InputError("wer needs recordings: name a .jsonl file with --optiq-data")
     items = speech.read_items(settings.data)[: settings.limit]
     said = [item.text for item in items]
-    columns = {}
+    columns: dict[str, Figures] = {}
     for each in [model, *baselines]:
         heard = speech.transcripts(each, items, progress=settings.progress)
         found = speech.counts(said, heard, speech.normaliser(each.folder))

@@ -1,0 +1,184 @@
+"""KL and perplexity against direct computations in float64, and what is refused."""
+
+import json
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+from toy_qwen3 import write_toy
+
+from mlx_optiq_ext import evaluation
+from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.evaluation import kl, models
+from mlx_optiq_ext.evaluation.models import tokenizer_of
+from mlx_optiq_ext.evaluation.texts import windows
+from mlx_optiq_ext.kv import parse_spec
+
+from .conftest import PROBLEMS
+
+QUIET = evaluation.Settings(progress=False)
+
+
+def log_probs(folder, tokens) -> np.ndarray:
+    """Log-probabilities of whole windows in float64, from logits in float32."""
+    model: Any = mlx_lm.load(str(folder))[0]
+    model.update(tree_map(lambda a: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a,
+                          model.parameters()))  # fmt: skip
+    from mlx_lm.utils import dequantize_model
+
+    logits = np.array(dequantize_model(model)(mx.array(tokens))).astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.fixture
+def tokens(tiny):
+    return windows(PROBLEMS[:30], tokenizer_of(evaluation.subject(str(tiny))), 64, 4)
+
+
+def test_figures_are_those_of_float64(tiny, packed, tokens):
+    model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
+    found = kl.compare(model, reference, tokens, progress=False)
+    p, q = log_probs(tiny, tokens)[:, :-1], log_probs(packed, tokens)[:, :-1]
+    each = (np.exp(p) * (p - q)).sum(-1)
+    following = tokens[:, 1:, None].astype(np.int64)
+    own = np.take_along_axis(q, following, -1)[..., 0]
+    theirs = np.take_along_axis(p, following, -1)[..., 0]
+    expected = {
+        "mean": each.mean(),
+        "median": np.quantile(each, 0.5),
+        "p90": np.quantile(each, 0.9),
+        "p95": np.quantile(each, 0.95),
+        "p99": np.quantile(each, 0.99),
+        "p99.9": np.quantile(each, 0.999),
+        "max": each.max(),
+        "same_top": 100 * (p.argmax(-1) == q.argmax(-1)).mean(),
+        "probability_change": 100 * (np.exp(own) - np.exp(theirs)).mean(),
+        "rms_probability_change": 100 * np.sqrt(((np.exp(own) - np.exp(theirs)) ** 2).mean()),
+        "perplexity_ratio": math.exp((theirs - own).mean()),
+    }
+    assert found["tokens"] == each.size
+    assert found["mean"] > 1e-4
+    # Logits of about 20 in float32 carry 1e-6 of error each.
+    assert found["mean"] == pytest.approx(expected["mean"], abs=1e-6)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+    assert found["perplexity"] == pytest.approx(math.exp(-own.mean()), rel=1e-5)
+
+
+def test_long_windows_go_through_the_cache_in_pieces(tiny, packed, tokens, monkeypatch):
+    model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
+    whole = kl.compare(model, reference, tokens[:2], progress=False)
+    monkeypatch.setattr(kl, "CHUNK", 7)
+    monkeypatch.setattr(kl.logits_of, "__defaults__", (7,))
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(packed.parent / "another-cache"))
+    pieces = kl.compare(model, reference, tokens[:2], progress=False)
+    assert pieces == pytest.approx(whole, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+def test_a_large_vocabulary_is_a_lower_bound(tiny, packed, tokens, monkeypatch):
+    model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
+    exact = kl.compare(model, reference, tokens[:1], progress=False)
+    monkeypatch.setattr("mlx_optiq_ext.weights.divergence.TOP", 64)
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(packed.parent / "third-cache"))
+    bound = kl.compare(model, reference, tokens[:1], progress=False)
+    assert 0.5 * exact["mean"] < bound["mean"] <= exact["mean"] + 1e-7
+    assert bound["same_top"] == exact["same_top"]
+    assert bound["perplexity"] == pytest.approx(exact["perplexity"])
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
+    tiny, packed, tokens, monkeypatch
+):
+    model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
+    real, judged = kl._held_against, []
+
+    def interrupted(loaded, window, kept):
+        if len(judged) == 2:
+            raise KeyboardInterrupt
+        judged.append(1)
+        return real(loaded, window, kept)
+
+    monkeypatch.setattr(kl, "_held_against", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        kl.compare(model, reference, tokens, progress=False)
+    counted = []
+    monkeypatch.setattr(kl, "_held_against", lambda *args: counted.append(1) or real(*args))
+    found = kl.compare(model, reference, tokens, progress=False)
+    assert len(counted) == len(tokens) - 2
+    monkeypatch.setattr(models.Subject, "load", lambda self: pytest.fail("loaded again"))
+    assert kl.compare(model, reference, tokens, progress=False) == found
+
+
+def test_a_model_against_itself_is_zero(tiny, tokens):
+    model = evaluation.subject(str(tiny))
+    found = kl.compare(model, model, tokens[:2], progress=False)
+    assert abs(found["mean"]) < 1e-7
+    assert found["same_top"] == 100
+    assert found["perplexity_ratio"] == 1
+
+
+def test_any_number_of_baselines_and_their_sizes(tiny, packed, text):
+    model = evaluation.subject(str(packed))
+    baselines = [evaluation.subject(str(tiny)), model]
+    settings = evaluation.Settings(data=text, context=32, limit=2, progress=False)
+    report = evaluation.TASKS["kl"](model, baselines, settings)
+    assert len(report.columns) == 2
+    first, second = report.columns.values()
+    assert first["stored_bpw"] == pytest.approx(5.0, abs=0.05)
+    assert first["baseline_stored_bpw"] == 16
+    assert first["file_bytes"] == (packed / "model.safetensors").stat().st_size
+    assert float(second["mean"]) == pytest.approx(0, abs=1e-7)
+
+
+def test_another_tokenizer_is_refused_with_the_reason(tiny, tmp_path, text):
+    other = write_toy(tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 1023, "content": "<new>"})
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    settings = evaluation.Settings(data=text, progress=False)
+    for task in ("kl", "perplexity"):
+        with pytest.raises(InputError, match=r"other cannot be the baseline.*different"):
+            evaluation.TASKS[task](
+                evaluation.subject(str(tiny)), [evaluation.subject(str(other))], settings
+            )
+
+
+def test_missing_parts_are_named(tiny, text, tmp_path):
+    model = evaluation.subject(str(tiny))
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    with pytest.raises(InputError, match="--optiq-baseline"):
+        evaluation.TASKS["kl"](model, [], evaluation.Settings(data=text))
+    with pytest.raises(InputError, match="--optiq-data"):
+        evaluation.TASKS["kl"](model, [model], QUIET)
+    with pytest.raises(InputError, match=r"data file .*empty\.txt is empty"):
+        evaluation.TASKS["perplexity"](model, [], evaluation.Settings(data=empty))
+    with pytest.raises(InputError, match="no config"):
+        evaluation.subject(str(tmp_path))
+    with pytest.raises(InputError, match="folder or a Hub repository"):
+        evaluation.subject("./nowhere")
+
+
+def test_perplexity_with_a_kv_plan_and_without(tiny, packed, text):
+    plan = parse_spec("2")
+    model = evaluation.subject(str(tiny), plan)
+    settings = evaluation.Settings(data=text, context=96, limit=2, progress=False)
+    report = evaluation.TASKS["perplexity"](model, [evaluation.subject(str(packed))], settings)
+    names = list(report.columns)
+    assert names[0] == f"{tiny} (KV 2)"
+    assert names[1:3] == [str(tiny), f"{tiny} (KV 2) against {tiny}"]
+    with_plan, without = (float(report.columns[n]["perplexity"]) for n in names[:2])
+    ratio = report.columns[names[2]]["perplexity_ratio"]
+    assert with_plan != without
+    assert ratio == pytest.approx(with_plan / without)
+    tokens = windows(PROBLEMS, tokenizer_of(model), 96)
+    rows = windows([text.read_text()], tokenizer_of(model), 96, 2)
+    assert tokens.shape[1] == rows.shape[1]
+    p = log_probs(tiny, rows)[:, :-1]
+    loss = -np.take_along_axis(p, rows[:, 1:, None].astype(np.int64), -1).mean()
+    assert without == pytest.approx(math.exp(loss), rel=1e-4)

@@ -1,0 +1,153 @@
+"""AI2D and word error rate: data, scoring, resuming, and what is refused."""
+
+import json
+import sys
+
+import pytest
+
+from mlx_optiq_ext import evaluation
+from mlx_optiq_ext.errors import InputError, UnsupportedError
+from mlx_optiq_ext.evaluation import ai2d, wer
+
+
+@pytest.fixture
+def diagrams(tmp_path):
+    rows = [
+        {"question": "What eats grass?", "options": ["cow", "hawk"], "answer": "A"},
+        {"question": "Which is a planet?", "options": ["Sun", "Moon", "Mars"], "answer": 2},
+        {"question": "What is hot?", "options": ["ice", "fire"], "answer": "1"},
+    ]
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.png").write_bytes(b"not read by these tests %d" % number)
+        row["image"] = f"{number}.png"
+    path = tmp_path / "ai2d.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_questions_are_put_as_lmms_eval_puts_them(diagrams):
+    items = ai2d.read_items(diagrams)
+    assert [item.answer for item in items] == ["A", "C", "B"]
+    assert items[1].prompt == (
+        "Which is a planet?\nA. Sun\nB. Moon\nC. Mars\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("A", True), ("a", True), (" A.", True), ("(A)", True), ("B", False), ("A cow", False),
+     ("", False), ("The answer is A", False)],
+)  # fmt: skip
+def test_an_answer_is_matched_without_case_and_punctuation(diagrams, answer, right):
+    assert ai2d.right(answer, ai2d.read_items(diagrams)[0]) is right
+
+
+def test_diagrams_end_to_end_with_a_baseline(diagrams, tiny, packed, monkeypatch):
+    said = {"packed": ["A", "C.", "A"], tiny.name: ["B", "A", "b"]}
+    asked = []
+
+    def through(model):
+        def answer(item):
+            asked.append(item.question)
+            return said[model.folder.name][int(item.image.stem)]
+
+        return answer
+
+    monkeypatch.setattr(ai2d, "through_mlx_vlm", through)
+    models = [evaluation.subject(str(path)) for path in (packed, tiny)]
+    settings = evaluation.Settings(data=diagrams, progress=False)
+    report = evaluation.TASKS["ai2d"](models[0], models[1:], settings)
+    own, other, pair = report.columns.values()
+    assert own["accuracy"] == pytest.approx(200 / 3)
+    assert other["accuracy"] == pytest.approx(100 / 3)
+    assert (pair["accuracy_only_model"], pair["accuracy_only_baseline"]) == (2, 1)
+    assert len(asked) == 6
+    evaluation.TASKS["ai2d"](models[0], models[1:], settings)
+    assert len(asked) == 6  # a finished run is not asked again
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    rows = [
+        ("Mr. Smith won't pay twenty dollars.", "mister smith will not pay $20"),
+        ("The quick brown fox.", "the quick brown box jumps"),
+        ("Hello there", ""),
+    ]
+    lines = []
+    for number, (text, _) in enumerate(rows):
+        (tmp_path / f"{number}.wav").write_bytes(b"RIFF%d" % number)
+        lines.append(json.dumps({"audio": f"{number}.wav", "text": text}))
+    path = tmp_path / "speech.jsonl"
+    path.write_text("\n".join(lines))
+    return path, [heard for _, heard in rows]
+
+
+def test_the_rate_is_jiwers_over_the_whole_set(recordings, tiny, monkeypatch):
+    import jiwer  # pyright: ignore[reportMissingImports]
+
+    path, heard = recordings
+    monkeypatch.setattr(
+        wer, "through_mlx_whisper", lambda model: lambda item: heard[int(item.audio.stem)]
+    )
+    model = evaluation.subject(str(tiny))
+    report = evaluation.TASKS["wer"](model, [], evaluation.Settings(data=path, progress=False))
+    (column,) = report.columns.values()
+    plain = wer.normaliser(tiny)
+    said = [plain(item.text) for item in wer.read_items(path)]
+    expected = jiwer.wer(said, [plain(text) for text in heard])
+    assert column["wer"] == pytest.approx(100 * expected)
+    assert 0 < expected < 1
+    assert column["recordings"] == 3
+    # "won't", "Mr." and "twenty dollars" are what Whisper's normaliser makes of them.
+    assert wer.counts(["Mr. Smith won't."], ["mister smith will not"], plain) == [(0, 4)]
+
+
+def test_an_empty_reference_counts_what_was_heard():
+    assert wer.counts(["..."], ["two words"], lambda text: text.strip(".")) == [(2, 0)]
+    with pytest.raises(InputError, match="no words"):
+        wer.figures([(2, 0)])
+
+
+def test_spellings_beside_the_model_are_used(tmp_path):
+    (tmp_path / "normalizer.json").write_text('{"colour": "color"}')
+    assert wer.normaliser(tmp_path)("Colour") == "color"
+
+
+BAD = {
+    "empty": "",
+    "no-fields": '{"question": "a"}',
+    "no-file": '{"question": "a", "options": ["b"], "answer": 0, "image": "x.png", '
+    '"audio": "x.wav", "text": "t"}',
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("module", [ai2d, wer])
+def test_a_wrong_file_is_refused_by_line(tmp_path, module, name):
+    path = tmp_path / "data.jsonl"
+    path.write_text(BAD[name])
+    with pytest.raises(InputError, match="is empty" if name == "empty" else "line 1"):
+        module.read_items(path)
+
+
+def test_an_answer_outside_of_the_options_is_refused(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"")
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"question": "a", "options": ["b"], "answer": "C", "image": "x.png"}')
+    with pytest.raises(InputError, match="none of 1 options"):
+        ai2d.read_items(path)
+
+
+def test_missing_engines_are_named_with_their_extra(tiny, monkeypatch):
+    model = evaluation.subject(str(tiny))
+    for name in ("mlx_vlm", "mlx_whisper", "jiwer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UnsupportedError, match=r"mlx-optiq-ext\[vlm\]"):
+        ai2d.through_mlx_vlm(model)
+    with pytest.raises(UnsupportedError, match=r"mlx-optiq-ext\[audio\]"):
+        wer.through_mlx_whisper(model)
+    with pytest.raises(UnsupportedError, match=r"mlx-optiq-ext\[audio\]"):
+        wer.counts(["a"], ["b"], str)
+    with pytest.raises(InputError, match="--optiq-data"):
+        evaluation.TASKS["wer"](model, [], evaluation.Settings())

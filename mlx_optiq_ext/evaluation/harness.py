@@ -85,7 +85,9 @@ def evaluate(
     class Generator(LM):
         """Generates with mlx-lm; the template is applied before lm-eval hands texts over."""
 
-        tokenizer_name = model.name
+        @property
+        def tokenizer_name(self) -> str:
+            return model.name
 
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
             return tokenizer.apply_chat_template(
@@ -119,9 +121,10 @@ def evaluate(
 
         loglikelihood_rolling = loglikelihood
 
+    run: Any = lm_eval.simple_evaluate
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            results: Any = lm_eval.simple_evaluate(
+            results = run(
                 model=Generator(),
                 tasks=[config],
                 num_fewshot=shots,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mlx_optiq_ext.evaluation.report import Report
+from mlx_optiq_ext.evaluation.report import Figures, Report
 from mlx_optiq_ext.evaluation.statistics import clustered_error, mcnemar, proportion_error
 
 
@@ -44,7 +44,10 @@ def test_mcnemars_exact_test(better, worse, p):
 
 
 def test_a_report_is_a_table_and_json(tmp_path):
-    columns = {"a": {"mean": 0.012345, "file_bytes": 1234567.0}, "b": {"p": float("nan")}}
+    columns: dict[str, Figures] = {
+        "a": {"mean": 0.012345, "file_bytes": 1234567.0},
+        "b": {"p": float("nan")},
+    }
     report = Report("kl", "text.txt", {"windows": 2}, columns, ("A note.",), {"mlx": "1"})
     table, data = report.write(tmp_path / "new", "name")
     assert "| mean | 0.01235 |  |" in table.read_text()

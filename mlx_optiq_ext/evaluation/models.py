@@ -1,5 +1,6 @@
 """Models that are evaluated: their size, their tokenizer, their weights one at a time."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,17 +39,26 @@ class Subject:
     def key(self) -> dict[str, Any]:
         """What decides its answers."""
         plan = None if self.kv_plan is None else repr(self.kv_plan)
-        return {"model": model_digest(self.folder), "kv": plan, "device": str(mx.default_device())}
+        # Weights that mlx-lm does not name so, such as mlx-whisper's.
+        others = {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in self._weights()
+            if not path.name.startswith("model")
+        }
+        digest = {"model": model_digest(self.folder), **others}
+        return {**digest, "kv": plan, "device": str(mx.default_device())}
+
+    def _weights(self) -> list[Path]:
+        return sorted(p for p in self.folder.iterdir() if p.suffix in (".safetensors", ".npz"))
 
     def size(self) -> dict[str, float]:
         """``stored_bpw`` over the weights that generation uses, and ``file_bytes``."""
+        files = {"file_bytes": float(sum(path.stat().st_size for path in self._weights()))}
+        if not any(path.suffix == ".safetensors" for path in self._weights()):
+            return files  # mlx-whisper's older form has no headers to count weights in
         layout = read_layout(str(self.folder))
         weights = sum(o.elements for o in layout.operators)
-        files = self.folder.glob("model*.safetensors")
-        return {
-            "stored_bpw": 8 * layout.nbytes / max(weights, 1),
-            "file_bytes": float(sum(path.stat().st_size for path in files)),
-        }
+        return {"stored_bpw": 8 * layout.nbytes / max(weights, 1), **files}
 
     def load(self) -> tuple[nn.Module, Any]:
         """The model, its KV plan mounted, and its tokenizer.

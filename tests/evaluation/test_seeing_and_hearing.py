@@ -3,6 +3,7 @@
 import json
 import sys
 
+import mlx.core as mx
 import pytest
 
 from mlx_optiq_ext import evaluation
@@ -151,3 +152,21 @@ def test_missing_engines_are_named_with_their_extra(tiny, monkeypatch):
         wer.counts(["a"], ["b"], str)
     with pytest.raises(InputError, match="--optiq-data"):
         evaluation.TASKS["wer"](model, [], evaluation.Settings())
+
+
+def test_models_whose_weights_have_other_names_are_told_apart(tmp_path):
+    keys, sizes = [], []
+    for number, name in enumerate(["weights.npz", "weights.npz", "weights.safetensors"]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        if name.endswith("npz"):
+            (folder / name).write_bytes(b"%d" % number)
+        else:
+            mx.save_safetensors(str(folder / name), {"encoder.w.weight": mx.zeros((4, 8))})
+        model = evaluation.subject(str(folder))
+        keys.append(repr(model.key()))
+        sizes.append(model.size())
+    assert len(set(keys)) == 3
+    assert sizes[0] == {"file_bytes": 1}
+    assert sizes[2]["stored_bpw"] == 32

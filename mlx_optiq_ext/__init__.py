@@ -9,7 +9,7 @@ _activation.install("import")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from . import evaluation, latency, lora, modalities, weights, yolo
+    from . import adapters, evaluation, latency, lora, modalities, weights, yolo
     from ._status import status
     from ._version import __version__
     from .errors import OptiqError
@@ -22,6 +22,7 @@ _PUBLIC = {
     "hookimpl": "plugins",
     "hookspec": "plugins",
     "latency": "latency",
+    "adapters": "adapters",
     "lora": "lora",
     "modalities": "modalities",
     "status": "_status",
@@ -33,6 +34,7 @@ _PUBLIC = {
 __all__ = [
     "OptiqError",
     "__version__",
+    "adapters",
     "evaluation",
     "hookimpl",
     "hookspec",

@@ -14,7 +14,20 @@ from .patch import Engine, Patch
 
 def tables() -> tuple[Patch, ...]:
     """Every patch, from one table per target module."""
-    from . import base, cache, convert, flags, lora, perplexity, server, trainer, tuner_utils, utils
+    from . import (
+        base,
+        cache,
+        convert,
+        flags,
+        generate,
+        lora,
+        perplexity,
+        server,
+        server_adapters,
+        trainer,
+        tuner_utils,
+        utils,
+    )
 
     return (
         *flags.PATCHES,
@@ -22,7 +35,9 @@ def tables() -> tuple[Patch, ...]:
         *utils.PATCHES,
         *base.PATCHES,
         *cache.PATCHES,
+        *generate.PATCHES,
         *server.PATCHES,
+        *server_adapters.PATCHES,
         *perplexity.PATCHES,
         *tuner_utils.PATCHES,
         *lora.PATCHES,

@@ -5,6 +5,7 @@ from typing import Any
 from mlx_optiq_ext.plugins import hookimpl
 
 from . import (
+    adapter_options,
     convert_options,
     evaluate_options,
     kv_options,
@@ -18,6 +19,7 @@ _OPTIONS: dict[str, tuple[Any, ...]] = {
     "convert": (convert_options, yolo_options),
     "lora": (lora_options,),
     **dict.fromkeys(kv_options.COMMANDS, (kv_options,)),
+    "server": (kv_options, adapter_options),
     "benchmark": (kv_options, latency_options),
     "evaluate": (kv_options, evaluate_options),
 }

@@ -16,6 +16,8 @@ FEATURES = (
     "kv",
     "kv_batched",
     "lora",
+    "adapters",
+    "adapters_batched",
     "modalities",
     "latency",
     "evaluation",

@@ -65,7 +65,7 @@ class Engine:
 
     patches: tuple[Patch, ...]
     failures: dict[str, str] = field(default_factory=dict)
-    _applied: dict[str, _Applied] = field(default_factory=dict)
+    _applied: dict[tuple[str, str], _Applied] = field(default_factory=dict)
     _watched: set[str] = field(default_factory=set)
     _enabled: bool = False
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -93,7 +93,7 @@ class Engine:
         module = sys.modules.get(patch.module)
         if module is None:
             return None
-        applied = self._applied.get(patch.target)
+        applied = self._applied.get((patch.feature, patch.target))
         if applied is None or _aliases(applied.original):
             return False
         current = vars(applied.parent).get(applied.name)
@@ -109,7 +109,7 @@ class Engine:
             for patch in self.patches:
                 if patch.module != module.__name__ or patch.feature in self.failures:
                     continue
-                if patch.target in self._applied:
+                if (patch.feature, patch.target) in self._applied:
                     continue
                 try:
                     self._apply(patch, module)
@@ -134,7 +134,7 @@ class Engine:
         rebound = _aliases(original) if parent is module and patch.wrapper is not None else []
         for holder, alias in rebound:
             setattr(holder, alias, stand_in)
-        self._applied[patch.target] = _Applied(
+        self._applied[patch.feature, patch.target] = _Applied(
             patch, parent, name, original, stand_in, own, rebound, switch
         )
 
@@ -143,7 +143,8 @@ class Engine:
         self._undo([a for a in self._applied.values() if a.patch.feature == feature])
 
     def _undo(self, entries: Iterable[_Applied]) -> None:
-        for entry in entries:
+        # Features may wrap the same attribute; the one on top goes first.
+        for entry in reversed(list(entries)):
             entry.switch["on"] = False
             # Another tool may sit on top by now; then leave it, ours is disabled underneath.
             if vars(entry.parent).get(entry.name) is entry.stand_in:
@@ -154,7 +155,10 @@ class Engine:
             for holder, alias in entry.rebound + _aliases(entry.stand_in):
                 if vars(holder).get(alias) is entry.stand_in:
                     setattr(holder, alias, entry.original)
-            del self._applied[entry.patch.target]
+            for other in self._applied.values():
+                if other.original is entry.stand_in:
+                    other.original, other.own = entry.original, entry.own
+            del self._applied[entry.patch.feature, entry.patch.target]
 
 
 def _aliases(value: Any) -> list[tuple[ModuleType, str]]:

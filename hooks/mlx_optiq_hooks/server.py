@@ -27,7 +27,7 @@ def load(wrapped, instance, args, kwargs):
         starting = not running.results.get("kv") and instance.cli_args.model is not None
         instance.model, instance.model_key = None, None
         if starting:
-            _end(running, error)
+            end(running, error)
         raise
     mounted = None if model is None else kv.mounted_on(model)
     if mounted is not None:
@@ -36,7 +36,7 @@ def load(wrapped, instance, args, kwargs):
     return result
 
 
-def _end(running: session.Session, error: OptiqError) -> None:
+def end(running: session.Session, error: OptiqError) -> None:
     """End the command on the main thread with an error of the generation thread."""
     if threading.current_thread() is threading.main_thread():
         return

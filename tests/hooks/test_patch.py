@@ -4,6 +4,7 @@ import importlib
 import itertools
 import sys
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import wrapt
@@ -206,6 +207,34 @@ def test_a_feature_with_a_missing_target_is_off_as_a_whole_and_others_stay_on(mo
     assert engine.failures["feature"].startswith(f"{lacking}:g: AttributeError: ")
     engine.apply()
     assert target.f() == "f", "a feature that failed stays off"
+
+
+@pytest.mark.parametrize("missing", [None, "first", "second"])
+@pytest.mark.parametrize("attribute", ["f", "Parent.method", "Child.method"])
+def test_two_features_share_an_attribute_and_either_may_go(module, attribute, missing):
+    name = module()
+    engine = Engine(
+        (
+            patch(f"{name}:{attribute}", feature="first"),
+            patch(f"{name}:{attribute}", feature="second", wrapper=other),
+            *([patch(f"{name}:absent", feature=missing)] if missing else []),
+        )
+    )
+    target = importlib.import_module(name)
+    *path, last = attribute.split(".")
+    parent: Any = getattr(target, path[0]) if path else target
+    before = vars(parent).get(last)
+
+    def call():
+        return getattr(parent() if path else parent, last)()
+
+    engine.apply()
+    assert call() == last + {None: "+ours+other", "first": "+other", "second": "+ours"}[missing]
+    states = {each.feature: engine.live(each) for each in engine.patches[:2]}
+    assert states == {"first": missing != "first", "second": missing != "second"}
+    engine.undo()
+    assert vars(parent).get(last) is before
+    assert call() == last
 
 
 def test_a_failure_does_not_reach_the_import(module):

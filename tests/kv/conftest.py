@@ -1,21 +1,11 @@
 """A small real model in float32, and stock servers over it."""
 
-import contextlib
 import json
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
-import mlx_lm
 import pytest
-from mlx_lm.utils import save_model
+from live_server import Server, serve, write_exact
 
 PROBLEMS = (
     "There are 13 bricks in each bag and Noah buys 2 bags. Paul adds 12 bricks. "
@@ -29,76 +19,7 @@ PROBLEMS = (
 @pytest.fixture(scope="session")
 def exact(tiny, tmp_path_factory) -> Path:
     """The tiny model in float32, where a row of a batch computes what it would alone."""
-    folder = tmp_path_factory.mktemp("models") / "exact"
-    model, _ = mlx_lm.load(str(tiny))[:2]
-    model.set_dtype(mx.float32)
-    save_model(folder, model)
-    config = json.loads((tiny / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny / name, folder)
-    return folder
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    url: str
-    process: subprocess.Popen
-    log: Path
-
-    def client(self):
-        """A real OpenAI client."""
-        from openai import OpenAI
-
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
-
-    def ask(self, question: str, **options) -> str:
-        """The greedy answer to a question."""
-        done = self.client().chat.completions.create(
-            model="default_model",
-            messages=[{"role": "user", "content": question}],
-            temperature=0,
-            max_tokens=40,
-            **options,
-        )
-        return done.choices[0].message.content or ""
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@contextlib.contextmanager
-def serve(log: Path, *arguments: object, code: str = "from mlx_lm.server import main; main()"):
-    """Run ``mlx_lm.server`` until the block ends."""
-    port = free_port()
-    command = [sys.executable, "-c", code, "--port", str(port), "--log-level", "INFO"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, *map(str, arguments)], stdout=stream, stderr=stream, text=True
-        )
-    server = Server(f"http://127.0.0.1:{port}", process, log)
-    try:
-        _wait(server)
-        yield server
-    finally:
-        process.kill()
-        process.wait(10)
-
-
-def _wait(server: Server) -> None:
-    for _ in range(300):
-        if server.process.poll() is not None:
-            raise RuntimeError(f"the server ended: {server.log.read_text()[-2000:]}")
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{server.url}/health", timeout=1)
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"the server does not answer: {server.log.read_text()[-2000:]}")
+    return write_exact(tiny, tmp_path_factory.mktemp("models") / "exact")
 
 
 @pytest.fixture(scope="session")

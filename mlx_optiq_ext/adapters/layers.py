@@ -1,0 +1,192 @@
+"""Layers with adapters on top. The base layer inside is never changed.
+
+``y + (x @ a) @ b`` with the scale in ``b``, in the order of mlx-lm's LoRA layers; the sum has the
+dtype that the base layer gives.
+"""
+
+from contextvars import ContextVar
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import UnsupportedError
+from ..lora.geometry import EMBEDDING, EXPERTS
+from .activation import Route
+from .stack import Stack, Stacks, gather
+
+#: The experts that the tokens of the running block go to, (rows, tokens, experts a token).
+_routed: ContextVar[mx.array | None] = ContextVar("mlx_optiq_ext_experts", default=None)
+
+
+class _Mounted(nn.Module):
+    """A module in another's place, which answers for it wherever it adds nothing."""
+
+    _base: str
+
+    def __getattr__(self, key: str) -> Any:
+        if key in self:
+            return self[key]
+        if self._base not in self:
+            raise AttributeError(key)
+        return getattr(self[self._base], key)
+
+
+class MountedLoRALinear(_Mounted):
+    """A linear layer, quantized or not, with adapters.
+
+    Attributes:
+        linear: The base layer.
+        mounted: Its adapters.
+    """
+
+    _base = "linear"
+
+    def __init__(self, linear: nn.Module, mounted: Stacks):
+        super().__init__()
+        self.linear = linear
+        self.mounted = mounted
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., in) to (..., out)."""
+        y = self.linear(x)
+        for stack, at in self.mounted.chosen():
+            if isinstance(at, int):
+                z = (x @ stack.a[at]) @ stack.b[at]
+            else:
+                z = _by_rows(x, stack.a, stack.b, at)
+            y = y + z.astype(y.dtype)
+        return y
+
+
+class MountedLoRASwitchLinear(_Mounted):
+    """A stack of experts with adapters.
+
+    Attributes:
+        linear: The base layer.
+        mounted: Its adapters.
+    """
+
+    _base = "linear"
+
+    def __init__(self, linear: nn.Module, mounted: Stacks):
+        super().__init__()
+        self.linear = linear
+        self.mounted = mounted
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """(..., 1, in) to (..., 1, out), where ``indices``, (...), name the experts."""
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        for stack, at in self.mounted.chosen():
+            y = y + _experts(x, stack, at, indices, sorted_indices).astype(y.dtype)
+        return y
+
+
+class MountedLoRAEmbedding(_Mounted):
+    """An embedding with adapters, which may be the head too.
+
+    Attributes:
+        embedding: The base layer.
+        mounted: Its adapters.
+    """
+
+    _base = "embedding"
+
+    def __init__(self, embedding: nn.Module, mounted: Stacks):
+        super().__init__()
+        self.embedding = embedding
+        self.mounted = mounted
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Tokens, (...), to (..., dims)."""
+        y = self.embedding(x)
+        for stack, at in self.mounted.chosen():
+            if isinstance(at, int):
+                z = stack.a[at][x] @ stack.b[at]
+            else:
+                rows = at.by_row(x[..., None])[..., 0]
+                first = at.slots[:, None] * stack.a.shape[1]
+                z = at.masked(stack.a.reshape(-1, stack.rank)[first + rows])
+                z = gather(z, stack.b, at.slots).reshape(y.shape)
+            y = y + z.astype(y.dtype)
+        return y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """The embedding as the head of the model."""
+        base: Any = self.embedding
+        y = base.as_linear(x)
+        for stack, at in self.mounted.chosen():
+            if isinstance(at, int):
+                # Sliced first: MLX before 0.32 slices a transposed stack of one wrongly.
+                z = (x @ stack.b[at].T) @ stack.a[at].T
+            else:
+                z = _by_rows(x, stack.b, stack.a, at, transpose=True)
+            y = y + z.astype(y.dtype)
+        return y
+
+
+class MountedExperts(_Mounted):
+    """A block of experts that tells its layers which row each token is of.
+
+    The block sorts many tokens by expert before its layers see them.
+
+    Attributes:
+        experts: The block.
+    """
+
+    _base = "experts"
+
+    def __init__(self, experts: nn.Module):
+        super().__init__()
+        self.experts = experts
+
+    def __call__(self, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> Any:
+        """What the block computes of ``x`` with the experts that ``indices`` name."""
+        token = _routed.set(indices)
+        try:
+            return self.experts(x, indices, *args, **kwargs)
+        finally:
+            _routed.reset(token)
+
+
+def mounted_layer(module: nn.Module, kind: str, mounted: Stacks) -> nn.Module:
+    """The layer that takes a module's place; ``kind`` is that of `lora.geometry`."""
+    if kind == EMBEDDING:
+        return MountedLoRAEmbedding(module, mounted)
+    return (MountedLoRASwitchLinear if kind == EXPERTS else MountedLoRALinear)(module, mounted)
+
+
+def _by_rows(
+    x: mx.array, a: mx.array, b: mx.array, at: Route, *, transpose: bool = False
+) -> mx.array:
+    z = at.masked(gather(at.by_row(x), a, at.slots, transpose=transpose))
+    return gather(z, b, at.slots, transpose=transpose).reshape(*x.shape[:-1], -1)
+
+
+def _experts(
+    x: mx.array, stack: Stack, at: int | Route, indices: mx.array, is_sorted: bool
+) -> mx.array:
+    """The update of (..., 1, in), whose leading dimensions are those of ``indices``."""
+    if isinstance(at, int):
+        return gather(gather(x, stack.a[at], indices), stack.b[at], indices)
+    a, b = (each.reshape(-1, *each.shape[2:]) for each in (stack.a, stack.b))
+    row = _row_of(indices, at.rows, is_sorted)
+    slots = at.slots[row] * stack.a.shape[1] + indices.astype(mx.uint32)
+    z = gather(x, a, slots)
+    if at.keep is not None:
+        z = mx.where(at.keep[row][..., None, None], z, 0)
+    return gather(z, b, slots)
+
+
+def _row_of(indices: mx.array, rows: int, is_sorted: bool) -> mx.array:
+    """The row of the batch that each entry of ``indices`` belongs to."""
+    routed = _routed.get() if is_sorted else indices
+    if routed is None or routed.size % rows or routed.size != indices.size:
+        raise UnsupportedError(
+            "the experts of this model hide which row a token is of: it cannot mix adapters in one "
+            "batch"
+        )
+    row = mx.arange(routed.size, dtype=mx.uint32) // (routed.size // rows)
+    if is_sorted:
+        row = row[mx.argsort(routed.flatten())]  # as mlx-lm's block sorted them
+    return row.reshape(indices.shape)

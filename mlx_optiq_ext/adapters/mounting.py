@@ -1,0 +1,262 @@
+"""Mounting adapters on a model, and taking them off."""
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import InputError, UnsupportedError
+from ..lora import Adapter, LayerAdapter, read_adapter
+from ..lora.fitting import fit_modules
+from ..lora.geometry import EXPERTS, geometry
+from . import stack as stacking
+from .activation import MountedAdapter, Selection, registries
+from .layers import MountedExperts, mounted_layer
+from .stack import Stack, Stacks
+
+_NAME = "_optiq_adapters"
+
+
+class Mounts:
+    """The adapters on one model.
+
+    A layer's adapters are replaced as a whole and rows keep the objects that they were given, so
+    that a forward pass in another thread sees either all of an adapter or nothing of it.
+
+    Attributes:
+        model: The model.
+        names: The adapters by name.
+        changed: Held while adapters or their uses change; notified when a use ends.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.names: dict[str, MountedAdapter] = {}
+        self.changed = threading.Condition()
+        self._modules = dict(model.named_modules())
+        self._layers: dict[str, Stacks] = {}
+        self._placed: set[MountedAdapter] = set()
+        self._uses: Counter[MountedAdapter] = Counter()
+        registries.add(self)
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Paths of the layers that adapters are on."""
+        return frozenset(self._layers)
+
+    def mount(self, name: str, adapter: Adapter) -> MountedAdapter:
+        """Put an adapter on the model; one of that name makes way for new rows, not for old ones.
+
+        Args:
+            name: What it is selected by.
+            adapter: From `lora.read_adapter`.
+
+        Returns:
+            The mounted adapter. If the same weights are mounted under that name: what is there.
+
+        Raises:
+            InputError: It is for another model.
+            UnsupportedError: It is DoRA.
+        """
+        fitted = fit_modules(adapter, self._modules)
+        if fitted.dora:
+            raise UnsupportedError(
+                f"{adapter.source} is a DoRA adapter, which cannot share a base model: serve it "
+                "alone with --adapter-path, or train LoRA"
+            )
+        version = _version(fitted.layers)
+        current = self.names.get(name)
+        if current is not None and current.version == version:
+            return current
+        nbytes = sum(each.nbytes for layer in fitted.layers.values() for each in layer.arrays())
+        mounted = MountedAdapter(name, version, adapter.source, nbytes)
+        with self.changed:
+            self._place({p: stacking.single(mounted, x) for p, x in fitted.layers.items()})
+            self.names[name] = mounted
+            self._placed.add(mounted)
+            self.sweep()
+        return mounted
+
+    def sweep(self) -> None:
+        """Take replaced adapters off that no row uses any more."""
+        with self.changed:
+            for replaced in self._placed - set(self.names.values()):
+                if not self._uses[replaced]:
+                    self._take_off(replaced)
+
+    def unmount(self, adapter: MountedAdapter) -> None:
+        """Take an adapter off; layers without any other are the original modules again.
+
+        Raises:
+            InputError: It is not on the model, or rows use it.
+        """
+        with self.changed:
+            if adapter not in self._placed:
+                raise InputError(f"adapter {adapter.name!r} is not mounted")
+            if self._uses[adapter]:
+                raise InputError(f"adapter {adapter.name!r} is in use")
+            self.discard(adapter)
+
+    def discard(self, adapter: MountedAdapter) -> None:
+        """Forget an adapter's name, and take it off as soon as `sweep` finds it unused."""
+        with self.changed:
+            if self.names.get(adapter.name) is adapter:
+                del self.names[adapter.name]
+            self.sweep()
+
+    def resolve(self, selection: Selection) -> MountedAdapter | None:
+        """The adapter of this model that a selection means for one new row."""
+        if isinstance(selection, str):
+            return self.names.get(selection)
+        if isinstance(selection, MountedAdapter) and selection in self._placed:
+            return selection
+        return None
+
+    def use(self, adapter: MountedAdapter) -> None:
+        """Count a use, which keeps the adapter mounted until `done`."""
+        with self.changed:
+            self._uses[adapter] += 1
+
+    def done(self, adapter: MountedAdapter) -> None:
+        """End a use."""
+        with self.changed:
+            self._uses[adapter] -= 1
+            if self._uses[adapter] <= 0:
+                del self._uses[adapter]
+            self.changed.notify_all()
+
+    def uses(self, adapter: MountedAdapter) -> int:
+        """How many uses there are."""
+        return self._uses[adapter]
+
+    def _place(self, new: Mapping[str, Stack]) -> None:
+        """Add one adapter's layers; whatever fails here leaves the model as it was."""
+        grown: dict[str, tuple[Stack, ...]] = {}
+        for path, stack in new.items():
+            layer = self._layers.get(path)
+            grown[path] = stacking.added(() if layer is None else layer.stacks, stack)
+            # One layer at a time: the old and the new stack are both held meanwhile.
+            mx.eval([(each.a, each.b) for each in grown[path]])
+        for path, stacks in grown.items():
+            layer = self._layers.get(path)
+            if layer is None:
+                layer = self._layers[path] = Stacks(self.names)
+                shape = geometry(self._modules[path])
+                assert shape is not None  # fit_modules refuses such layers
+                layer.stacks = stacks
+                if shape.kind == EXPERTS:
+                    self._tell_rows(path.rpartition(".")[0])
+                put(self.model, path, mounted_layer(self._modules[path], shape.kind, layer))
+            layer.stacks = stacks
+
+    def _take_off(self, adapter: MountedAdapter) -> None:
+        self._placed.remove(adapter)
+        for path, layer in list(self._layers.items()):
+            rest = stacking.removed(layer.stacks, adapter)
+            if rest != layer.stacks:
+                mx.eval([(stack.a, stack.b) for stack in rest])
+                layer.stacks = rest
+            if not rest:
+                self._restore(path)
+
+    def _tell_rows(self, path: str) -> None:
+        block = self._modules.get(path)
+        if block is not None and not isinstance(at(self.model, path), MountedExperts):
+            put(self.model, path, MountedExperts(block))
+
+    def _restore(self, path: str) -> None:
+        del self._layers[path]
+        put(self.model, path, self._modules[path])
+        parent = path.rpartition(".")[0]
+        if not any(other.rpartition(".")[0] == parent for other in self._layers) and isinstance(
+            at(self.model, parent), MountedExperts
+        ):
+            put(self.model, parent, self._modules[parent])
+
+
+def prepare_model_for_mounted_lora(model: nn.Module) -> Mounts:
+    """Freeze a model and keep a record of its adapters. Its modules stay until one is mounted.
+
+    Raises:
+        InputError: The model has LoRA layers already.
+    """
+    mounts = mounts_on(model)
+    if mounts is None:
+        if any("lora_a" in module for module in model.modules()):
+            raise InputError(
+                "the model was loaded with an adapter (adapter_path): load it without, and mount "
+                "that adapter too"
+            )
+        model.freeze()
+        mounts = Mounts(model)
+        object.__setattr__(model, _NAME, mounts)
+    return mounts
+
+
+def mounts_on(model: Any) -> Mounts | None:
+    """The adapters on a model; None if it was never prepared."""
+    return getattr(model, "__dict__", {}).get(_NAME)
+
+
+def mount_adapter_on_model(
+    model: nn.Module, adapter_id: str, path_or_repo: str | Path
+) -> MountedAdapter:
+    """Read an adapter in any form and mount it.
+
+    Args:
+        model: An mlx-lm model.
+        adapter_id: What `AdapterActivation` selects it by.
+        path_or_repo: A folder, or a repository on the Hub.
+
+    Raises:
+        InputError: The files are missing or damaged, or for another model.
+        UnsupportedError: It is DoRA.
+    """
+    return prepare_model_for_mounted_lora(model).mount(adapter_id, read_adapter(path_or_repo))
+
+
+def unmount(model: nn.Module, adapter_id: str) -> None:
+    """Take an adapter off a model. After the last one the model's modules are the original ones.
+
+    Raises:
+        InputError: It is not mounted, or a batch uses it.
+    """
+    mounts = mounts_on(model)
+    if mounts is None or adapter_id not in mounts.names:
+        raise InputError(f"no adapter {adapter_id!r} is mounted on this model")
+    mounts.unmount(mounts.names[adapter_id])
+
+
+def at(model: nn.Module, path: str) -> Any:
+    """The module at a path of the model without adapters."""
+    node: Any = model
+    for step in path.split(".") if path else ():
+        if isinstance(node, MountedExperts):
+            node = node["experts"]
+        node = node[int(step)] if isinstance(node, list | tuple) else node[step]
+    return node
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the module at a path of the model without adapters."""
+    parent, _, last = path.rpartition(".")
+    holder = at(model, parent) if parent else model
+    if isinstance(holder, MountedExperts):
+        holder = holder["experts"]
+    holder[int(last) if isinstance(holder, list) else last] = module
+
+
+def _version(layers: Mapping[str, LayerAdapter]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path, layer in sorted(layers.items()):
+        digest.update(f"{path} {layer.scale!r}".encode())
+        for array in layer.arrays():
+            digest.update(f"{array.shape} {array.dtype}".encode())
+            digest.update(np.asarray(mx.contiguous(array).view(mx.uint8)).data)
+    return digest.hexdigest()

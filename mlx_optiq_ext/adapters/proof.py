@@ -1,0 +1,30 @@
+"""Whether a model keeps the rows of a batch apart, found out by running it."""
+
+import mlx.core as mx
+
+from ..errors import OptiqError
+from .activation import AdapterActivation, MountedAdapter, Rows
+from .mounting import Mounts
+
+#: Enough for mlx-lm's blocks of experts to sort them.
+TOKENS = 65
+
+
+def rows_apart(mounts: Mounts, adapter: MountedAdapter) -> bool:
+    """Whether a row of the base model stays what it was beside a row with the adapter.
+
+    Architectures that flatten, sort or transpose their batch in their own way may not.
+    """
+    tokens = mx.stack([mx.arange(TOKENS) % 7 + shift for shift in (1, 3)])
+    try:
+        with AdapterActivation(None):
+            base = mounts.model(tokens).astype(mx.float32)
+        for row, rows in enumerate([(None, adapter), (adapter, None)]):
+            with AdapterActivation(Rows(rows)):
+                mixed = mounts.model(tokens).astype(mx.float32)
+            allowed = 1e-2 * mx.abs(base[row]).max()
+            if (mx.abs(mixed[row] - base[row]) > allowed).any().item():
+                return False
+    except OptiqError:
+        return False
+    return True

@@ -1,0 +1,49 @@
+"""The adapter of every row of a batch generator, by the row's ``uid``."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .activation import MountedAdapter, Rows, select
+from .mounting import Mounts
+from .prompt_cache import SignedCache, signed
+
+
+class Routes:
+    """Rows and their adapters. A row's adapter stays mounted as long as the row is here."""
+
+    def __init__(self, mounts: Mounts):
+        self._mounts = mounts
+        self._adapters: dict[int, MountedAdapter] = {}
+        # A generator has two batches: prompts and rows that generate.
+        self._selections: dict[tuple[int, ...], MountedAdapter | Rows | None] = {}
+
+    def __del__(self):
+        self.drop(list(self._adapters))  # a generator that was given up
+
+    def add(self, uids: Iterable[int], adapter: MountedAdapter) -> None:
+        """Note the adapter of new rows."""
+        for uid in uids:
+            self._mounts.use(adapter)
+            self._adapters[uid] = adapter
+
+    def drop(self, uids: Iterable[int]) -> None:
+        """Forget rows that have left."""
+        for uid in uids:
+            adapter = self._adapters.pop(uid, None)
+            if adapter is not None:
+                self._mounts.done(adapter)
+        if not self._adapters:
+            self._selections.clear()
+
+    def signed(self, uid: int, caches: list[Any]) -> SignedCache:
+        """A row's caches with its adapter."""
+        return signed(caches, self._adapters.get(uid))
+
+    def selection(self, uids: Sequence[int]) -> MountedAdapter | Rows | None:
+        """What a batch with these rows, in this order, uses."""
+        order = tuple(uids)
+        if order not in self._selections:
+            if len(self._selections) >= 4:
+                self._selections.clear()
+            self._selections[order] = select([self._adapters.get(uid) for uid in order])
+        return self._selections[order]

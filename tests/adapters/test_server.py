@@ -1,0 +1,300 @@
+"""A live stock server with adapters, asked by the real OpenAI client."""
+
+import http.client
+import json
+import shutil
+import socket
+import threading
+import time
+import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+import pytest
+from live_server import serve
+
+from .conftest import NAMES, QUESTIONS
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+
+
+@pytest.fixture(scope="module")
+def folder(named, tmp_path_factory):
+    """A folder of adapters that clients may load from."""
+    root = tmp_path_factory.mktemp("loadable")
+    for name, source in named.items():
+        shutil.copytree(source, root / name)
+    (root / "broken").mkdir()
+    shutil.copy(root / "11" / "adapter_config.json", root / "broken")
+    whole = (root / "11" / "adapters.safetensors").read_bytes()
+    (root / "broken" / "adapters.safetensors").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+@pytest.fixture(scope="module")
+def server(exact, named, folder, tmp_path_factory):
+    """A server with two adapters that may load more."""
+    log = tmp_path_factory.mktemp("serving") / "log"
+    arguments = [f"--optiq-adapter={name}={named[name]}" for name in ("11", "22")]
+    updates = ("--optiq-allow-adapter-updates", "--optiq-adapter-dir", folder)
+    with serve(log, "--model", exact, *arguments, *updates) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def plain(exact, tmp_path_factory):
+    """What a server without adapters answers."""
+    with serve(tmp_path_factory.mktemp("plain") / "log", "--model", exact) as server:
+        return {question: ask(server, None, question) for question in QUESTIONS}
+
+
+def ask(server, adapter, question=QUESTIONS[0], **options):
+    """A greedy answer, by whatever ``options`` select; ``adapter`` is the model."""
+    done = server.client().chat.completions.create(
+        model=adapter or "default_model",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=24,
+        **options,
+    )
+    return done.choices[0].message.content or ""
+
+
+def post(server, path, body) -> tuple[int, Any]:
+    """Status and answer of a raw request."""
+    where = urllib.parse.urlsplit(server.url)
+    connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=60)
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, content)
+    answer = connection.getresponse()
+    text = answer.read()
+    return answer.status, json.loads(text) if text.startswith(b"{") else text
+
+
+def chat(**fields):
+    return {"messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 24, **fields}
+
+
+def test_a_request_selects_by_model_body_field_or_header(server, plain, named):
+    assert ask(server, "11") == "11"
+    assert ask(server, "22") == "22"
+    assert ask(server, None) == plain[QUESTIONS[0]]
+    assert ask(server, None, extra_body={"adapters": "11"}) == "11"
+    assert ask(server, None, extra_body={"adapters": str(named["22"])}) == "22"
+    assert ask(server, None, extra_headers={"X-OptIQ-Adapter": "22"}) == "22"
+    assert ask(server, "22", extra_headers={"X-OptIQ-Adapter": "22"}) == "22"
+
+
+def test_two_adapters_in_one_request_are_refused(server):
+    with pytest.raises(openai.BadRequestError, match="names two adapters"):
+        ask(server, "11", extra_headers={"X-OptIQ-Adapter": "22"})
+    with pytest.raises(openai.BadRequestError, match="names two adapters"):
+        ask(server, "11", extra_body={"adapters": "22"})
+
+
+@pytest.mark.parametrize("name", ["nobody", "../11", "11/", "x" * 10_000_000, "\x00", "é1"])
+def test_an_unknown_model_is_not_found_and_never_the_base(server, name):
+    with pytest.raises(openai.NotFoundError) as raised:
+        ask(server, name)
+    body = raised.value.body
+    assert isinstance(body, dict)
+    assert body["code"] == "model_not_found"
+    assert body["param"] == "model"
+    assert len(body["message"]) < 400
+    assert ask(server, "11") == "11"
+
+
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"1\t1", b"11, 22", b"%311"])
+def test_a_header_with_odd_bytes_is_not_found(server, value):
+    body = json.dumps(chat()).encode()
+    where = urllib.parse.urlsplit(server.url)
+    with socket.create_connection((where.hostname or "", where.port or 0), timeout=30) as wire:
+        wire.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-OptIQ-Adapter: "
+            + value
+            + b"\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+            + body
+        )
+        answer = b""
+        while part := wire.recv(65536):
+            answer += part
+    assert b" 404 " in answer.splitlines()[0]
+    assert b"model_not_found" in answer
+
+
+def test_models_lists_the_base_and_its_adapters(server, exact, named):
+    listed = server.client().models.list().data
+    base, *adapters = [each.model_dump() for each in listed]
+    assert base["id"] == str(exact.resolve())
+    assert {each["id"] for each in adapters} >= {"11", "22"}
+    first = next(each for each in adapters if each["id"] == "11")
+    assert first["root"] == str(named["11"])
+    assert first["parent"] == base["id"]
+
+
+def test_sixteen_clients_get_what_each_would_get_alone(server, plain):
+    who = [(None, "11", "22")[i % 3] for i in range(32)]
+    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(32)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda each: ask(server, *each), zip(who, questions, strict=True)))
+    expected = [name or plain[q] for name, q in zip(who, questions, strict=True)]
+    assert answers == expected
+
+
+def test_streams_of_different_adapters_do_not_mix(server):
+    def stream(name):
+        chunks = server.client().chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": QUESTIONS[1]}],
+            temperature=0,
+            max_tokens=24,
+            stream=True,
+        )
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(stream, ["11", "22"] * 4)) == ["11", "22"] * 4
+
+
+def test_prompt_caches_of_adapters_are_apart(server, plain):
+    for _ in range(2):  # the second time from the prompt cache
+        assert ask(server, "11", QUESTIONS[2]) == "11"
+        assert ask(server, "22", QUESTIONS[2]) == "22"
+        assert ask(server, None, QUESTIONS[2]) == plain[QUESTIONS[2]]
+
+
+def test_a_seed_is_served_alone_with_its_adapter(server):
+    assert ask(server, "11", seed=3) == "11"
+
+
+def test_a_draft_model_is_the_servers(server):
+    status, body = post(server, "/v1/chat/completions", chat(draft_model="other"))
+    assert (status, body["error"]["param"]) == (400, "draft_model")
+
+
+def test_load_serve_reload_and_unload(server, folder):
+    assert post(server, LOAD, {"lora_name": "new", "lora_path": "33"})[0] == 200
+    assert ask(server, "new") == "33"
+    status, body = post(server, LOAD, {"lora_name": "new", "lora_path": "11"})
+    assert (status, body["error"]["code"]) == (409, "adapter_conflict")
+    assert ask(server, "new") == "33"
+    inplace = {"lora_name": "new", "lora_path": "11", "load_inplace": True}
+    assert post(server, LOAD, inplace)[0] == 200
+    # The same question: what the old weights left in the prompt cache is not used.
+    assert ask(server, "new") == "11"
+    assert post(server, UNLOAD, {"lora_name": "new"})[0] == 200
+    with pytest.raises(openai.NotFoundError):
+        ask(server, "new")
+    assert post(server, UNLOAD, {"lora_name": "new"})[0] == 404
+
+
+def test_two_loads_of_one_name_at_once(server):
+    body = {"lora_name": "twice", "lora_path": "33"}
+    with ThreadPoolExecutor(4) as pool:
+        statuses = list(pool.map(lambda _: post(server, LOAD, body)[0], range(4)))
+    assert sorted(statuses) == [200, 409, 409, 409]
+    assert ask(server, "twice") == "33"
+    assert post(server, UNLOAD, {"lora_name": "twice"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../", "..", "../named", "/etc", "", "nothing", "a\x00b", "x" * 5000, 7, None, "broken"],
+)
+def test_a_bad_path_or_file_is_refused_and_the_server_goes_on(server, path):
+    status, body = post(server, LOAD, {"lora_name": "bad", "lora_path": path})
+    assert status == 400
+    assert body["error"]["message"]
+    with pytest.raises(openai.NotFoundError):
+        ask(server, "bad")
+    assert ask(server, "22") == "22"
+
+
+@pytest.mark.parametrize("name", ["", "a b", "default_model", "é", "x" * 200])
+def test_a_bad_name_is_refused(server, name):
+    assert post(server, LOAD, {"lora_name": name, "lora_path": "33"})[0] == 400
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 60000])
+def test_a_bad_body_is_refused(server, body):
+    assert post(server, LOAD, body)[0] == 400
+    assert post(server, LOAD, b" " * 70000)[0] == 413
+
+
+def test_an_adapter_deleted_on_disk_while_mounted_goes_on(server, folder):
+    shutil.copytree(folder / "33", folder / "gone")
+    assert post(server, LOAD, {"lora_name": "gone", "lora_path": "gone"})[0] == 200
+    shutil.rmtree(folder / "gone")
+    assert ask(server, "gone") == "33"
+    assert post(server, UNLOAD, {"lora_name": "gone"})[0] == 200
+
+
+def test_unload_waits_for_a_stream_and_new_requests_are_refused(server):
+    assert post(server, LOAD, {"lora_name": "slow", "lora_path": "33"})[0] == 200
+    # The end token is biased away, so that the stream lasts.
+    stream = server.client().chat.completions.create(
+        model="slow",
+        messages=[{"role": "user", "content": QUESTIONS[0]}],
+        temperature=0,
+        max_tokens=300,
+        logit_bias={"0": -100},
+        stream=True,
+    )
+    first = next(iter(stream))
+    ended = []
+    unloading = threading.Thread(
+        target=lambda: ended.append(post(server, UNLOAD, {"lora_name": "slow"})[0])
+    )
+    unloading.start()
+    time.sleep(0.2)
+    assert ended == []
+    with pytest.raises(openai.NotFoundError):
+        ask(server, "slow")
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in [first, *stream])
+    unloading.join(30)
+    assert ended == [200]
+    assert text.startswith("33")
+
+
+def test_clients_that_leave_disturb_nobody(server, plain):
+    def leave(name):
+        stream = server.client().chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": QUESTIONS[3]}],
+            max_tokens=400,
+            logit_bias={"0": -100},
+            stream=True,
+        )
+        next(iter(stream))
+        stream.close()
+
+    with ThreadPoolExecutor(12) as pool:
+        leaving = [pool.submit(leave, name) for name in ("11", "22", "default_model") * 2]
+        staying = [pool.submit(ask, server, name) for name in ("11", None, "22") * 2]
+        for each in leaving:
+            each.result()
+        answers = [each.result() for each in staying]
+    assert answers == ["11", plain[QUESTIONS[0]], "22"] * 2
+
+
+def test_fewer_mounted_than_offered(exact, named, tmp_path):
+    arguments = [f"--optiq-adapter={name}={named[name]}" for name in NAMES]
+    limited = ("--optiq-max-adapters", 1)
+    with serve(tmp_path / "log", "--model", exact, *arguments, *limited) as server:
+        assert [ask(server, name) for name in NAMES * 2] == [*NAMES * 2]
+        with ThreadPoolExecutor(9) as pool:
+            assert list(pool.map(lambda name: ask(server, name), NAMES * 3)) == [*NAMES * 3]
+        assert post(server, LOAD, {"lora_name": "x", "lora_path": "y"})[0] == 404
+
+
+def test_with_a_kv_plan_and_a_draft_model(exact, named, tmp_path):
+    arguments = ("--model", exact, f"--optiq-adapter=11={named['11']}")
+    with serve(tmp_path / "kv", *arguments, "--optiq-kv", "8") as server:
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda name: ask(server, name), ["11", None] * 3))
+        assert answers[::2] == ["11"] * 3
+        assert len(set(answers)) == 2
+    with serve(tmp_path / "draft", *arguments, "--draft-model", exact) as server:
+        assert ask(server, "11") == "11"
+        assert ask(server, None) != "11"

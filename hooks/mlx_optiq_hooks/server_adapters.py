@@ -170,5 +170,9 @@ PATCHES = (
     ),
     _patch("APIHandler.handle_completion", handle_completion, "holds a request's adapter"),
     _patch("APIHandler.do_POST", do_POST, "answers requests about adapters"),
-    _patch("APIHandler.handle_models_request", handle_models_request, "lists the adapters beside the base model"),
+    _patch(
+        "APIHandler.handle_models_request",
+        handle_models_request,
+        "lists the adapters beside the base model",
+    ),
 )

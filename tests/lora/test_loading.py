@@ -141,9 +141,12 @@ def test_the_server_serves_a_peft_adapter(tiny, recorded, tmp_path):
     question = "There are 13 bricks in each bag and Noah buys 2 bags. How many bricks?"
     with serve(tmp_path / "plain", "--model", tiny) as server:
         plain = server.ask(question)
-    adapter = ("--adapter-path", recorded / "mixed")
-    with serve(tmp_path / "log", "--model", tiny, *adapter) as server:
-        assert server.ask(question) != plain
+    folder = recorded / "mixed"
+    # mlx-lm 0.31 forgets --adapter-path for the default model; a request may name it too.
+    forgetful = mlx_lm.__version__.startswith("0.31")
+    options = {"extra_body": {"adapters": str(folder)}} if forgetful else {}
+    with serve(tmp_path / "log", "--model", tiny, "--adapter-path", folder) as server:
+        assert server.ask(question, **options) != plain
 
 
 def test_a_name_on_the_hub_is_found_in_the_cache(in_float32, recorded, tokens, monkeypatch):

@@ -15,6 +15,8 @@ FEATURES = (
     "weights",
     "kv",
     "kv_batched",
+    "adapters",
+    "adapters_batched",
     "lora",
     "adapters",
     "adapters_batched",

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_lm
+import numpy as np
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -101,6 +102,7 @@ def one(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
     train = rows(tokenizer, problems(options.examples, 1000 + seed))
     valid = rows(tokenizer, problems(100, 1))
     mx.random.seed(seed)
+    np.random.seed(seed)  # the order of batches, in mlx-lm's loop
     model.freeze()
     config = {"rank": options.rank, "scale": options.scale, "dropout": 0.0}
     linear_to_lora_layers(model, -1, config)

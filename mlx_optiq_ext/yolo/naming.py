@@ -24,18 +24,18 @@ def canonical(name: str) -> str:
     ``model.23.cv3.0.1.0.bn.bias`` and ``model.layers.23.cv3.layer0.layers.2.bn.bias`` both become
     ``model.23.cv3.0.2.bn.bias``.
     """
-    parts = name.split(".")
-    nested = "layers" not in parts
-    parts = [re.sub(r"^(?:layer|psa)(?=\d)", "", part) for part in parts if part != "layers"]
-    for at, part in enumerate(parts):
-        if nested and part.removeprefix("one2one_") == "cv3" and parts[at + 1 : at + 2] != []:
-            block = parts[at + 2 : at + 4]
-            if parts[at + 1].isdigit() and block and block[0].isdigit():
-                inner = block[1] if block[1].isdigit() else None
-                flat = 2 * int(block[0]) + int(inner or 0)
-                parts[at + 2 : at + (4 if inner else 3)] = [str(flat)]
-                break
-    return ".".join(parts)
+    nested = ".layers." not in name
+    parts = [part for part in name.split(".") if part != "layers"]
+    plain = ".".join(re.sub(r"^(?:layer|psa)(?=\d)", "", part) for part in parts)
+    return _NESTED.sub(_flat, plain) if nested else plain
+
+
+#: A class branch of the head: its level, a block, and a layer of that unless it is the last.
+_NESTED = re.compile(r"((?:^|\.)(?:one2one_)?cv3\.\d+)\.(\d+)(?:\.(\d+))?(?=\.)")
+
+
+def _flat(match: re.Match[str]) -> str:
+    return f"{match[1]}.{2 * int(match[2]) + int(match[3] or 0)}"
 
 
 def ultralytics(name: str) -> str:

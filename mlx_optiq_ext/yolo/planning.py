@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -236,6 +236,5 @@ def best(
     for rule in RULES:
         candidate, stored = plan(problem, budget, rule)
         error = judge(model, stored, references)
-        judged = Plan(rule, candidate.choices, candidate.file_bytes, candidate.parameters, error)
-        found.append((judged, stored))
+        found.append((replace(candidate, error=error), stored))
     return min(found, key=lambda pair: pair[0].error.total)

@@ -123,7 +123,7 @@ class _Reader(pickle.Unpickler):
             return type(name.rpartition(".")[2], (Record,), {})
         raise _Refused(f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> "np.ndarray | tuple":
+    def persistent_load(self, pid: Any) -> tuple[str, np.ndarray]:
         kind, storage, key, _, size = pid[:5]
         if kind != "storage" or storage not in STORAGES or not str(key).isalnum():
             raise _Refused(f"storage {storage!s:.40}")

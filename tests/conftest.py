@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -55,6 +56,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("shared"):
                 item.add_marker(absent)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random weights, whatever ran before it."""
+    mx.random.seed(0)
 
 
 @pytest.fixture(scope="session")

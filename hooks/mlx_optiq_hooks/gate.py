@@ -18,8 +18,6 @@ FEATURES = (
     "adapters",
     "adapters_batched",
     "lora",
-    "adapters",
-    "adapters_batched",
     "modalities",
     "latency",
     "evaluation",

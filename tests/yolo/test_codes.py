@@ -11,6 +11,11 @@ from mlx_optiq_ext.yolo.network import Layer
 DRAW = np.random.default_rng(2)
 
 
+@pytest.fixture(autouse=True)
+def same_draws(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.DRAW", np.random.default_rng(2))
+
+
 def layer(kind, norm=True):
     conv, channels = {
         "conv": (nn.Conv2d(6, 8, 3, padding=1, bias=False), 8),

@@ -5,7 +5,6 @@ of at most 16 tokens, exact match of the option's letter without case and punctu
 """
 
 import base64
-import json
 import string
 import tempfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import InputError, UnsupportedError
+from .items import read_lines
 from .journal import Journal
 from .models import Subject
 
@@ -55,33 +55,19 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         InputError: The file is missing, empty, or a line is wrong; the message names it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the data file {path} ({error})") from error
-    items = [_item(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not items:
-        raise InputError(
-            f"the data file {path} is empty: each line needs question, options, answer and image"
-        )
-    return items
 
-
-def _item(path: Path, number: int, line: str) -> Item:
-    where = f"{path}, line {number}"
-    try:
-        entry = json.loads(line)
+    def item(where: str, entry: Any) -> Item:
         question, options = str(entry["question"]), tuple(map(str, entry["options"]))
-        answer, image = entry["answer"], path.parent / str(entry["image"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where} has no question, options, answer and image") from error
-    text = str(answer).strip()
-    index = int(text) if text.isdigit() else string.ascii_uppercase.find(text.upper() or "?")
-    if not 0 <= index < len(options):
-        raise InputError(f"{where}: the answer {answer!r} is none of {len(options)} options")
-    if not image.is_file():
-        raise InputError(f"{where}: there is no image {image}")
-    return Item(question, options, string.ascii_uppercase[index], image)
+        image, answer = path.parent / str(entry["image"]), entry["answer"]
+        text = str(answer).strip()
+        index = int(text) if text.isdigit() else string.ascii_uppercase.find(text.upper() or "?")
+        if not 0 <= index < len(options):
+            raise InputError(f"{where}: the answer {answer!r} is none of {len(options)} options")
+        if not image.is_file():
+            raise InputError(f"{where}: there is no image {image}")
+        return Item(question, options, string.ascii_uppercase[index], image)
+
+    return read_lines(path, item, "question, options, answer and image")
 
 
 def download(folder: Path) -> list[Item]:

@@ -1,12 +1,12 @@
 """GSM8K with lm-eval's own prompts and filters, from a local file."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from . import harness
+from .items import read_lines
 from .models import Subject
 from .report import Figures
 from .statistics import mcnemar, proportion_error
@@ -22,25 +22,14 @@ def read_items(path: Path) -> list[dict[str, str]]:
     Raises:
         InputError: It is missing, empty, or a line lacks ``question`` and an answer behind ####.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the data file {path} ({error})") from error
-    items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            question, answer = entry["question"], entry["answer"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number} has no question and answer") from error
-        if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
-            raise InputError(f"{path}, line {number}: the answer must end with #### and a number")
-        items.append({"question": question, "answer": answer})
-    if not items:
-        raise InputError(f"the data file {path} is empty: give it GSM8K's test.jsonl")
-    return items
+    return read_lines(path, _item, "question and answer")
+
+
+def _item(where: str, entry: Any) -> dict[str, str]:
+    question, answer = entry["question"], entry["answer"]
+    if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
+        raise InputError(f"{where}: the answer must end with #### and a number")
+    return {"question": question, "answer": answer}
 
 
 def config_for(data: Path | None, shots: int | None) -> dict[str, Any]:

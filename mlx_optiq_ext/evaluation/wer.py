@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import InputError, UnsupportedError
+from .items import read_lines
 from .journal import Journal
 from .models import Subject
 
@@ -31,25 +32,14 @@ def read_items(path: Path) -> list[Item]:
     Raises:
         InputError: The file is missing, empty, or a line is wrong; the message names it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the data file {path} ({error})") from error
-    items = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            audio, text = path.parent / str(entry["audio"]), str(entry["text"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number} has no audio and text") from error
+
+    def item(where: str, entry: Any) -> Item:
+        audio, text = path.parent / str(entry["audio"]), str(entry["text"])
         if not audio.is_file():
-            raise InputError(f"{path}, line {number}: there is no recording {audio}")
-        items.append(Item(audio, text))
-    if not items:
-        raise InputError(f"the data file {path} is empty: each line needs audio and text")
-    return items
+            raise InputError(f"{where}: there is no recording {audio}")
+        return Item(audio, text)
+
+    return read_lines(path, item, "audio and text")
 
 
 def normaliser(folder: Path) -> Callable[[str], str]:

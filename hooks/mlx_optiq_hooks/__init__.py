@@ -24,6 +24,7 @@ def tables() -> tuple[Patch, ...]:
         perplexity,
         server,
         server_adapters,
+        server_start,
         trainer,
         tuner_utils,
         utils,
@@ -38,6 +39,7 @@ def tables() -> tuple[Patch, ...]:
         *generate.PATCHES,
         *server.PATCHES,
         *server_adapters.PATCHES,
+        *server_start.PATCHES,  # around the others of this module
         *perplexity.PATCHES,
         *tuner_utils.PATCHES,
         *lora.PATCHES,

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from mlx_optiq_ext.errors import OptiqError
 
-from . import server, session
+from . import session
 from .patch import Patch, bind
 
 
@@ -21,15 +21,9 @@ def _serving():
 
 def load(wrapped, instance, args, kwargs):
     result = wrapped(*args, **kwargs)
-    options, running = _serving(), session.current()
-    if options is None or running is None or instance.model is None:
-        return result
-    try:
+    options = _serving()
+    if options is not None and instance.model is not None:
         options.catalogue.attach(instance.model)
-    except OptiqError as error:
-        instance.model, instance.model_key = None, None
-        server.end(running, error)
-        raise
     return result
 
 

@@ -137,14 +137,27 @@ def test_a_dequantized_fusion_is_exact(run, packed, recorded, tokens, tmp_path):
     assert mx.abs(difference).max() < 1e-3
 
 
+FORGETFUL = mlx_lm.__version__.startswith("0.31")  # of the server's --adapter-path
+
+
+@pytest.mark.skipif(FORGETFUL, reason="mlx-lm 0.31 forgets --adapter-path for its own model")
+def test_a_damaged_peft_adapter_ends_the_server_at_start(tiny, recorded, tmp_path, run):
+    folder = shutil.copytree(recorded / "mixed", tmp_path / "damaged")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:900])
+    done = run("mlx_lm.server", "--model", tiny, "--adapter-path", folder, "--port", "0")
+    assert done.returncode == 2
+    assert "it is damaged or incomplete" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_server_serves_a_peft_adapter(tiny, recorded, tmp_path):
     question = "There are 13 bricks in each bag and Noah buys 2 bags. How many bricks?"
     with serve(tmp_path / "plain", "--model", tiny) as server:
         plain = server.ask(question)
     folder = recorded / "mixed"
-    # mlx-lm 0.31 forgets --adapter-path for the default model; a request may name it too.
-    forgetful = mlx_lm.__version__.startswith("0.31")
-    options = {"extra_body": {"adapters": str(folder)}} if forgetful else {}
+    # A request may name it too.
+    options = {"extra_body": {"adapters": str(folder)}} if FORGETFUL else {}
     with serve(tmp_path / "log", "--model", tiny, "--adapter-path", folder) as server:
         assert server.ask(question, **options) != plain
 

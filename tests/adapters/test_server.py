@@ -1,5 +1,6 @@
 """A live stock server with adapters, asked by the real OpenAI client."""
 
+import contextlib
 import http.client
 import json
 import shutil
@@ -166,6 +167,40 @@ def test_prompt_caches_of_adapters_are_apart(server, plain):
 
 def test_a_seed_is_served_alone_with_its_adapter(server):
     assert ask(server, "11", seed=3) == "11"
+
+
+def test_text_completions_and_tools_take_an_adapter(server):
+    client = server.client()
+    done = client.completions.create(
+        model="default_model",
+        prompt="Say it.",
+        max_tokens=4,
+        temperature=0,
+        extra_headers={"X-OptIQ-Adapter": "11"},
+    )
+    plain = client.completions.create(
+        model="default_model", prompt="Say it.", max_tokens=4, temperature=0
+    )
+    assert done.choices[0].text != plain.choices[0].text
+    function = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    assert ask(server, "22", tools=tools) == "22"
+
+
+def test_a_full_queue_is_worked_off(server, plain):
+    def asked(name):
+        # mlx-lm's server turns connections away while too many wait to be accepted.
+        with contextlib.suppress(openai.APIConnectionError):
+            return ask(server, name)
+
+    who = [(None, "11", "22")[i % 3] for i in range(96)]
+    with ThreadPoolExecutor(96) as pool:
+        answers = list(pool.map(asked, who))
+    expected = [name or plain[QUESTIONS[0]] for name in who]
+    served = [pair for pair in zip(answers, expected, strict=True) if pair[0] is not None]
+    assert len(served) > 16
+    assert all(found == wanted for found, wanted in served)
+    assert ask(server, "11") == "11"
 
 
 def test_a_draft_model_is_the_servers(server):

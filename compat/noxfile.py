@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "compat" / "constraints"
 MATRIX = nox.project.load_toml(ROOT / "compat" / "mlx_optiq_compat" / "matrix.toml")
 ROWS = [row for row in MATRIX["row"] if row["verdict"] != "outside"]
+#: A worker a core; each takes whole files, whose fixtures cost most.
+WORKERS = ("-n", "auto", "--dist", "loadfile")
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -38,8 +40,10 @@ def tests(session: nox.Session, row: dict) -> None:
     backend = [] if sys.platform == "darwin" else ["mlx[cpu]"]
     needs = [f"mlx-lm=={row['mlx_lm']}", *backend, "-e", ".[test]"]
     session.install("-c", str(pins), *needs)
-    # The environment passes through as it is; some machines need their LD_PRELOAD for MLX.
-    session.run("pytest", *(session.posargs or ["tests"]))
+    # The environment passes through; some machines need their LD_PRELOAD for MLX. Workers fill the
+    # cores, so that each computes on one.
+    one_core = {"OPENBLAS_NUM_THREADS": "1"}
+    session.run("pytest", *(session.posargs or [*WORKERS, "tests"]), env=one_core)
 
 
 @nox.session

@@ -89,7 +89,7 @@ def run(tmp_path_factory) -> Run:
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
         check: bool = False,
-        timeout: float = 120,
+        timeout: float = 300,
     ) -> subprocess.CompletedProcess[str]:
         name, *arguments = map(str, command)
         python = Path(sys.executable)

@@ -40,7 +40,7 @@ class Server:
         """A real OpenAI client."""
         from openai import OpenAI
 
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
 
     def ask(self, question: str, **options) -> str:
         """The greedy answer to a question."""
@@ -79,7 +79,7 @@ def serve(log: Path, *arguments: object, code: str = "from mlx_lm.server import 
 
 
 def _wait(server: Server) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended: {server.log.read_text()[-2000:]}")
         with contextlib.suppress(OSError):

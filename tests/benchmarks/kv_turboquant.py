@@ -4,7 +4,7 @@
 
 Every layer's keys and values are packed alike; the divergence of the final logits from those with
 unpacked caches is the mean over all positions of windows spread over the text, in nats. ``r``
-rotates before affine packing, ``t`` is TurboQuant.
+rotates before affine packing, ``t`` is TurboQuant, ``t, not rotated`` its codebook alone.
 """
 
 import argparse
@@ -13,7 +13,35 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_optiq_ext.turboquant import BITS, Quantizer, TurboFormat
+
 AFFINE = [(2, 64), (2, 32), (3, 64), (3, 32), (4, 64), (4, 32)]
+
+
+class Unrotated(TurboFormat):
+    """TurboQuant's codebook on vectors as they come."""
+
+    def pack(self, array: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """As TurboQuant, but its rotation."""
+        found = _Plain(array.shape[-1], self.bits).encode(array)
+        return found.codes, found.norms, found.norms[..., :0]
+
+    def turn(self, array: mx.array) -> mx.array:
+        """Nothing."""
+        return array
+
+    def turn_back(self, array: mx.array) -> mx.array:
+        """Nothing."""
+        return array
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, not rotated"
+
+
+class _Plain(Quantizer):
+    @property
+    def rotation(self):
+        return lambda unit: unit
 
 
 def main() -> None:
@@ -22,7 +50,6 @@ def main() -> None:
 
     from mlx_optiq_ext import kv
     from mlx_optiq_ext.kv.replay import Replay
-    from mlx_optiq_ext.turboquant import BITS, TurboFormat
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
@@ -37,7 +64,7 @@ def main() -> None:
     starts = np.linspace(0, len(tokens) - args.length, args.windows).astype(int)
     runs = [Replay(model, mx.array(tokens[s : s + args.length])[None]) for s in starts]
     dim = next(iter(runs[0].shapes.values()))[0][-1]
-    formats = [TurboFormat(bits).fitted(dim) for bits in BITS]
+    formats = [kind(bits).fitted(dim) for bits in BITS for kind in (TurboFormat, Unrotated)]
     formats += [kv.Format(b, g, rotated) for b, g in AFFINE for rotated in (False, True)]
     print(f"head dimension {dim}, {args.windows} x {args.length} tokens\n")
     print("| format | stored bits | KL |\n|---|---|---|")

@@ -54,15 +54,14 @@ def train_model(wrapped, instance, args, kwargs):
             "resume_adapter_file": None,
         }
     )
-    more = {} if options.rank_scaling is None else {"scaling": options.rank_scaling}
     running.results["training"] = lora.Request(
         model=given.model,
         folder=Path(given.adapter_path),
         original=None if options.original is None else _loader(options.original),
         samples=lambda: _samples(call["train_set"], given),
         resume=None if resume is None else Path(resume),
+        scaling=options.rank_scaling or lora.CONSTANT,
         compiled=not options.no_compile,
-        **more,
     )
     layer = type(call["model"].layers[0])
     forward = layer.__call__

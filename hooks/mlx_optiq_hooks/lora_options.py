@@ -13,14 +13,16 @@ READING = ("info", "export_peft")
 
 
 def add_arguments(group):
-    from mlx_optiq_ext.lora import SCALINGS
+    from mlx_optiq_ext.lora import DEFAULT_SCALING, SCALINGS
 
     group.add_argument(
         "--optiq-rank-scaling",
         choices=SCALINGS,
+        nargs="?",
+        const=DEFAULT_SCALING,
         help="How to spread the parameters of one LoRA rank over the layers: the same rank "
         "everywhere (constant), in proportion to the layers' bits (by_bits), or to the KL that "
-        "their quantization costs (by_kl).",
+        "their quantization costs (by_kl, also without a value).",
     )
     group.add_argument(
         "--optiq-init",

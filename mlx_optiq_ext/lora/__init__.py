@@ -6,12 +6,14 @@ from .exchange import convert
 from .fitting import fit
 from .layers import attach
 from .location import readable_by_stock
-from .ranks import SCALINGS, allocate
+from .ranks import CONSTANT, SCALINGS, allocate
 from .reading import read_adapter
 from .table import table
-from .training import Request, prepare, summary
+from .training import DEFAULT_SCALING, Request, prepare, summary
 
 __all__ = [
+    "CONSTANT",
+    "DEFAULT_SCALING",
     "SCALINGS",
     "Adapter",
     "Checkpoint",

@@ -90,9 +90,16 @@ def test_by_kl_reads_what_was_measured(lora, packed, tmp_path, capsys):
     assert not [key for key in config if "optiq" in key]
 
 
-@pytest.mark.parametrize(("scaling", "why"), [("by_kl", "no measured KL"), ("by_bits", "the same")])
+@pytest.mark.parametrize(
+    ("scaling", "why"),
+    [
+        (["by_kl"], "by_kl has nothing to go by: this model has no measured KL"),
+        (["by_bits"], "by_bits has nothing to go by: the layers' bits are all the same"),
+        ([], "by_kl has nothing to go by"),
+    ],
+)
 def test_a_model_that_says_nothing_gets_a_constant_rank(lora, tiny, tmp_path, capsys, scaling, why):
-    lora(tiny, tmp_path / "a", "--optiq-rank-scaling", scaling, iters=1)
+    lora(tiny, tmp_path / "a", "--optiq-rank-scaling", *scaling, iters=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "[optiq]" in line]
     assert len(lines) == 1
     assert why in lines[0]

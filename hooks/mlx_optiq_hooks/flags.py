@@ -6,14 +6,15 @@ group before parsing and takes our values out of the namespace after it.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 from mlx_optiq_ext import plugins
 from mlx_optiq_ext._version import __version__
-from mlx_optiq_ext.errors import OptiqError
+from mlx_optiq_ext.errors import InputError, OptiqError
 
 from . import session
 from .patch import Patch
@@ -98,13 +99,44 @@ class Parser(argparse.ArgumentParser):
             if running is None or running.command != self.optiq_command:
                 self.error("--optiq-* options need the command's own main()")
             try:
-                instead = check(self.optiq_command, options, namespace)
+                instead = self._checked(options, namespace)
             except OptiqError as error:
-                self.error(str(error))
+                self._refuse(error)
             running.options = options
             if instead:
                 raise Instead(instead[0])
         return namespace, rest
+
+    def _checked(self, options, namespace):
+        """What `check` says, once no rank of ``mlx.launch`` refuses and all were asked the same."""
+        from mlx_optiq_ext import ranks
+
+        ranks.size()
+        with ranks.together():
+            instead = check(self.optiq_command, options, namespace)
+            ranks.agree(**{"command line": shlex.join(sys.argv[1:])})
+        return instead
+
+    def _refuse(self, error: OptiqError) -> NoReturn:
+        """As `error`, on the one rank that prints it."""
+        from mlx_optiq_ext import ranks
+
+        if ranks.told(error):
+            raise SystemExit(2) from error
+        super().error(str(error))
+
+    def error(self, message: str) -> NoReturn:
+        """Stock's refusal; where ``mlx.launch`` runs one of our options, once for all ranks."""
+        from mlx_optiq_ext import ranks
+
+        if any(word.startswith("--optiq-") for word in sys.argv[1:]):
+            try:
+                ranks.size()
+                with ranks.together():
+                    raise InputError(message)
+            except OptiqError as error:
+                self._refuse(error)
+        super().error(message)
 
 
 def check(
@@ -148,16 +180,20 @@ def main(command: str):
 
     def main(wrapped, instance, args, kwargs):
         with session.session(command) as entry:
+            from mlx_optiq_ext import ranks
+
             try:
-                result = _run(wrapped, args, kwargs)
-                if "fatal" in entry.results:
-                    raise entry.results["fatal"]
-                return result
+                with ranks.together():
+                    result = _run(wrapped, args, kwargs)
+                    if "fatal" in entry.results:
+                        raise entry.results["fatal"]
+                    return result
             except (OptiqError, KeyboardInterrupt) as raised:
                 error = entry.results.get("fatal", raised)
                 if not isinstance(error, OptiqError):
                     raise
-                print(f"mlx_lm.{command}: error: {error}", file=sys.stderr)
+                if not ranks.told(error):
+                    print(f"mlx_lm.{command}: error: {error}", file=sys.stderr)
                 raise SystemExit(2) from error
 
     return main

@@ -1,0 +1,75 @@
+"""Ranks start from the same facts and end with the same error."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+from .._version import __version__
+from ..errors import OptiqError
+from .exchange import REMEDY, announce, gathered, group, leads, rank, size
+from .failure import Failed, Mismatch, RankError, named
+from .watch import LIMIT, within
+
+
+def agree(**facts: Any) -> None:
+    """Check that all ranks have the same facts and run the same versions, at the same time.
+
+    Args:
+        facts: What to compare, by the name it is called in the message.
+
+    Raises:
+        Mismatch: On every rank, naming the first fact that differs and who has which.
+    """
+    if size() == 1:
+        return
+    with within(LIMIT, lambda: f"rank {rank()} got no answer within {LIMIT:.0f} s: {REMEDY}"):
+        every = gathered({**versions(), **{k: repr(v) for k, v in facts.items()}})
+    for name in dict.fromkeys(name for own in every for name in own):
+        owners: dict[str, list[int]] = {}
+        for number, own in enumerate(every):
+            owners.setdefault(own.get(name, "nothing"), []).append(number)
+        if len(owners) > 1:
+            values = ", ".join(f"{value} on {named(ranks)}" for value, ranks in owners.items())
+            raise Mismatch(f"the ranks do not have the same {name}: {values}; make them equal")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {"mlx-optiq-ext": __version__, "mlx-lm": version("mlx-lm"), "mlx": version("mlx")}
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What ends one rank with an error ends all of them.
+
+    A rank that fails inside tells the others at their next exchange, and they raise the same.
+
+    Raises:
+        RankError: Here or on another rank something failed.
+    """
+    try:
+        yield
+    except RankError:
+        raise  # the others have it already, or are gone
+    except Exception as error:
+        if not started() or size() == 1:
+            raise
+        own = isinstance(error, OptiqError)
+        text = str(error) if own else f"{type(error).__name__}: {error}"
+        try:
+            announce(text)
+        except Failed as failed:
+            if own or (not leads() and set(failed.texts) == {text}):
+                raise failed from error
+        raise  # a fault of its own keeps its traceback
+
+
+def started() -> bool:
+    """Whether the ranks have worked together yet."""
+    return group.cache_info().currsize > 0
+
+
+def told(error: BaseException) -> bool:
+    """Whether another rank prints an error, so that this one need not."""
+    return isinstance(error, RankError) and error.shared and not leads()

@@ -1,0 +1,209 @@
+"""What the ranks hand each other.
+
+Each exchange starts with a header of fixed size. So a rank that failed can tell the others wherever
+they are, and one that runs something else is found out.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from itertools import accumulate
+from typing import Any, NoReturn, TypeVar
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from .failure import Failed, RankError, named
+from .watch import LIMIT, explain_termination, guarded, within
+
+T = TypeVar("T")
+
+#: Starts every header; counts up when what follows changes.
+MARK = 0x6F7074697101
+#: Kinds of exchange.
+GATHER, SUM, FAILED = range(3)
+#: Bytes of the first message of an exchange, and of what it starts with.
+FRAME, HEAD = 1024, 24
+#: Bytes up to which arrays are summed together: each sum waits for all ranks.
+JOINED = 2**20
+
+REMEDY = (
+    "every host must run the same command with the same mlx-optiq-ext, and reach the others under "
+    "the addresses of mlx.launch's hostfile"
+)
+
+
+@cache
+def group() -> mx.distributed.Group:
+    """All processes of this run; one alone if ``mlx.launch`` did not start them.
+
+    Raises:
+        RankError: MLX cannot reach the others. If they do not answer, this process ends instead.
+    """
+    text = f"the other ranks did not start within {LIMIT:.0f} s: {REMEDY}"
+    # Every backend of mlx.launch but MPI says so in the environment.
+    waits = guarded(LIMIT, text) if "MLX_RANK" in os.environ else nullcontext()
+    with waits:
+        try:
+            found = mx.distributed.init()
+        except RuntimeError as error:
+            raise RankError(f"MLX could not reach the other ranks ({error}): {REMEDY}") from error
+    if found.size() > 1:
+        explain_termination(f"rank {found.rank()} was ended, because another rank failed")
+    return found
+
+
+def size() -> int:
+    """How many processes work together."""
+    return group().size()
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return group().rank()
+
+
+def leads() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank() == 0
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This rank's part of a sequence, as long as the others' or one item longer or shorter."""
+    return list(items[rank() :: size()])
+
+
+def gathered(value: T) -> list[T]:
+    """The values of all ranks, which can be pickled, in the ranks' order."""
+    if size() == 1:
+        return [value]
+    return [pickle.loads(part) for part in _exchanged(GATHER, pickle.dumps(value))]
+
+
+def total(value: float) -> float:
+    """The sum over all ranks, in double precision and the same on each."""
+    return sum(gathered(value))
+
+
+def broadcast(value: T, owner: int = 0) -> T:
+    """The owner's value, which can be pickled, on every rank."""
+    values: list[Any] = gathered(value if rank() == owner else None)
+    return values[owner]
+
+
+def first(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, which can be pickled, on every rank."""
+    found: Any = compute() if leads() else None
+    return broadcast(found)
+
+
+def summed(tree: T) -> T:
+    """A tree of arrays summed over all ranks, which have the same ones."""
+    if size() == 1:
+        return tree
+    leaves = _flat(tree)
+    shapes = pickle.dumps([(path, a.shape, str(a.dtype)) for path, a in leaves])
+    if len(set(_exchanged(SUM, hashlib.sha256(shapes).digest()))) > 1:
+        raise RankError("the ranks sum different arrays: please report this")
+    sums = {path: _all_sum(array) for path, array in leaves if array.nbytes > JOINED}
+    small: dict[mx.Dtype, list[tuple[str, mx.array]]] = {}
+    for path, array in leaves:
+        if path not in sums:
+            small.setdefault(array.dtype, []).append((path, array))
+    for entries in small.values():
+        flat = _all_sum(mx.concatenate([array.reshape(-1) for _, array in entries]))
+        ends = list(accumulate(array.size for _, array in entries))[:-1]
+        parts = mx.split(flat, ends)
+        sums |= {path: p.reshape(a.shape) for (path, a), p in zip(entries, parts, strict=True)}
+    return tree_map_with_path(lambda path, _: sums[path], tree)
+
+
+def handed(tree: T, owner: int) -> T:
+    """The owner's tree of arrays on every rank, bit for bit; what the others give is not used."""
+    if size() == 1:
+        return tree
+    given = _flat(tree) if rank() == owner else []
+    own = dict(given)
+    found = []
+    for path, shape, name in broadcast([(p, a.shape, str(a.dtype)) for p, a in given], owner):
+        dtype = getattr(mx, name.removeprefix("mlx.core."))
+        array = own.get(path, mx.zeros(shape, dtype))
+        octets = _all_sum(mx.contiguous(array).reshape(-1).view(mx.uint8))
+        found.append((path, octets.view(dtype).reshape(shape)))
+    return found[0][1] if found[0][0] == "" else tree_unflatten(found)
+
+
+def announce(message: str) -> NoReturn:
+    """Tell the other ranks that this one failed, at whatever exchange they are next.
+
+    Raises:
+        Failed: On all ranks, with the messages of all that failed.
+    """
+    with within(LIMIT, lambda: message):
+        _exchanged(FAILED, message.encode())
+    raise AssertionError("an exchange that announces a failure always raises")
+
+
+def _exchanged(kind: int, data: bytes) -> list[bytes]:
+    """What each rank gives, all in an exchange of the same kind.
+
+    Raises:
+        RankError: Another rank failed, is gone, or runs something else.
+    """
+    rows = _all_gather(_frame(kind, data))
+    heads = rows[:, :HEAD].view(np.int64)
+    others = [number for number, head in enumerate(heads) if head[0] != MARK]
+    if others:
+        raise RankError(f"{named(others)} runs something else than rank {rank()}: {REMEDY}")
+    kinds, lengths = heads[:, 1], heads[:, 2].tolist()
+    if max(lengths) > FRAME - HEAD:
+        padded = np.zeros((1, max(lengths)), np.uint8)
+        padded[0, : len(data)] = np.frombuffer(data, np.uint8)
+        rows = _all_gather(padded)
+    else:
+        rows = rows[:, HEAD:]
+    parts = [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+    if FAILED in kinds:
+        texts = zip(kinds, parts, strict=True)
+        raise Failed([part.decode() if own == FAILED else "" for own, part in texts])
+    if len(set(kinds)) > 1:
+        raise RankError("the ranks are not at the same step: please report this")
+    return parts
+
+
+def _frame(kind: int, data: bytes) -> np.ndarray:
+    """The header, and the data if it is short: one exchange is then enough, (1, FRAME)."""
+    frame = np.zeros((1, FRAME), np.uint8)
+    frame[0, :HEAD] = np.array([MARK, kind, len(data)], np.int64).view(np.uint8)
+    if len(data) <= FRAME - HEAD:
+        frame[0, HEAD : HEAD + len(data)] = np.frombuffer(data, np.uint8)
+    return frame
+
+
+def _flat(tree: Any) -> list[tuple[str, mx.array]]:
+    leaves = tree_flatten(tree)
+    assert isinstance(leaves, list)
+    return leaves
+
+
+def _all_gather(row: np.ndarray) -> np.ndarray:
+    gather = mx.distributed.all_gather(mx.array(row), group=group(), stream=mx.cpu)
+    return np.array(_evaluated(gather))
+
+
+def _all_sum(array: mx.array) -> mx.array:
+    return _evaluated(mx.distributed.all_sum(array, group=group(), stream=mx.cpu))
+
+
+def _evaluated(array: mx.array) -> mx.array:
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        raise RankError(
+            f"rank {rank()} lost another rank ({error}): what that one printed last says why"
+        ) from error
+    return array

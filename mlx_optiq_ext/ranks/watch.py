@@ -1,0 +1,84 @@
+"""Ends this process when the other ranks cannot be waited for any longer.
+
+A collective that waits inside MLX cannot be interrupted from Python: all that is left is to say why
+and to leave. ``mlx.launch`` then ends the other ranks.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+#: Seconds that the other ranks have to answer where they should be there at once.
+LIMIT = 25.0
+
+
+@contextmanager
+def within(seconds: float, message: Callable[[], str]) -> Iterator[None]:
+    """Print a message and end this process if the block takes longer than some seconds."""
+    timer = threading.Timer(seconds, lambda: leave(message()))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+#: Waits for the end of its input, which comes with that of its parent at the latest.
+GUARD = """
+import os, select, signal, sys, time
+seconds, message, parent = sys.argv[1:]
+if not select.select([0], [], [], float(seconds))[0]:
+    print(f"[optiq] error: {message}", file=sys.stderr, flush=True)
+    time.sleep(0.3)
+    os.kill(int(parent), signal.SIGKILL)
+"""
+
+
+@contextmanager
+def guarded(seconds: float, message: str) -> Iterator[None]:
+    """As `within`, for calls into MLX that keep Python's other threads from running."""
+    python = [sys.executable, "-I", "-S", "-c", GUARD]
+    words = [*python, str(seconds), message, str(os.getpid())]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
+        yield
+
+
+def leave(message: str, status: int = 2) -> None:
+    """End this process at once, whatever its other threads wait for."""
+    print(f"[optiq] error: {message}", file=sys.stderr, flush=True)
+    time.sleep(0.3)  # older launchers do not read what a process says last
+    os._exit(status)
+
+
+def explain_termination(message: str) -> None:
+    """Print a message when SIGTERM ends this process, unless somebody handles that signal already.
+
+    ``mlx.launch`` sends it to all ranks as soon as one fails, also to those inside MLX, which a
+    handler in Python would keep waiting. So a thread listens for it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    if previous != -1:
+        signal.set_wakeup_fd(previous)
+        return
+
+    def listen() -> None:
+        with reader, writer:
+            while received := reader.recv(1):
+                if received[0] == signal.SIGTERM:
+                    leave(message, 128 + signal.SIGTERM)
+
+    threading.Thread(target=listen, name="optiq-sigterm", daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: None)

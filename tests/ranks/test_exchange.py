@@ -1,0 +1,65 @@
+"""What ranks hand each other, in processes that mlx.launch starts."""
+
+import mlx.core as mx
+import pytest
+
+from mlx_optiq_ext import ranks
+
+EXCHANGES = """
+import mlx.core as mx
+from mlx_optiq_ext import ranks
+
+rank, size = ranks.rank(), ranks.size()
+ranks.agree(config=[1, 2])
+shares = ranks.gathered(ranks.share(range(7)))
+assert sorted(item for part in shares for item in part) == list(range(7))
+assert max(map(len, shares)) - min(map(len, shares)) <= 1
+assert ranks.gathered("x" * 5000 * rank) == ["x" * 5000 * n for n in range(size)]  # beyond a frame
+assert ranks.total(rank / 3) == sum(n / 3 for n in range(size))
+assert ranks.broadcast(rank, size - 1) == size - 1
+assert ranks.first(lambda: rank) == 0
+
+large = mx.full((600, 600), float(rank))
+found = ranks.summed({"large": large, "small": [mx.full((2, 3), rank + 0.5), mx.array([rank])]})
+counts = size * (size - 1) // 2
+assert found["large"].shape == (600, 600)
+assert mx.all(found["large"] == counts)
+assert found["small"][0].tolist() == [[counts + size / 2] * 3] * 2
+assert found["small"][1].tolist() == [counts]
+
+owner = size - 1
+halves = mx.array([owner, -0.0, float("nan")], mx.bfloat16)
+given = (halves, mx.array([[2**32 - 1 - rank]], mx.uint32))
+arrived, codes = ranks.handed(given if rank == owner else (), owner)
+assert arrived.dtype == mx.bfloat16 and codes.dtype == mx.uint32
+assert arrived.view(mx.uint16).tolist() == halves.view(mx.uint16).tolist()
+assert codes.tolist() == [[2**32 - 1 - owner]]
+assert ranks.handed(mx.array(7 if rank == owner else 0), owner).item() == 7
+print(f"rank {rank} of {size} is done")
+"""
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_is_handed_out_arrives_on_every_rank(launch, count):
+    done = launch(count, "-c", EXCHANGES)
+    assert done.stdout.count("is done") == count, done.stdout + done.stderr
+
+
+def test_alone_everything_comes_back_as_it_is():
+    array = mx.zeros((2, 2))
+    assert ranks.size() == 1
+    assert ranks.leads()
+    assert ranks.share([1, 2, 3]) == [1, 2, 3]
+    assert ranks.gathered(array)[0] is array
+    assert ranks.summed(array) is array
+    assert ranks.handed(array, 0) is array
+    assert ranks.first(lambda: array) is array
+    ranks.agree(anything=object())
+
+
+def test_an_error_alone_is_the_same_error():
+    error = ValueError("mine")
+    with pytest.raises(ValueError, match="mine") as raised, ranks.together():
+        raise error
+    assert raised.value is error
+    assert not ranks.told(error)

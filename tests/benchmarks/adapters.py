@@ -33,7 +33,7 @@ def make(model: str, folder: Path, count: int, rank: int) -> list[Path]:
     loaded = mlx_lm.load(model)[0]
     parameters = {"rank": rank, "scale": 2.0, "dropout": 0.0, "keys": KEYS}
     linear_to_lora_layers(loaded, 999, parameters)
-    flat = dict(tree_flatten(loaded.parameters()))  # pyright: ignore[reportArgumentType]
+    flat: dict[str, mx.array] = dict(tree_flatten(loaded.parameters()))  # pyright: ignore[reportArgumentType]
     config = {"fine_tune_type": "lora", "num_layers": 999, "lora_parameters": parameters}
     made = []
     for index in range(count):

@@ -35,8 +35,8 @@ METHODS = {
     "by_bits": ("by_bits", False),
     "by_kl": ("by_kl", False),
     "residual": ("constant", True),
-    "by_bits, residual": ("by_bits", True),
-    "by_kl, residual": ("by_kl", True),
+    "by_bits + residual": ("by_bits", True),
+    "by_kl + residual": ("by_kl", True),
 }
 
 

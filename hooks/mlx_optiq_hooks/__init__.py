@@ -24,7 +24,6 @@ def tables() -> tuple[Patch, ...]:
         perplexity,
         server,
         server_adapters,
-        server_start,
         trainer,
         tuner_utils,
         utils,
@@ -39,7 +38,6 @@ def tables() -> tuple[Patch, ...]:
         *generate.PATCHES,
         *server.PATCHES,
         *server_adapters.PATCHES,
-        *server_start.PATCHES,  # around the others of this module
         *perplexity.PATCHES,
         *tuner_utils.PATCHES,
         *lora.PATCHES,

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from mlx_optiq_ext.errors import OptiqError
 
-from . import session
+from . import server, session
 from .patch import Patch, bind
 
 
@@ -19,6 +19,7 @@ def _serving():
     return options if getattr(options, "catalogue", None) is not None else None
 
 
+@server.ending
 def load(wrapped, instance, args, kwargs):
     result = wrapped(*args, **kwargs)
     options = _serving()

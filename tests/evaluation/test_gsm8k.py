@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from live_server import write_exact
 
 from mlx_optiq_ext import evaluation
 from mlx_optiq_ext.errors import InputError, UnsupportedError
@@ -89,7 +90,8 @@ def test_two_hundred_answers_are_scored_as_lm_eval_scores_them(tiny, tmp_path, m
 
 def test_a_toy_answers_end_to_end_and_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
     write(tmp_path / "test.jsonl", 4)
-    model = evaluation.subject(str(tiny))
+    # Half precision is slow on a CPU, and eight examples are a long prompt.
+    model = evaluation.subject(str(write_exact(tiny, tmp_path / "exact")))
     settings = evaluation.Settings(
         data=tmp_path / "test.jsonl", limit=2, max_tokens=4, batch_size=1, progress=False
     )

@@ -6,6 +6,7 @@
 
 #define GLOBAL
 #define LOCAL
+#define SHARED static
 #define CONSTANT
 #define INLINE inline
 #define BARRIER lockstep::meet(lockstep::block)
@@ -78,12 +79,13 @@ inline void multiply_add(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, 
   });
 }
 
-inline float from_lane(float x, int distance) {
-  int other = lockstep::lane() ^ distance;
+inline float of_lane(float x, int other) {
   return lockstep::exchange({lockstep::same_bits<uint32_t>(x)}, [=](uint32_t (*all)[8]) {
     return lockstep::same_bits<float>(all[other][0]);
   });
 }
+
+inline float from_lane(float x, int distance) { return of_lane(x, lockstep::lane() ^ distance); }
 
 inline bool any_lane(bool x) {
   return lockstep::exchange({x}, [](uint32_t (*all)[8]) {

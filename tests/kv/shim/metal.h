@@ -10,6 +10,7 @@
 #define threadgroup static
 #define GLOBAL device
 #define LOCAL thread
+#define SHARED static
 #define CONSTANT constant
 #define INLINE inline
 #define BARRIER lockstep::meet(lockstep::block)

@@ -1,6 +1,7 @@
 // What shared.h and decode.cu need of CUDA: names, and instructions that C++ has no words for.
 #define GLOBAL
 #define LOCAL
+#define SHARED __shared__
 #define CONSTANT
 #define INLINE __device__ __forceinline__
 #define BARRIER __syncthreads()
@@ -61,4 +62,5 @@ INLINE void multiply_add(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, 
 }
 
 INLINE float from_lane(float x, int distance) { return __shfl_xor_sync(~0u, x, distance); }
+INLINE float of_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 INLINE bool any_lane(bool x) { return __any_sync(~0u, x); }

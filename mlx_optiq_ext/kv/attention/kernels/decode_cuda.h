@@ -26,9 +26,10 @@ constexpr int V_CHUNK = V_GROUP / 8, V_GROUPS = V_DIM / V_GROUP, V_WIDTH = V_DIM
 constexpr int V_TILES = V_DIM / 16, STEPS = K_DIM / 16, STEPS_OF_GROUP = K_GROUP / 16;
 constexpr float SUBNORMAL = 16777216.0f;
 constexpr float K_UNIT = K_CODEBOOK ? 1.0f : SUBNORMAL, V_UNIT = V_CODEBOOK ? 1.0f : SUBNORMAL;
-// Rows of the output in shared memory: the padding keeps lanes off each other's banks.
-constexpr int V_STRIDE = V_DIM + 4;
-constexpr bool HELD = TILES * K_DIM <= 256;  // queries stay in registers
+// The warps' outputs meet in shared memory, so many codes of a lane at a time; the padding keeps lanes
+// off each other's banks.
+constexpr int V_PARTS = V_DIM > 128 ? 2 : 1, V_CODES = V_DIM / 8 / V_PARTS;
+constexpr int PART_STRIDE = 8 * V_CODES + 4;
 
 // The bit of its half at which the i-th of four codes is left: ten bits of a half are a number, so
 // that only what lies above has to be shifted.
@@ -151,19 +152,20 @@ INLINE void load_values(Vectors& out, const S& in, int start, int quad, int part
   out.load(in, start, quad, quad, [=](int r) { return 2 * part + (r & 1) + 8 * (r >> 1); });
 }
 
-// The queries' share of a product, in the order in which pairs_of puts the keys.
-INLINE void query_pair(const float* row, int step, int part, uint* out) {
-  int group = step / STEPS_OF_GROUP, inside = step % STEPS_OF_GROUP;
-  int first = group * K_GROUP + part * K_CHUNK + inside / 2 * 8 + inside % 2 * 2;
+// The queries' share of a product, out of a lane's part of a group, in the order in which pairs_of
+// puts the keys.
+INLINE void query_pair(const float* chunk, int step, uint* out) {
+  int first = step / 2 * 8 + step % 2 * 2;
+#pragma unroll
   for (int i = 0; i < 2; i++) {
-    float unit = 1.0f / (1 << place_of(K_BITS, K_CODEBOOK, inside % 2 * 2 + i));
-    out[i] = halves_of(unit * row[first + i], unit * row[first + i + 4]);
+    float unit = 1.0f / (1 << place_of(K_BITS, K_CODEBOOK, step % 2 * 2 + i));
+    out[i] = halves_of(unit * chunk[first + i], unit * chunk[first + i + 4]);
   }
 }
 
 // Scores of sixteen tokens, in units of K_UNIT: [tile][token, token + 8][query, query + 1].
-template <typename Q>
-INLINE void score(float (*out)[4], const Keys& keys, Q query, const float (*sums)[2]) {
+INLINE void score(
+    float (*out)[4], const Keys& keys, const uint (*query)[STEPS][2], const float (*sums)[2]) {
 #pragma unroll
   for (int n = 0; n < TILES; n++)
     for (int i = 0; i < 4; i++) out[n][i] = 0.0f;
@@ -182,8 +184,7 @@ INLINE void score(float (*out)[4], const Keys& keys, Q query, const float (*sums
       for (int s = 0; s < 2; s++)
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
-          uint q[2];
-          query(n, g * STEPS_OF_GROUP + 2 * u + s, q);
+          const uint* q = query[n][g * STEPS_OF_GROUP + 2 * u + s];
           multiply_add(
               found[n], pairs[0][2 * s], pairs[1][2 * s], pairs[0][2 * s + 1], pairs[1][2 * s + 1],
               q[0], q[1]);
@@ -257,20 +258,21 @@ struct Flag {
   enum { value = VALUE };
 };
 
-// This warp's tiles, every WARPS-th of a split's: `output` and `state` are the sums so far.
-template <bool DENSE, typename Q, typename M>
+// This warp's tiles, every WARPS-th of a split's: `output` and `state` are the sums so far. `prepare`
+// fills `query` and `sums`.
+template <bool DENSE, typename P, typename M>
 INLINE void attend(
     const Source<DENSE, K_WIDTH, K_GROUPS>& keys, const Source<DENSE, V_WIDTH, V_GROUPS>& values,
-    Q query, const float (*sums)[2], M mask, int tile, int stop, int tokens,
-    float (*output)[V_TILES][4], Softmax (*state)[2]) {
+    P prepare, const uint (*query)[STEPS][2], const float (*sums)[2], M mask, int tile, int stop,
+    int tokens, float (*output)[V_TILES][4], Softmax (*state)[2]) {
   const int lane = threadIdx.x % 32, quad = lane / 4, part = lane % 4;
-  if (tile >= stop) return;
   // The last tile lies further back than the others would have it, rather than over the end.
   auto start_of = [=](int tile) { return min(16 * tile, tokens - 16); };
   Keys key_tile;
   Vectors value_tile;
   load_keys(key_tile, keys, start_of(tile), quad, part);
   load_values(value_tile, values, start_of(tile), quad, part);
+  prepare();
   for (; tile < stop; tile += WARPS) {
     int start = start_of(tile), next = start_of(min(tile + WARPS, stop - 1));
     float scores[TILES][4];

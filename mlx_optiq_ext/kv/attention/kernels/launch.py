@@ -93,8 +93,8 @@ def attend(
     )
     return call.combine(
         inputs=[states, parts, queries if sinks is None else sinks.astype(mx.float32)],
-        grid=(call.dim, heads * call.rows, batch),
-        threadgroup=(call.dim, 1, 1),
+        grid=(call.joiners * call.dim, heads * call.rows, batch),
+        threadgroup=(call.joiners * call.dim, 1, 1),
         output_shapes=[(batch, query_heads, length, call.dim)],
         output_dtypes=[out],
     )[0]
@@ -125,6 +125,7 @@ class _Call:
 
     rows: int
     chunks: int
+    joiners: int
     dim: int
     decode: Callable[..., list[mx.array]]
     combine: Callable[..., list[mx.array]]
@@ -163,7 +164,7 @@ def _call(
             (COMBINE, combine(family, platform)),
         )
     ]
-    return _Call(family.rows, family.chunks, family.values.dim, *kernels)
+    return _Call(family.rows, family.chunks, family.joiners, family.values.dim, *kernels)
 
 
 def _side(format: AnyFormat, width: int) -> Side:

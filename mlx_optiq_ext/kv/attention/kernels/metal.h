@@ -5,6 +5,7 @@ using namespace metal;
 
 #define GLOBAL device
 #define LOCAL thread
+#define SHARED threadgroup
 #define CONSTANT constant
 #define INLINE inline
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)

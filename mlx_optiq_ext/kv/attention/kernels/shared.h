@@ -1,6 +1,6 @@
 // Arithmetic that the CUDA and the Metal kernel have in common. The text before it defines GLOBAL (a
-// pointer to device memory), LOCAL (one to a thread's own memory), INLINE, exp2_fast and the
-// constants of the shape family.
+// pointer to device memory), LOCAL (one to a thread's own memory), SHARED (memory of a block),
+// INLINE, exp2_fast and the constants of the shape family.
 
 enum { MASK_NONE = 0, MASK_CAUSAL = 1, MASK_BOOL = 2, MASK_ADDED = 3 };
 
@@ -78,22 +78,28 @@ INLINE float masked(
   return score;
 }
 
-// Joins the partial results of one row over all splits of the sequence, for one element of the
-// output. `states` holds a maximum and a sum for each split, `parts` an output that is not divided.
-// (P is a pointer: in Metal small arrays lie elsewhere than large ones.)
-template <int DIM, typename P, typename Q>
+// What one thread joins of a row's partial results, for one element of the output: of every
+// STRIDE-th split from `first` on. `states` holds a maximum and a sum for each split, `parts` an
+// output that is not divided. (P is a pointer: in Metal small arrays lie elsewhere than large ones.)
+// Reads are four at a time, so that they wait together.
+template <int STRIDE, int DIM, typename P, typename Q>
 INLINE float combined(
-    P states, Q parts, int splits, int rows, int element, float sink, bool has_sink) {
-  float maximum = has_sink ? sink * LOG2E : LOWEST;
-  for (int s = 0; s < splits; s++) {
-    float found = states[2 * s * rows];
-    maximum = found > maximum ? found : maximum;
+    P states, Q parts, int first, int splits, int rows, int element, LOCAL Softmax& state) {
+  float output = 0.0f;
+  for (int start = first; start < splits; start += 4 * STRIDE) {
+    float maxima[4], sums[4], values[4];
+    for (int i = 0; i < 4; i++) {
+      int s = start + i * STRIDE;
+      bool there = s < splits;
+      long place = (long)(there ? s : first) * rows;
+      maxima[i] = there ? states[2 * place] : LOWEST;
+      sums[i] = there ? states[2 * place + 1] : 0.0f;
+      values[i] = there ? parts[place * DIM + element] : 0.0f;
+    }
+    for (int i = 0; i < 4; i++) {
+      float factor_, factor = state.join(maxima[i], sums[i], factor_);
+      output = output * factor + values[i] * factor_;
+    }
   }
-  float sum = has_sink ? exp2_fast(sink * LOG2E - maximum) : 0.0f, output = 0.0f;
-  for (int s = 0; s < splits; s++) {
-    float factor = exp2_fast(states[2 * s * rows] - maximum);
-    sum += factor * states[2 * s * rows + 1];
-    output += factor * parts[(long)s * rows * DIM + element];
-  }
-  return sum > 0.0f ? output / sum : 0.0f;
+  return output;
 }

@@ -90,6 +90,11 @@ class Family:
         """Blocks that share a key/value head's queries; one unless there are many."""
         return -(-self.rows // (TILE * self.tiles))
 
+    @property
+    def joiners(self) -> int:
+        """Threads that share an element of the output when the splits are joined."""
+        return min(8, 1024 // self.values.dim)
+
 
 def decode(family: Family, platform: str) -> tuple[str, str]:
     """Header and body of the kernel that attends to one split of the sequence."""
@@ -115,6 +120,7 @@ def constants(family: Family, platform: str) -> str:
         "CHUNKS": family.chunks,
         "MASK": MASKS[family.mask],
         "WARPS": WARPS,
+        "JOINERS": family.joiners,
         "SINKS": int(family.sinks),
     }
     lines = [

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from .patch import Patch, bind
+from .patch import Patch
 
 
 @functools.cache
@@ -15,6 +15,14 @@ def attention_backends() -> tuple[Any, ...]:
     return tuple(backend for backends in found for backend in backends)
 
 
+@functools.cache
+def _names(function: Any) -> tuple[str, ...]:
+    """Of its parameters: to bind them anew at every layer of every token would take longer."""
+    import inspect
+
+    return tuple(inspect.signature(function).parameters)
+
+
 def scaled_dot_product_attention(wrapped, instance, args, kwargs):
     # The hottest of all wrappers: two look-ups decide for everyone who has no KV plan.
     keys = args[1] if len(args) > 1 else kwargs["keys"]
@@ -23,7 +31,7 @@ def scaled_dot_product_attention(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.kv import attention
 
-    call = bind(wrapped, args, kwargs)
+    call = dict(zip(_names(wrapped), args, strict=False)) | kwargs
     # Which cache it came from does not matter: what is packed knows its own format.
     call.pop("cache", None)
     return attention(**call, backends=attention_backends())

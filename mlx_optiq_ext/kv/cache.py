@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..turboquant.format import TurboFormat
 from .packed import AnyFormat, Format, Packed
+from .packing import parts_of
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
@@ -59,9 +60,10 @@ class PackedKVCache:
             self.keys_format = self.keys_format.fitted(keys.shape[-1])
         if self.values_format is not None:
             self.values_format = self.values_format.fitted(values.shape[-1])
-        parts = zip(_parts(keys, self.keys_format), _parts(values, self.values_format), strict=True)
+        parts = parts_of(keys, values, self.keys_format, self.values_format)
         fetched = [
-            plane.update_and_fetch(*pair) for plane, pair in zip(self.planes, parts, strict=True)
+            plane.update_and_fetch(*pair)
+            for plane, pair in zip(self.planes, zip(*parts, strict=True), strict=True)
         ]
         return self._views(fetched)
 
@@ -247,16 +249,6 @@ def _restored(state: Any, first: Any) -> Any:
 
 def _is_rows(array: Any) -> bool:
     return isinstance(array, mx.array) and array.ndim == 4
-
-
-def _parts(array: mx.array, format: AnyFormat | None) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes, scales and biases; of an array that stays as it is, itself and two of no width.
-
-    mlx-lm's batches give keys and values one type, so its bits are taken for codes.
-    """
-    if format is not None:
-        return format.pack(array)
-    return array.view(mx.uint32), array[..., :0], array[..., :0]
 
 
 def _view(parts: tuple[mx.array, ...], format: AnyFormat | None, dense: bool) -> Any:

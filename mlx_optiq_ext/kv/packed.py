@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import mlx.core as mx
@@ -31,6 +32,7 @@ class Format:
     group_size: int | None = None
     rotated: bool = False
 
+    @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, dim: int) -> "Format":
         """The same with a group size that divides ``dim``.
 

@@ -30,13 +30,20 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     Returns:
         Codes, scales and biases, each (..., length, its own width).
     """
-    if bits not in COVERED or not array.size:
+    share = share_of(bits, group_size)
+    if share is None or not array.size:
         return _plain(array, bits, group_size)
-    # A longer group has its extremes further out.
-    share = COVERED[bits] - 0.05 * math.log2(group_size / 64)
     if array.shape[-2] > FEW:
         return _searched(array, share, bits, group_size)
     return _clipped(array, share, bits, group_size)
+
+
+def share_of(bits: int, group_size: int) -> float | None:
+    """Share of a group's range that codes cover best; None for widths that are not fitted."""
+    if bits not in COVERED:
+        return None
+    # A longer group has its extremes further out.
+    return min(COVERED[bits] - 0.05 * math.log2(group_size / 64), 1.0)
 
 
 def _plain(array: mx.array, bits: int, group_size: int) -> Parts:

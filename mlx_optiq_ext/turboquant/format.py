@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import mlx.core as mx
 
@@ -25,6 +26,7 @@ class TurboFormat:
     seed: int = 0
     group_size: int | None = None
 
+    @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, dim: int) -> "TurboFormat":
         """The same for vectors of ``dim``.
 

@@ -35,14 +35,15 @@ def choose(
     """The function that attends on a backend, for a call of this kind."""
     if name == "cpu":
         return blocks.attend
-    if _has_kernel(name) and kernels.supports(queries, keys, values, mask):
+    if has_kernel(name) and kernels.supports(queries, keys, values, mask):
         return partial(kernels.attend, name)
     if name == "metal" and queries.shape[2] <= DECODING and composed.supports(keys, values):
         return composed.attend
     return fused.attend
 
 
-def _has_kernel(name: str) -> bool:
+def has_kernel(name: str) -> bool:
+    """Whether a GPU backend runs kernels of our own."""
     if name == "cuda":
         return _tensor_cores()
     # The Metal kernel was never timed, so that it waits to be asked for.

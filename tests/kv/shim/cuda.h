@@ -17,6 +17,7 @@ typedef lockstep::bfloat16 __nv_bfloat16;
 typedef _Float16 __half;
 using std::max;
 using std::min;
+using std::rint;
 
 struct uint2 {
   uint x, y;
@@ -86,6 +87,16 @@ inline float of_lane(float x, int other) {
 }
 
 inline float from_lane(float x, int distance) { return of_lane(x, lockstep::lane() ^ distance); }
+
+inline float sum_of_lanes(float x) {
+  for (int d = 1; d < 32; d *= 2) x += from_lane(x, d);
+  return x;
+}
+inline float min_of_lanes(float x) {
+  for (int d = 1; d < 32; d *= 2) x = min(x, from_lane(x, d));
+  return x;
+}
+inline float max_of_lanes(float x) { return -min_of_lanes(-x); }
 
 inline bool any_lane(bool x) {
   return lockstep::exchange({x}, [](uint32_t (*all)[8]) {

@@ -20,6 +20,7 @@ typedef lockstep::bfloat16 bfloat16_t;
 typedef _Float16 half;
 using std::max;
 using std::min;
+using std::rint;
 
 struct uint3 {
   uint x, y, z;
@@ -42,10 +43,21 @@ void read_words(uint* out, const uint* in) {
   for (int i = 0; i < N; i++) out[i] = in[i];
 }
 
-inline float simd_sum(float x) {
-  return lockstep::exchange({lockstep::same_bits<uint32_t>(x)}, [](uint32_t (*all)[8]) {
-    float sum = 0;
-    for (int i = 0; i < 32; i++) sum += lockstep::same_bits<float>(all[i][0]);
-    return sum;
+template <typename Join>
+float of_lanes(float x, Join join) {
+  return lockstep::exchange({lockstep::same_bits<uint32_t>(x)}, [=](uint32_t (*all)[8]) {
+    float found = lockstep::same_bits<float>(all[0][0]);
+    for (int i = 1; i < 32; i++) found = join(found, lockstep::same_bits<float>(all[i][0]));
+    return found;
   });
 }
+inline float sum_of_lanes(float x) {
+  return of_lanes(x, [](float a, float b) { return a + b; });
+}
+inline float min_of_lanes(float x) {
+  return of_lanes(x, [](float a, float b) { return min(a, b); });
+}
+inline float max_of_lanes(float x) {
+  return of_lanes(x, [](float a, float b) { return max(a, b); });
+}
+inline float simd_sum(float x) { return sum_of_lanes(x); }

@@ -62,5 +62,14 @@ INLINE void multiply_add(float* c, uint a0, uint a1, uint a2, uint a3, uint b0, 
 }
 
 INLINE float from_lane(float x, int distance) { return __shfl_xor_sync(~0u, x, distance); }
+INLINE float sum_of_lanes(float x) {
+  for (int d = 1; d < 32; d *= 2) x += from_lane(x, d);
+  return x;
+}
+INLINE float min_of_lanes(float x) {
+  for (int d = 1; d < 32; d *= 2) x = min(x, from_lane(x, d));
+  return x;
+}
+INLINE float max_of_lanes(float x) { return -min_of_lanes(-x); }
 INLINE float of_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 INLINE bool any_lane(bool x) { return __any_sync(~0u, x); }

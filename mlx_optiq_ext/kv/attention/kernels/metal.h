@@ -16,3 +16,7 @@ template <int N>
 inline void read_words(thread uint* out, device const uint* in) {
   for (int i = 0; i < N; i++) out[i] = in[i];
 }
+
+inline float sum_of_lanes(float x) { return simd_sum(x); }
+inline float min_of_lanes(float x) { return simd_min(x); }
+inline float max_of_lanes(float x) { return simd_max(x); }

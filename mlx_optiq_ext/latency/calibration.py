@@ -9,26 +9,31 @@ import mlx.nn as nn
 from .chips import Chip
 from .roofline import MATMUL
 
-#: Bytes of the weights that the bandwidth is measured over: more than any cache holds.
-READ_BYTES = 1 << 30
+#: Bytes of the weights that each rate is measured over: more than any cache holds. A CPU unpacks
+#: weights so slowly that fewer do.
+READ_BYTES, CPU_READ_BYTES = 1 << 30, 1 << 26
+#: Widths of packed weights whose rates are measured beside that of unpacked ones.
+BITS, GROUP = (2, 4, 8), 64
+#: Shape of a product's weights: large enough for a fast GPU to outlast its launch.
+ROWS, COLUMNS = 16384, 4096
 #: Kernels in the chain that the launch cost is measured over.
 CHAIN = 300
 #: Rows of the square product that the arithmetic is measured with.
-SIDE = 4096
+SIDE, CPU_SIDE = 4096, 1024
 REPEATS = 5
 
 
 def calibrate(
     *,
-    read_bytes: int = READ_BYTES,
+    read_bytes: int | None = None,
     chain: int = CHAIN,
-    side: int = SIDE,
+    side: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Chip:
     """Measure bandwidth, launch cost and arithmetic of MLX's default device.
 
     Args:
-        read_bytes: Bytes of packed weights to read.
+        read_bytes: Of weights to read at each width; by default more than any cache holds.
         chain: Kernels in the dependent chain.
         side: Rows and columns of the product.
         clock: Seconds.
@@ -37,18 +42,31 @@ def calibrate(
         A chip whose ``launch_us`` is set: its numbers are taken as they are, without a family's
         efficiency. The best of a few runs counts.
     """
-    family = "nvidia" if _cuda() else "apple"
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    read_bytes = read_bytes or (CPU_READ_BYTES if on_cpu else READ_BYTES)
+    side = side or (CPU_SIDE if on_cpu else SIDE)
+    cuda = _cuda()
+    family = "nvidia" if cuda else "apple"
     launch = _launch_seconds(chain, clock)
-    rate = _bytes_per_second(read_bytes, launch, clock)
+    # MLX's CUDA back end launches ahead of what runs.
+    shown = 0.0 if cuda else launch
+    element = 8 * _dtype().size
+    rates = {
+        bits + 2 * element / GROUP: _bytes_per_second(read_bytes, shown, clock, bits)
+        for bits in BITS
+    }
+    rates[element] = _bytes_per_second(read_bytes, shown, clock)
     flops = _flops(side, clock)
     return Chip(
         id="this-machine",
         name=_device_name(),
         family=family,
-        bandwidth_gbs=round(rate / 1e9, 3),
+        bandwidth_gbs=round(rates[element] / 1e9, 3),
         # The roofline takes a family's share of the peak for a prompt's products.
         tflops=round(flops / MATMUL[family] / 1e12, 4),
         launch_us=round(launch * 1e6, 3),
+        rates_gbs=tuple((bits, round(rate / 1e9, 3)) for bits, rate in rates.items()),
+        overlapped=cuda,
         source="measured by --optiq-calibrate-chip",
     )
 
@@ -56,8 +74,10 @@ def calibrate(
 def summary(chip: Chip) -> str:
     """What was measured, on one line."""
     assert chip.launch_us is not None
+    packed = ", ".join(f"{rate:.1f} at {bits:g} bits" for bits, rate in chip.rates_gbs[:-1])
     return (
-        f"[optiq] {chip.name}: {chip.bandwidth_gbs:.1f} GB/s, {chip.launch_us:.2f} us a kernel, "
+        f"[optiq] {chip.name}: {chip.bandwidth_gbs:.1f} GB/s ({packed} per weight), "
+        f"{chip.launch_us:.2f} us a kernel, "
         f"{chip.tflops * MATMUL[chip.family]:.2f} TFLOP/s in a prompt's products"
     )
 
@@ -90,30 +110,26 @@ def _best(run: Callable[[], None], clock: Callable[[], float]) -> float:
     return max(min(times), 1e-9)
 
 
-def _bytes_per_second(read_bytes: int, launch: float, clock: Callable[[], float]) -> float:
-    """Over one-row products with many weights, as decoding reads them."""
-    rows, columns = 4096, 4096
-    dtype = _dtype()
-    packed = dtype != mx.float32  # a CPU reads plain weights
-    size = rows * columns * (4.5 / 8 if packed else 4)
-    weights = []
-    for _ in range(max(1, round(read_bytes / size))):
-        weight = mx.random.normal((rows, columns)).astype(dtype)
-        weights.append(mx.quantize(weight, group_size=64, bits=4) if packed else (weight,))
-        mx.eval(weights[-1])
-    vector = mx.random.normal((1, columns)).astype(dtype)
+def _bytes_per_second(
+    read_bytes: int, launch: float, clock: Callable[[], float], bits: int | None = None
+) -> float:
+    """Over one-row products with many weights, packed or not, as decoding reads them."""
+    vector = mx.random.normal((1, COLUMNS)).astype(_dtype())
+    weights, size = [], 0
+    while not weights or size < read_bytes:
+        weight = mx.random.normal((min(ROWS, read_bytes // 1024), COLUMNS)).astype(_dtype())
+        parts = (weight,) if bits is None else mx.quantize(weight, group_size=GROUP, bits=bits)
+        mx.eval(parts)
+        weights.append(parts)
+        size += sum(part.nbytes for part in parts)
 
-    def run() -> None:
-        value = vector
-        for weight in weights:
-            if packed:
-                value = mx.quantized_matmul(value, *weight, group_size=64, bits=4) * 1e-2
-            else:
-                value = value @ weight[0].T
-        mx.eval(value)
+    def product(parts: tuple[mx.array, ...]) -> mx.array:
+        if bits is None:
+            return vector @ parts[0].T
+        return mx.quantized_matmul(vector, *parts, group_size=GROUP, bits=bits)
 
-    spent = _best(run, clock) - launch * len(weights) * (2 if packed else 1)
-    return size * len(weights) / max(spent, 1e-9)
+    spent = _best(lambda: mx.eval([product(parts) for parts in weights]), clock)
+    return size / max(spent - launch * len(weights), 1e-9)
 
 
 def _launch_seconds(chain: int, clock: Callable[[], float]) -> float:

@@ -35,6 +35,10 @@ class Chip:
         gpu_cores: Of Apple's chips.
         launch_us: Measured microseconds a kernel costs besides its memory traffic; None to take the
             family's. Where it is given, ``bandwidth_gbs`` and ``tflops`` are what was measured.
+        rates_gbs: Measured pairs of stored bits per weight and the 1e9 bytes a second that products
+            with such weights read: unpacking may cost more than reading.
+        overlapped: Whether kernels are launched while others run, so that only what outlasts them
+            counts.
         source: Where the numbers come from.
     """
 
@@ -47,6 +51,8 @@ class Chip:
     dies: int = 1
     gpu_cores: int | None = None
     launch_us: float | None = None
+    rates_gbs: tuple[tuple[float, float], ...] = ()
+    overlapped: bool = False
     source: str = ""
 
     @property
@@ -106,6 +112,9 @@ def read_chip(path: Path) -> Chip:
         _check_positive(path, name, value.get(name))
     if value.get("launch_us") is not None:
         _check_positive(path, "launch_us", value["launch_us"])
+    value["rates_gbs"] = _read_rates(path, value.get("rates_gbs", []))
+    if not isinstance(value.get("overlapped", False), bool):
+        raise InputError(f"{path}: overlapped {value['overlapped']!r} is neither true nor false")
     for name in ("generation", "dies"):
         if not isinstance(value.get(name, 1), int):
             raise InputError(f"{path}: {name} {value[name]!r} is not a whole number")
@@ -116,6 +125,15 @@ def _check_positive(path: Path, name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise InputError(f"{path}: {name} {value!r} is not a number above 0")
+
+
+def _read_rates(path: Path, value: Any) -> tuple[tuple[float, float], ...]:
+    if not isinstance(value, list) or not all(isinstance(v, list) and len(v) == 2 for v in value):
+        raise InputError(f"{path}: rates_gbs must be a list of pairs, bits per weight and GB/s")
+    for pair in value:
+        for number in pair:
+            _check_positive(path, "rates_gbs", number)
+    return tuple(sorted((float(bits), float(rate)) for bits, rate in value))
 
 
 def write_chip(path: Path, chip: Chip) -> None:

@@ -41,9 +41,11 @@ class Efficiency:
     recurrent_launches: float
     nvidia_recurrent_launches: float
 
-    def bytes_per_second(self, chip: Chip) -> float:
-        """What a chip's kernels read per second."""
+    def bytes_per_second(self, chip: Chip, bits: float | None = None) -> float:
+        """What a chip's kernels read per second, of weights with so many stored bits each."""
         peak = chip.bandwidth_gbs * 1e9
+        if bits is not None and chip.rates_gbs:
+            return 1e9 * float(np.interp(bits, *zip(*chip.rates_gbs, strict=True)))
         if chip.measured:
             return peak
         factor = self.two_dies if chip.dies > 1 else 1.0

@@ -1,10 +1,12 @@
 """Predicted speed and memory of a model on a chip.
 
 Each operator takes as long as its bytes at the bandwidth a chip reaches or its arithmetic at the
-FLOP/s it reaches, whichever is longer, and each kernel a launch. Source: Williams, Waterman,
-Patterson, "Roofline" (2009), with the launch term of `efficiency`.
+FLOP/s it reaches, whichever is longer, and each kernel a launch, which some machines hide behind
+other kernels' work. Source: Williams, Waterman, Patterson, "Roofline" (2009), with the launch term
+of `efficiency`.
 """
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -123,14 +125,15 @@ class Demand:
     """What one decode step asks of a chip.
 
     Attributes:
-        products: Bytes read, FLOP done and how many operators of the model are alike in both.
+        products: Bytes read, FLOP done, stored bits of a weight, and how many operators of the
+            model are alike in these.
         cache_bytes: Bytes of caches that are read.
         launches: Kernels that every family has.
         expert_layers: Layers with routed experts.
         recurrent_layers: Layers with a recurrent state.
     """
 
-    products: tuple[tuple[float, float, int], ...]
+    products: tuple[tuple[float, float, float, int], ...]
     cache_bytes: float
     launches: int
     expert_layers: int
@@ -139,24 +142,27 @@ class Demand:
     @property
     def nbytes(self) -> float:
         """All bytes read."""
-        return self.cache_bytes + sum(nbytes * count for nbytes, _, count in self.products)
+        return self.cache_bytes + sum(nbytes * count for nbytes, _, _, count in self.products)
 
     def seconds(self, chip: Chip, efficiency: Efficiency = FITTED) -> dict[str, float]:
-        """Seconds for ``weights``, ``cache`` and ``launches``."""
-        rate = efficiency.bytes_per_second(chip)
+        """Seconds for ``weights``, ``cache`` and ``launches`` (what outlasts the others' work)."""
+        rate = functools.partial(efficiency.bytes_per_second, chip)
         flops = chip.tflops * 1e12 * MATMUL[chip.family]
         launches = (
             self.launches
             + self.expert_layers * efficiency.expert_launches
             + self.recurrent_layers * efficiency.recurrent(chip)
         )
-        return {
+        found = {
             "weights": sum(
-                count * max(nbytes / rate, work / flops) for nbytes, work, count in self.products
+                count * max(nbytes / rate(bits), work / flops)
+                for nbytes, work, bits, count in self.products
             ),
-            "cache": self.cache_bytes / rate,
-            "launches": launches * efficiency.seconds_per_launch(chip),
+            "cache": self.cache_bytes / rate(),
         }
+        spent = launches * efficiency.seconds_per_launch(chip)
+        hidden = sum(found.values()) if chip.overlapped else 0.0
+        return {**found, "launches": max(spent - hidden, 0.0)}
 
 
 def demand(
@@ -171,7 +177,8 @@ def demand(
         kv_plan: Precision of keys and values.
     """
     alike = Counter(
-        (read_bytes(o, layout, batch), 2.0 * _used(o, layout) * batch) for o in layout.operators
+        (read_bytes(o, layout, batch), 2.0 * _used(o, layout) * batch, 8 * o.nbytes / o.elements)
+        for o in layout.operators
     )
     launches = STEP_LAUNCHES + sum(o.launches for o in layout.operators)
     cache_bytes = 0.0
@@ -184,7 +191,7 @@ def demand(
         launches += CAPPED_LAUNCHES if layout.config.get("attn_logit_softcapping") else 0
         launches += PACKED_LAUNCHES if formats is not None else 0
     return Demand(
-        tuple((nbytes, work, count) for (nbytes, work), count in alike.items()),
+        tuple((*kind, count) for kind, count in alike.items()),
         cache_bytes,
         launches,
         layout.expert_layers,

@@ -13,8 +13,8 @@ import mlx.core as mx
 
 #: Width -> share of a group's range that codes cover best, at a group size of 64; above 1 all.
 COVERED = {2: 0.65, 3: 0.85, 4: 0.95, 5: 1.05}
-#: Least-squares fits of scale and bias, each to the codes of the one before.
-FITS = 3
+#: How far around it to look, and least-squares fits of scale and bias from each start.
+AROUND, FITS = (-0.1, 0.0, 0.1), 2
 #: Positions up to this many are packed in the few steps that a decoded token has time for.
 FEW = 8
 TINY = 1e-9
@@ -26,7 +26,7 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     """Pack the last axis as ``mx.quantize`` lays it out, with less error.
 
     Args:
-        array: (..., length, dim); a prompt's positions are fitted, few ones are only clipped.
+        array: (..., length, dim); a prompt's positions are searched, few ones are only clipped.
         bits: Width of a code.
         group_size: Divides ``dim``.
 
@@ -36,10 +36,10 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     if bits not in COVERED or not array.size:
         return _plain(array, bits, group_size)
     # A longer group has its extremes further out.
-    share = min(COVERED[bits] - 0.05 * math.log2(group_size / 64), 1.0)
+    share = COVERED[bits] - 0.05 * math.log2(group_size / 64)
     if array.shape[-2] > FEW:
         groups = mx.unflatten(array, -1, (-1, group_size))
-        codes, scale, bias = _fit(share, bits)(groups)
+        codes, scale, bias = _search(share, bits, group_size)(groups)
         return _words(codes, bits), scale[..., 0], bias[..., 0]
     if share < 1:
         groups, low = _clip(share)(mx.unflatten(array, -1, (-1, group_size)))
@@ -67,30 +67,37 @@ def _clip(share: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
 
 
 @cache
-def _fit(share: float, bits: int) -> Callable[[mx.array], Parts]:
-    """Codes of groups (..., elements), and the scale and bias that least squares gives them."""
+def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Parts]:
+    """Codes of groups (..., elements) by the scale and bias, of a few starts, that explain most."""
     top = float(2**bits - 1)
+    starts = sorted({min(share + step, 1.0) for step in AROUND})
 
-    def fit(array: mx.array) -> Parts:
+    def search(array: mx.array) -> Parts:
         groups = array.astype(mx.float32)
         low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
         mean, span = groups.mean(axis=-1, keepdims=True), high - low
-        scale, bias = mx.maximum(span * (share / top), TINY), low + span * ((1 - share) / 2)
-        centred = groups - mean
+        shares = mx.array(starts)
+        # (..., groups, starts), and elements last.
+        scale, bias = mx.maximum(span * (shares / top), TINY), low + span * ((1 - shares) / 2)
+        each, centred = groups[..., None, :], (groups - mean)[..., None, :]
+        explained = scale
         for _ in range(FITS):
-            codes = mx.clip(mx.round((groups - bias) / scale), 0, top)
-            middle = codes.mean(axis=-1, keepdims=True)
-            product = (codes * centred).sum(axis=-1, keepdims=True)
-            square = (mx.square(codes - middle)).sum(axis=-1, keepdims=True)
-            scale = mx.maximum(product / mx.maximum(square, TINY), TINY)
+            codes = mx.clip(mx.round((each - bias[..., None]) / scale[..., None]), 0, top)
+            middle = codes.mean(axis=-1)
+            product = (codes * centred).sum(axis=-1)  # elements are centred, so codes need not be
+            square = mx.square(codes).sum(axis=-1) - group_size * mx.square(middle)
+            square = mx.maximum(square, TINY)
+            scale, explained = mx.maximum(product / square, TINY), mx.square(product) / square
             bias = mean - scale * middle
+        best = mx.argmax(explained, axis=-1, keepdims=True)
         # Codes go by what is stored, not what was found.
-        scale, bias = scale.astype(array.dtype), bias.astype(array.dtype)
+        scale = mx.take_along_axis(scale, best, axis=-1).astype(array.dtype)
+        bias = mx.take_along_axis(bias, best, axis=-1).astype(array.dtype)
         safe = mx.maximum(scale.astype(mx.float32), TINY)
         codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
         return codes.astype(mx.uint32), scale, bias
 
-    return mx.compile(fit, shapeless=True)
+    return mx.compile(search, shapeless=True)
 
 
 def _words(codes: mx.array, bits: int) -> mx.array:

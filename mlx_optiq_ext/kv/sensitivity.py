@@ -29,7 +29,7 @@ ANCHOR = 3
 #: Width beyond which each bit is taken to quarter the error, as it does for a uniform quantizer.
 FINEST = 4
 #: Counted up when costs are measured in another way.
-VERSION = 3
+VERSION = 2
 
 #: A decoder layer and whether it is its keys ("k") or values ("v").
 Side = tuple[int, str]

@@ -1,5 +1,6 @@
 """Patches as data, and the engine that applies and undoes them from one table."""
 
+import functools
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -176,11 +177,16 @@ def _aliases(value: Any) -> list[tuple[ModuleType, str]]:
 
 def bind(wrapped: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """Arguments of a call by name: positions have moved between mlx-lm releases."""
-    import inspect
-
-    bound = inspect.signature(wrapped).bind(*args, **kwargs)
+    bound = _signature(wrapped).bind(*args, **kwargs)
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(parameter.name, {}))
     return named
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(wrapped: Any) -> Any:
+    import inspect
+
+    return inspect.signature(wrapped)

@@ -1,8 +1,10 @@
 """A per-layer cache that keeps keys and values packed.
 
 mlx-lm's own caches know where each position goes: growth, sliding windows, batches with padding,
-trimming, merging. They move whole rows and never look inside. So three of them, one each for codes,
-scales and biases, hold a packed layer, and everything about positions stays mlx-lm's.
+trimming, merging. They move whole rows and never look inside. So they hold a packed layer, and
+everything about positions stays mlx-lm's: three of them, one each for codes, scales and biases, as
+GPU kernels want them, or one of interleaved rows where each operation on an array costs more than
+what it copies.
 """
 
 import json
@@ -13,7 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..turboquant.format import TurboFormat
-from .packed import AnyFormat, Format, Packed
+from .attention.dispatch import backend
+from .packed import AnyFormat, Format, Packed, joined, split
 from .packing import parts_of
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
@@ -24,8 +27,8 @@ class PackedKVCache:
     """Packed keys and values of one layer, in the place of one of mlx-lm's caches.
 
     Attributes:
-        planes: mlx-lm caches that share all positions. Plane ``i`` holds part ``i`` (codes, scales,
-            biases) of the keys and of the values.
+        planes: mlx-lm caches that share all positions. Plane ``i`` of three holds part ``i``
+            (codes, scales, biases) of keys and values; a single one holds all, in 32-bit words.
         keys_format: Of the keys; None keeps them as they come.
         values_format: Of the values; None keeps them as they come.
         dense: Whether attention is handed plain arrays, for models with attention of their own.
@@ -40,11 +43,22 @@ class PackedKVCache:
         *,
         dense: bool = False,
         mergeable: bool = True,
+        interleaved: bool | None = None,
     ):
-        """Take the place of an empty mlx-lm cache."""
+        """Take the place of an empty mlx-lm cache.
+
+        ``interleaved`` keeps all of a position in one row, which TurboQuant's formats do not allow;
+        None for what suits the default device.
+        """
         from copy import deepcopy
 
-        self.planes: list[Any] = [cache, deepcopy(cache), deepcopy(cache)]
+        if interleaved is None:
+            turbo = any(isinstance(f, TurboFormat) for f in (keys_format, values_format))
+            interleaved = backend() == "cpu" and not turbo
+        apart = 0 if interleaved else 2
+        self.planes: list[Any] = [cache, *(deepcopy(cache) for _ in range(apart))]
+        #: Name of the dtype of what was packed, once that is known.
+        self.dtype: str | None = None
         self.keys_format = keys_format
         self.values_format = values_format
         self.dense = dense
@@ -60,12 +74,11 @@ class PackedKVCache:
             self.keys_format = self.keys_format.fitted(keys.shape[-1])
         if self.values_format is not None:
             self.values_format = self.values_format.fitted(values.shape[-1])
-        parts = parts_of(keys, values, self.keys_format, self.values_format)
-        fetched = [
-            plane.update_and_fetch(*pair)
-            for plane, pair in zip(self.planes, zip(*parts, strict=True), strict=True)
-        ]
-        return self._views(fetched)
+        self.dtype = str(keys.dtype).rpartition(".")[2]
+        sides = parts_of(keys, values, self.keys_format, self.values_format)
+        rows = [map(joined, sides)] if len(self.planes) == 1 else zip(*sides, strict=True)
+        pairs = zip(self.planes, rows, strict=True)
+        return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs])
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """All that attention may see."""
@@ -73,6 +86,10 @@ class PackedKVCache:
 
     def _views(self, fetched: list[tuple[mx.array, mx.array]]) -> tuple[Any, Any]:
         keys, values = zip(*fetched, strict=True)
+        if len(self.planes) == 1:
+            dtype = getattr(mx, self.dtype or "float32")
+            keys = split(keys[0], self.keys_format, dtype)
+            values = split(values[0], self.values_format, dtype)
         return (
             _view(keys, self.keys_format, self.dense),
             _view(values, self.values_format, self.dense),
@@ -139,6 +156,7 @@ class PackedKVCache:
             plane.extend(others)
         self.keys_format = _known(self.keys_format, other.keys_format)
         self.values_format = _known(self.values_format, other.values_format)
+        self.dtype = self.dtype or other.dtype
 
     def extract(self, index: int) -> "PackedKVCache":
         """One row of the batch as a cache of its own."""
@@ -161,6 +179,7 @@ class PackedKVCache:
         for cache in caches:
             merged.keys_format = _known(merged.keys_format, cache.keys_format)
             merged.values_format = _known(merged.values_format, cache.values_format)
+            merged.dtype = merged.dtype or cache.dtype
         return merged
 
     def _with(self, planes: list[Any]) -> "PackedKVCache":
@@ -212,6 +231,7 @@ class PackedKVCache:
                 "values": self.values_format and asdict(self.values_format),
                 "dense": self.dense,
                 "mergeable": self.mergeable,
+                "dtype": self.dtype,
             }
         )
 
@@ -223,6 +243,7 @@ class PackedKVCache:
         self.keys_format = found["keys"] and _format(found["keys"])
         self.values_format = found["values"] and _format(found["values"])
         self.dense, self.mergeable = found["dense"], found["mergeable"]
+        self.dtype = found.get("dtype")
         states = [_restored(state, states[0]) for state in states]
         if metas is None:
             self.planes = [kind.from_state(state) for state in states]

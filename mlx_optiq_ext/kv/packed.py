@@ -148,3 +148,27 @@ class Packed:
         """The array that it stands for, up to rounding."""
         array = self.stored(dtype)
         return self.format.turn_back(array) if array.size else array
+
+
+def joined(parts: Sequence[mx.array]) -> mx.array:
+    """Codes, scales and biases of affine packing side by side, in uint32 words."""
+    codes, *others = parts
+    if others[0].shape[-1] == 0:  # an array that stays as it is
+        return codes
+    if others[0].dtype.size < 4:  # only together do they surely fill words
+        others = [mx.concatenate(others, axis=-1)]
+    return mx.concatenate([codes, *(part.view(mx.uint32) for part in others)], axis=-1)
+
+
+def split(
+    words: mx.array, format: AnyFormat | None, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Undo `joined` for scales and biases of ``dtype``."""
+    if format is None:
+        empty = mx.zeros((*words.shape[:-1], 0), dtype)
+        return words, empty, empty
+    scale_words = dtype.size // 2  # of a scale and a bias
+    groups = words.shape[-1] // ((format.group_size or 64) * format.bits // 32 + scale_words)
+    width = words.shape[-1] - groups * scale_words
+    rest = words[..., width:].view(dtype)
+    return words[..., :width], rest[..., :groups], rest[..., groups:]

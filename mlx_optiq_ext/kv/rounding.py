@@ -1,16 +1,19 @@
 """Where a group's codes lie: over less than its range, and where least squares puts them.
 
 MLX's affine quantization spans each group from its least to its largest element. With few codes,
-finer steps for most elements outweigh the error of clipping the largest.
+finer steps for most elements outweigh the error of clipping the largest. Compiled, so that a group
+is read a few times and not once for each operation.
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import mlx.core as mx
 
 #: Width -> share of a group's range that codes cover best, at a group size of 64; above 1 all.
 COVERED = {2: 0.65, 3: 0.85, 4: 0.95, 5: 1.05}
-#: How far around it to look, and least-squares fits of scale and bias from each start.
+#: How far around it to look, in even steps, and least-squares fits of scale and bias from each.
 AROUND, FITS = (-0.1, 0.0, 0.1), 2
 #: Positions up to this many are packed in the few steps that a decoded token has time for.
 FEW = 8
@@ -34,16 +37,22 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     if share is None or not array.size:
         return _plain(array, bits, group_size)
     if array.shape[-2] > FEW:
-        return _searched(array, share, bits, group_size)
-    return _clipped(array, share, bits, group_size)
+        groups = mx.unflatten(array, -1, (-1, group_size))
+        codes, scale, bias = _search(share, bits, group_size)(groups)
+        return _words(codes, bits), scale[..., 0], bias[..., 0]
+    if share < 1:
+        groups, low = _clip(share)(mx.unflatten(array, -1, (-1, group_size)))
+        codes, scales, biases = _plain(groups.flatten(-2), bits, group_size)
+        return codes, scales, biases + low[..., 0]
+    return _plain(array, bits, group_size)
 
 
 def share_of(bits: int, group_size: int) -> float | None:
-    """Share of a group's range that codes cover best; None for widths that are not fitted."""
+    """Share of a group's range that codes cover best, above 1 all; None where it is not fitted."""
     if bits not in COVERED:
         return None
     # A longer group has its extremes further out.
-    return min(COVERED[bits] - 0.05 * math.log2(group_size / 64), 1.0)
+    return COVERED[bits] - 0.05 * math.log2(group_size / 64)
 
 
 def _plain(array: mx.array, bits: int, group_size: int) -> Parts:
@@ -51,47 +60,60 @@ def _plain(array: mx.array, bits: int, group_size: int) -> Parts:
     return codes, scales, biases
 
 
-def _clipped(array: mx.array, share: float, bits: int, group_size: int) -> Parts:
-    if share >= 1:
-        return _plain(array, bits, group_size)
-    groups = mx.unflatten(array, -1, (-1, group_size))
-    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    cut = (high - low) * ((1 - share) / 2)
-    # MLX moves a range so that zero has a code; one that starts at zero stays as it is.
-    clipped = mx.clip(groups, low + cut, high - cut) - (low + cut)
-    codes, scales, biases = _plain(clipped.flatten(-2), bits, group_size)
-    return codes, scales, biases + (low + cut)[..., 0]
+@cache
+def _clip(share: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    """Groups (..., elements) without their ends and from zero on, and where that was."""
+
+    def clip(groups: mx.array) -> tuple[mx.array, mx.array]:
+        low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+        cut = (high - low) * ((1 - share) / 2)
+        # MLX moves a range so that zero has a code; one that starts at zero stays as it is.
+        return mx.clip(groups, low + cut, high - cut) - (low + cut), low + cut
+
+    return mx.compile(clip, shapeless=True)
 
 
-def _searched(array: mx.array, share: float, bits: int, group_size: int) -> Parts:
-    """Of a few starts the scale and bias that explain most of each group."""
-    groups = mx.unflatten(array.astype(mx.float32), -1, (-1, group_size))
-    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-    mean, span, top = groups.mean(axis=-1, keepdims=True), high - low, float(2**bits - 1)
-    shares = mx.array(sorted({min(share + step, 1.0) for step in AROUND}))
-    # (..., groups, starts), and elements last.
-    scale, bias = mx.maximum(span * (shares / top), TINY), low + span * ((1 - shares) / 2)
-    each, centred = groups[..., None, :], (groups - mean)[..., None, :]
-    explained = scale
-    for _ in range(FITS):
-        codes = mx.clip(mx.round((each - bias[..., None]) / scale[..., None]), 0, top)
-        middle = codes.mean(axis=-1)
-        product = (codes * centred).sum(axis=-1)  # elements are centred, so codes need not be
-        square = mx.square(codes).sum(axis=-1) - group_size * mx.square(middle)
-        square = mx.maximum(square, TINY)
-        scale, explained = mx.maximum(product / square, TINY), mx.square(product) / square
-        bias = mean - scale * middle
-    best = mx.argmax(explained, axis=-1, keepdims=True)
-    # Codes go by what is stored, not what was found.
-    scale = mx.take_along_axis(scale, best, axis=-1).astype(array.dtype)
-    bias = mx.take_along_axis(bias, best, axis=-1).astype(array.dtype)
-    safe = mx.maximum(scale.astype(mx.float32), TINY)
-    codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
-    return _words(codes.astype(mx.uint32), bits), scale[..., 0], bias[..., 0]
+@cache
+def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Parts]:
+    """Codes of groups (..., elements) by the scale and bias, of a few starts, that explain most."""
+    top = float(2**bits - 1)
+    starts = sorted({min(share + step, 1.0) for step in AROUND})
+
+    def search(array: mx.array) -> Parts:
+        groups = array.astype(mx.float32)
+        low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+        mean, span = groups.mean(axis=-1, keepdims=True), high - low
+        shares = mx.array(starts)
+        # (..., groups, starts), and elements last.
+        scale, bias = mx.maximum(span * (shares / top), TINY), low + span * ((1 - shares) / 2)
+        each, centred = groups[..., None, :], (groups - mean)[..., None, :]
+        explained = scale
+        for _ in range(FITS):
+            codes = mx.clip(mx.round((each - bias[..., None]) / scale[..., None]), 0, top)
+            middle = codes.mean(axis=-1)
+            product = (codes * centred).sum(axis=-1)  # elements are centred, so codes need not be
+            square = mx.square(codes).sum(axis=-1) - group_size * mx.square(middle)
+            square = mx.maximum(square, TINY)
+            scale, explained = mx.maximum(product / square, TINY), mx.square(product) / square
+            bias = mean - scale * middle
+        best = mx.argmax(explained, axis=-1, keepdims=True)
+        # Codes go by what is stored, not what was found.
+        scale = mx.take_along_axis(scale, best, axis=-1).astype(array.dtype)
+        bias = mx.take_along_axis(bias, best, axis=-1).astype(array.dtype)
+        safe = mx.maximum(scale.astype(mx.float32), TINY)
+        codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
+        return codes.astype(mx.uint32), scale, bias
+
+    return mx.compile(search, shapeless=True)
 
 
 def _words(codes: mx.array, bits: int) -> mx.array:
     """Codes (..., groups, elements) as one little-endian bit stream a row, in uint32 words."""
-    stream = mx.right_shift(codes[..., None], mx.arange(bits, dtype=mx.uint32)) & 1
-    stream = stream.reshape(*codes.shape[:-2], -1, 32)
-    return mx.left_shift(stream, mx.arange(32, dtype=mx.uint32)).sum(axis=-1).astype(mx.uint32)
+    # Whole codes at once where they fill words, else bit by bit.
+    step = 1 if 32 % bits else bits
+    if step == 1:
+        codes = mx.right_shift(codes[..., None], mx.arange(bits, dtype=mx.uint32)) & 1
+        codes = codes.flatten(-2)
+    stream = codes.reshape(*codes.shape[:-2], -1, 32 // step)
+    places = step * mx.arange(32 // step, dtype=mx.uint32)
+    return mx.left_shift(stream, places).sum(axis=-1).astype(mx.uint32)

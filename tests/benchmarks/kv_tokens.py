@@ -98,7 +98,12 @@ def main() -> None:
         prompts = prompts_of(tokenizer, problems, plain=args.plain)
         plain = alone(model, tokenizer, prompts, args.max_tokens)
         right = accuracy(tokenizer, plain, problems)
-        print(f"| {Path(name).name} | 16 bit | | | {100 * right:.0f} % |", flush=True)
+        batch = together(model, tokenizer, prompts, args.max_tokens)
+        equal = sum(a == b for a, b in zip(plain, batch, strict=True)) / len(plain)
+        print(
+            f"| {Path(name).name} | 16 bit | | {100 * equal:.0f} % | {100 * right:.0f} % |",
+            flush=True,
+        )
         for text in args.specs:
             plan = kv.parse_spec(text) or kv.read_plan(Path(text))
             mounted = kv.mount(model, plan)

@@ -4,20 +4,26 @@
         [--max-tokens 40] [--configs "" "--optiq-kv 4" "--kv-bits 4 --quantized-kv-start 0"]
         [--runs 3]
 
-Each configuration gets a server of its own. One warm-up round, then ``--runs`` rounds: the median
-of generated tokens per second over all clients, and of the time to the first token.
+Each configuration gets a server of its own, and they take turns, so that whatever else the machine
+does hits all. One warm-up round, then ``--runs`` rounds of new questions, the same for all: the
+median of generated tokens per second over all clients, and of the time to the first token; tokens
+generated in all, and processor seconds of the server for a thousand of them (Linux).
 """
 
 import argparse
 import json
+import math
+import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +69,38 @@ def ask(client: OpenAI, limit: int, question: str) -> tuple[int, float]:
     return count, first
 
 
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has used, by Linux' /proc; NaN elsewhere."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.nan
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Served:
+    """A server under load, and what was measured of it."""
+
+    process: subprocess.Popen
+    client: OpenAI
+    rates: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def load(self, questions: list[str], clients: int, limit: int) -> None:
+        """Ask all questions, ``clients`` at a time."""
+        used, began = processor_seconds(self.process.pid), time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            done = list(pool.map(partial(ask, self.client, limit), questions))
+        tokens = sum(count for count, _ in done)
+        self.rates.append(tokens / (time.perf_counter() - began))
+        self.firsts += [first for _, first in done]
+        self.tokens += tokens
+        self.seconds += processor_seconds(self.process.pid) - used
+
+
 def main() -> None:
     """Print one line a configuration."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -76,31 +114,35 @@ def main() -> None:
         "--configs", nargs="*", default=["", "--optiq-kv 4", "--kv-bits 4 --quantized-kv-start 0"]
     )
     args = parser.parse_args()
-    lines = args.problems.read_text().splitlines()[: args.requests]
+    lines = args.problems.read_text().splitlines()
+    if len(lines) < (args.runs + 1) * args.requests:
+        raise SystemExit(f"{args.problems} has {len(lines)} problems, too few for all rounds")
     questions = [json.loads(line)["question"] for line in lines]
-    print("| options | tokens/s | first token, median |\n|---|---|---|")
-    for config in args.configs:
-        process, url = start(args.model, config.split(), Path("serving.log"))
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
-        rates, firsts = [], []
+    served: dict[str, Served] = {}
+    with tempfile.TemporaryDirectory() as scratch:
         try:
+            for config in args.configs:
+                process, url = start(args.model, config.split(), Path(scratch) / "log")
+                client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+                served[config] = Served(process, client)
             for number in range(args.runs + 1):
-                began = time.perf_counter()
-                # Other prompts each round, so that no round finds its answers in the prompt cache.
-                asked = [f"{number} {question}" for question in questions]
-                one = partial(ask, client, args.max_tokens)
-                with ThreadPoolExecutor(args.clients) as pool:
-                    done = list(pool.map(one, asked))
-                if number:
-                    rates.append(sum(n for n, _ in done) / (time.perf_counter() - began))
-                    firsts += [first for _, first in done]
+                # Other questions each round, so that none finds its answer in the prompt cache.
+                asked = questions[number * args.requests :][: args.requests]
+                for config, one in served.items():
+                    if number == 1:  # what came before was the warm-up
+                        served[config] = one = Served(one.process, one.client)
+                    one.load(asked, args.clients, args.max_tokens)
         finally:
-            process.kill()
-            process.wait()
+            for one in served.values():
+                one.process.kill()
+                one.process.wait()
+    print("| options | tokens/s | first token, median | tokens | processor s/1000 tokens |")
+    print("|---|---|---|---|---|")
+    for config, one in served.items():
         print(
-            f"| {config or 'stock'} | {statistics.median(rates):.1f} "
-            f"| {statistics.median(firsts):.2f} s |",
-            flush=True,
+            f"| {config or 'stock'} | {statistics.median(one.rates):.1f} "
+            f"| {statistics.median(one.firsts):.2f} s | {one.tokens} "
+            f"| {1000 * one.seconds / one.tokens:.1f} |"
         )
 
 

@@ -1,6 +1,7 @@
 """A packed cache does with packed rows just what mlx-lm's own cache does with plain ones."""
 
 import copy
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -42,9 +43,15 @@ def fake(array: mx.array, format: Format | TurboFormat | None) -> mx.array:
 class Pair:
     """A packed cache, and mlx-lm's own that is fed what packing leaves of the same rows."""
 
-    def __init__(self, kind: str, seed: int = 0, formats: tuple = (KEYS, VALUES)):
+    def __init__(
+        self,
+        kind: str,
+        seed: int = 0,
+        formats: tuple = (KEYS, VALUES),
+        interleaved: bool | None = None,
+    ):
         self.formats = formats
-        self.packed = PackedKVCache(KINDS[kind](), *formats, dense=True)
+        self.packed = PackedKVCache(KINDS[kind](), *formats, dense=True, interleaved=interleaved)
         self.plain = KINDS[kind]()
         self.key = mx.random.key(seed)
 
@@ -71,11 +78,12 @@ class Pair:
         assert expected is None or mx.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "apart"])
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=25)
 @given(steps=st.lists(st.integers(-3, 12), min_size=1, max_size=8))
-def test_appending_and_trimming(kind, steps):
-    pair = Pair(kind)
+def test_appending_and_trimming(kind, interleaved, steps):
+    pair = Pair(kind, interleaved=interleaved)
     for step in steps:
         if step > 0:
             if kind != "chunked":
@@ -92,18 +100,19 @@ def test_appending_and_trimming(kind, steps):
 
 
 @pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 rebuilds the caches of a batch")
+@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "apart"])
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
 @settings(deadline=None, max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=2, max_size=4),
     data=st.data(),
 )
-def test_batches(kind, lengths, data):
-    pairs = [Pair(kind, seed) for seed in range(len(lengths))]
+def test_batches(kind, interleaved, lengths, data):
+    pairs = [Pair(kind, seed, interleaved=interleaved) for seed in range(len(lengths))]
     for pair, length in zip(pairs, lengths, strict=True):
         if length:
             pair.append(length)
-    batch = Pair(kind)
+    batch = Pair(kind, interleaved=interleaved)
     batch.packed = pairs[0].packed.merge([p.packed for p in pairs])
     batch.plain = pairs[0].plain.merge([p.plain for p in pairs])
     rows = len(lengths)
@@ -128,7 +137,7 @@ def test_batches(kind, lengths, data):
                 cache.filter(keep)
             rows = len(keep)
         elif action == "extend":
-            others = [Pair(kind, 77) for _ in range(2)]
+            others = [Pair(kind, 77, interleaved=interleaved) for _ in range(2)]
             for other in others:
                 other.append(3)
             for name in ("packed", "plain"):
@@ -166,9 +175,14 @@ def test_a_batch_of_every_format(kind, formats):
         assert mx.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("sides", [(KEYS, VALUES), (KEYS, None), (None, VALUES), TURBO])
-def test_bytes_are_those_of_the_plan(sides):
-    cache = PackedKVCache(stock.KVCache(), *sides)
+SIDES = [(KEYS, VALUES), (KEYS, None), (None, VALUES)]
+
+
+@pytest.mark.parametrize(
+    ("sides", "interleaved"), [*itertools.product(SIDES, [True, False]), (TURBO, False)]
+)
+def test_bytes_are_those_of_the_plan(sides, interleaved):
+    cache = PackedKVCache(stock.KVCache(), *sides, interleaved=interleaved)
     rows = mx.random.normal((1, HEADS, 256, DIM)).astype(mx.bfloat16)
     cache.update_and_fetch(rows, rows)
     fitted = [side and side.fitted(DIM) for side in sides]
@@ -184,11 +198,12 @@ SAVED = {
 }
 
 
+@pytest.mark.parametrize("interleaved", [None, False], ids=["as the device likes", "apart"])
 @pytest.mark.parametrize("formats", SAVED.values(), ids=list(SAVED))
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded(kind, formats, tmp_path, monkeypatch):
+def test_saved_and_loaded(kind, formats, interleaved, tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "PackedKVCache", PackedKVCache, raising=False)
-    pair = Pair(kind, formats=formats)
+    pair = Pair(kind, formats=formats, interleaved=interleaved)
     for tokens in (5, 6, 1):
         pair.append(tokens)
     stock.save_prompt_cache(str(tmp_path / "cache.safetensors"), [pair.packed])
@@ -216,3 +231,20 @@ def test_mlx_lm_sees_no_cache_that_it_could_quantize_or_merge_itself():
     assert not hasattr(PackedKVCache(stock.ChunkedKVCache(8), KEYS, VALUES), "merge")
     assert PackedKVCache(stock.KVCache(), KEYS, VALUES).empty()
     assert mlx_lm.__version__
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dim", [64, 96])
+def test_interleaved_rows_hold_the_very_same(dim, dtype):
+    rows = mx.random.normal((2, HEADS, 5, dim)).astype(dtype)
+    for formats in ((Format(4, 32), Format(5, 32)), (Format(8, 32), None)):
+        one, other = (
+            PackedKVCache(stock.KVCache(), *formats, dense=True, interleaved=interleaved)
+            for interleaved in (True, False)
+        )
+        assert (len(one.planes), len(other.planes)) == (1, 3)
+        found, expected = (cache.update_and_fetch(rows, rows) for cache in (one, other))
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == dtype
+            assert mx.array_equal(a, b)
+        assert one.nbytes == other.nbytes

@@ -1,12 +1,16 @@
 """KV plans within a budget, measured on a real small model."""
 
 import json
+import shutil
 
+import mlx_lm
+import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import BudgetError
 from mlx_optiq_ext.kv import conversion, read_plan
-from mlx_optiq_ext.kv.sensitivity import choose, judged
+from mlx_optiq_ext.kv.replay import Replay
+from mlx_optiq_ext.kv.sensitivity import choose, judged, measure
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,47 @@ def test_the_files_are_read_back(measured, tmp_path):
     record = json.loads((tmp_path / "kv_sensitivity.json").read_text())
     assert record["achieved_bits"] == found.bits_per_element
     assert {entry["layer_idx"] for entry in record["layers"]} == set(range(6))
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(exact, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path))
+    model = mlx_lm.load(str(exact))[0]
+    windows = np.arange(2, 98, dtype=np.int32).reshape(2, 48)
+    divergence, calls = Replay.divergence, []
+
+    def counted(self, formats):
+        calls.append(formats)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return divergence(self, formats)
+
+    def run():
+        return measure(model, windows[:1], windows[1:], key={"model": "exact"}, progress=False)
+
+    monkeypatch.setattr(Replay, "divergence", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    found = run()
+    assert len(calls) == len(found.costs) + 1  # one of each side, and the one that was cut off
+    assert run().costs == found.costs
+    assert len(calls) == len(found.costs) + 1
+
+
+def test_only_the_plan_is_written_beside_a_model(exact, tiny, tmp_path, run):
+    folder = tmp_path / "model"
+    shutil.copytree(exact, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calibration = tmp_path / "short.jsonl"
+    lines = (tiny.parent / "calibration.jsonl").read_text().splitlines(keepends=True)
+    calibration.write_text("".join(lines[:12]))
+    options = ("--optiq-kv-budget", "4.5", "--optiq-kv-only", "--optiq-calibration", calibration)
+    done = run("mlx_lm.convert", "--hf-path", folder, "--mlx-path", tmp_path / "out", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Measuring keys and values: 100%" in done.stderr
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after.keys() - before.keys() == {"kv_config.json", "kv_sensitivity.json"}
+    assert {name: after[name] for name in before} == before
+    assert not (tmp_path / "out").exists()
 
 
 BAD = {

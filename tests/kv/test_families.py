@@ -1,6 +1,7 @@
 """Every architecture of the installed mlx-lm under a KV plan works, or refuses with a reason."""
 
 import copy
+import importlib
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ from mlx_optiq_ext import kv
 from mlx_optiq_ext.errors import UnsupportedError
 
 assert mlx_optiq_ext.__version__  # attention over packed keys is patched in
+# The package's attribute of this name is the function.
+generating: Any = importlib.import_module("mlx_lm.generate")
 PROMPT = mx.array([[5, 9, 20, 31, 7, 44, 81, 3]])
 ROWS = ([5, 9, 20], [8, 8, 60, 2, 64], [12, 90, 77, 4])
 
@@ -66,11 +69,22 @@ def test_architecture(name, tmp_path, monkeypatch):
     mounted = kv.mount(model, spec, mergeable=NEWEST)
     assert mounted.formats
     assert distance(run(model, kv.make_caches(model)), expected) < 0.1
+    _generated(model, expected)
     if NEWEST:  # older releases cannot save every kind, or load it back, packed or not
         _saved(model, tmp_path / "cache.safetensors", monkeypatch)
     if NEWEST or name != "llama4":  # whose cache loses track there, packed or not
         _trimmed(model, expected)
     _batched(name, model)
+
+
+def _generated(model: Any, expected: mx.array) -> None:
+    caches = kv.make_caches(model)
+    steps = generating.generate_step(PROMPT[0], model, max_tokens=3, prompt_cache=caches)
+    tokens, logprobs = zip(*steps, strict=True)
+    assert len(tokens) == 3
+    assert tokens[0] == int(logprobs[0].argmax())
+    first = expected[0, PROMPT.shape[1] - 1]
+    assert distance(logprobs[0], first - mx.logsumexp(first)) < 0.1
 
 
 def _saved(model: Any, path, monkeypatch) -> None:

@@ -49,7 +49,7 @@ def test_it_packs_as_well_as_a_prompt_is_packed(case, platform):
         assert packed.dtype == array.dtype
         prompt = mx.repeat(array, 9, axis=2)  # long enough to be fitted
         expected = Packed([p[:, :, ::9] for p in format.pack(prompt)], format)
-        assert error(packed, array) < 1.03 * error(expected, array)
+        assert error(packed, array) < 1.01 * error(expected, array)
 
 
 def test_a_group_of_equal_elements_comes_back(platform):
@@ -76,7 +76,7 @@ def test_a_cache_packs_with_it(platform, monkeypatch):
     monkeypatch.setattr("mlx_optiq_ext.kv.packing.backend", lambda: platform)
     monkeypatch.setattr("mlx_optiq_ext.kv.packing.has_kernel", lambda name: True)
     monkeypatch.setattr(Format, "pack", None)
-    cache = PackedKVCache(KVCache(), Format(4), Format(4))
+    cache = PackedKVCache(KVCache(), Format(4), Format(4), interleaved=False)
     given = arrays("4 bits")
     for _ in range(2):
         keys, values = cache.update_and_fetch(*given)

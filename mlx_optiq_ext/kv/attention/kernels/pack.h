@@ -1,8 +1,8 @@
 // Packs one row of keys or values, a group by 32 lanes: scale and bias are fitted to the group by
-// least squares, FITS times to the codes of the fit before (see rounding.py), from a range of which
-// SHARE is covered.
+// least squares, FITS times to the codes of the fit before, from each of STARTS shares of its range;
+// those that explain most are kept (see rounding.py).
 
-template <int BITS, int GROUP, int GROUPS, int FITS, typename P, typename S, typename C, typename O>
+template <int BITS, int GROUP, int GROUPS, int STARTS, int FITS, typename P, typename S, typename C, typename O>
 INLINE void pack_row(
     P in, long stride, float share, int warp, int lane, S shared, C codes, O scales, O biases) {
   constexpr int EACH = GROUP / 32, WORDS = GROUP * BITS / 32;
@@ -16,20 +16,26 @@ INLINE void pack_row(
     mean += x[i];
   }
   low = min_of_lanes(low), high = max_of_lanes(high), mean = sum_of_lanes(mean) / GROUP;
-  float span = high - low, scale = max(span * share / top, tiny), bias = low + span * (1 - share) / 2;
-  for (int fit = 0; fit < FITS; fit++) {
-    float code[EACH], middle = 0.0f, product = 0.0f, square = 0.0f;
-    for (int i = 0; i < EACH; i++) {
-      code[i] = min(max(rint((x[i] - bias) / scale), 0.0f), top);
-      middle += code[i];
+  float scale = max((high - low) / top, tiny), bias = low, best = -1.0f;
+  for (int start = 0; start < STARTS; start++) {
+    float part = min(share + AROUND * start, 1.0f), explained = 0.0f;
+    float span = high - low, slope = max(span * part / top, tiny), base = low + span * (1 - part) / 2;
+    for (int fit = 0; fit < FITS; fit++) {
+      float code[EACH], middle = 0.0f, product = 0.0f, square = 0.0f;
+      for (int i = 0; i < EACH; i++) {
+        code[i] = min(max(rint((x[i] - base) / slope), 0.0f), top);
+        middle += code[i];
+      }
+      middle = sum_of_lanes(middle) / GROUP;
+      for (int i = 0; i < EACH; i++) {
+        product += code[i] * (x[i] - mean);
+        square += (code[i] - middle) * (code[i] - middle);
+      }
+      product = sum_of_lanes(product), square = max(sum_of_lanes(square), tiny);
+      slope = max(product / square, tiny), explained = product * product / square;
+      base = mean - slope * middle;
     }
-    middle = sum_of_lanes(middle) / GROUP;
-    for (int i = 0; i < EACH; i++) {
-      product += code[i] * (x[i] - mean);
-      square += (code[i] - middle) * (code[i] - middle);
-    }
-    scale = max(sum_of_lanes(product) / max(sum_of_lanes(square), tiny), tiny);
-    bias = mean - scale * middle;
+    if (explained > best) scale = slope, bias = base, best = explained;
   }
   // Codes go by what is stored, not what was found.
   const T stored_scale = T(scale), stored_bias = T(bias);

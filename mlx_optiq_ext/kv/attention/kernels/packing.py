@@ -6,7 +6,7 @@ from functools import cache
 import mlx.core as mx
 
 from ...packed import Format
-from ...rounding import FITS, share_of
+from ...rounding import AROUND, FITS, share_of
 from .source import PARTS, PLACES, TYPES, name_of, text
 
 #: Types that it packs.
@@ -62,13 +62,17 @@ def _call(
     for prefix, format, dim in zip("KV", formats, (key_dim, value_dim), strict=True):
         size = format.group_size or dim
         share = share_of(format.bits, size)
-        numbers = {"BITS": format.bits, "GROUP": size, "DIM": dim, "FITS": FITS if share else 0}
+        starts = len(AROUND) if share else 0
+        numbers = {"BITS": format.bits, "GROUP": size, "DIM": dim, "STARTS": starts}
         lines += [f"constexpr CONSTANT int {prefix}_{key} = {n};" for key, n in numbers.items()]
-        lines.append(f"constexpr CONSTANT float {prefix}_SHARE = {float(share or 1)!r}f;")
+        first = (share or 1.0) + AROUND[0]
+        lines.append(f"constexpr CONSTANT float {prefix}_SHARE = {first!r}f;")
         groups.append(dim // size)
         widths += [dim * format.bits // 32, dim // size, dim // size]
     threads = 32 * max(groups)
     lines += [
+        f"constexpr CONSTANT float AROUND = {AROUND[1] - AROUND[0]!r}f;",
+        f"constexpr CONSTANT int PACK_FITS = {FITS};",
         f"constexpr CONSTANT int PACK_THREADS = {threads};",
         f"constexpr CONSTANT int PACK_GROUP = {max(f.group_size or 0 for f in formats)};",
     ]

@@ -3,6 +3,8 @@
 Stock's other ranks wait for a generation thread that died; its HTTP server stays up.
 """
 
+from typing import Any
+
 from . import session
 from .patch import Patch, bind
 
@@ -28,6 +30,47 @@ def _generate(wrapped, instance, args, kwargs):
         ranks.leave(f"rank {ranks.rank()} stops serving: {kind}{error}")
 
 
+class _Answers:
+    """The queue that a request's answers go to.
+
+    A client cannot stop them: the other ranks would go on.
+
+    Attributes:
+        failure: What the request ended with here; empty if it did not fail.
+    """
+
+    def __init__(self, queue: Any):
+        self.failure = ""
+        self._queue = queue
+
+    def put(self, item: Any) -> None:
+        """As ``Queue.put``."""
+        if isinstance(item, Exception):
+            self.failure = f"{type(item).__name__}: {item}"
+        elif hasattr(item, "_should_stop"):
+            item.stop = lambda: None
+        self._queue.put(item)
+
+
+def _serve_single(wrapped, instance, args, kwargs):
+    ranks = _ranks()
+    if ranks is None:
+        return wrapped(*args, **kwargs)
+    call = bind(wrapped, args, kwargs)
+    queue, *request = call["request"]
+    answers = _Answers(queue)
+    wrapped(**{**call, "request": (answers, *request)})
+    # Stock answers with the error and goes on, while ranks without it still wait for this one.
+    own = answers.failure or "the other ranks did not finish a request"
+    try:
+        with ranks.within(ranks.LIMIT, lambda: f"rank {ranks.rank()} stops serving: {own}"):
+            failures = ranks.gathered(answers.failure)
+    except ranks.RankError as error:
+        raise ranks.RankError(answers.failure or str(error)) from error
+    if any(failures) and not all(failures):
+        raise ranks.Failed(failures)
+
+
 def _next_request(wrapped, instance, args, kwargs):
     ranks = _ranks()
     # Without a timeout a batch runs: another rank may be busy for as long as a step takes.
@@ -47,6 +90,13 @@ PATCHES = (
         why="ends all ranks when one cannot go on",
         upstream=_UPSTREAM,
         wrapper=_generate,
+    ),
+    Patch(
+        "mlx_lm.server:ResponseGenerator._serve_single",
+        feature="sharded",
+        why="ends all ranks when one fails at a request, and none when a client leaves",
+        upstream=_UPSTREAM,
+        wrapper=_serve_single,
     ),
     Patch(
         "mlx_lm.server:ResponseGenerator._next_request",

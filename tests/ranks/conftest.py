@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 import toy_models
 from live_server import write_exact
@@ -12,6 +13,11 @@ from mlx_lm.models import ministral3
 from mlx_lm.utils import save_model
 
 LAYERS = 6
+VERSION = tuple(map(int, mlx_lm.__version__.split(".")[:3]))
+
+needs_split_server = pytest.mark.skipif(
+    VERSION < (0, 30, 6), reason="mlx-lm before 0.30.6 has no server on several ranks"
+)
 
 
 @pytest.fixture(scope="session")

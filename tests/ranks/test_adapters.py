@@ -14,6 +14,10 @@ from toy_qwen3 import TINY
 
 from mlx_optiq_ext.adapters import AdapterActivation, mount_adapter_on_model
 
+from .conftest import needs_split_server
+
+pytestmark = needs_split_server
+
 TOKENS = [[3, 14, 15, 9, 26, 5, 35, 8], [2, 71, 82, 81, 82, 84, 59, 4]]
 
 

@@ -8,7 +8,10 @@ import openai
 import pytest
 from toy_adapters import write_everywhere
 
+from .conftest import needs_split_server
 from .live_ranks import serve_ranks
+
+pytestmark = needs_split_server
 
 NAMES = ("red", "green", "blue", "grey")
 QUESTIONS = (

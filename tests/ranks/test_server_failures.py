@@ -11,7 +11,10 @@ import pytest
 from mlx_lm.utils import load_model
 from toy_adapters import write_everywhere
 
+from .conftest import needs_split_server
 from .live_ranks import SERVE, serve_ranks
+
+pytestmark = needs_split_server
 
 #: Seconds that ranks may take to end, and a run that is refused with its start on a busy machine.
 ALLOWED, WITH_START = 30, 90
@@ -44,6 +47,18 @@ def broken(self):
         raise ValueError("the disk is on fire")
     return step(self)
 generate.GenerationBatch._step = broken
+"""
+#: The same for a request that is served alone, as those with a seed are.
+BROKEN_ALONE = """
+import os
+from mlx_lm import server
+stream = server.stream_generate
+def broken(*args, **kwargs):
+    for number, token in enumerate(stream(*args, **kwargs)):
+        if number == 2 and os.environ["MLX_RANK"] == "1":
+            raise ValueError("the disk is on fire")
+        yield token
+server.stream_generate = broken
 """
 ENDED = "was ended, because another rank failed"
 
@@ -149,14 +164,26 @@ def generate(server) -> None:
     threading.Thread(target=lambda: list(chunks), daemon=True).start()
 
 
-def test_an_error_on_one_rank_is_told_and_ends_all(tmp_path, exact):
-    code = BROKEN + SERVE
-    with serving(tmp_path, exact, code=code) as (server, processes):
+@pytest.mark.parametrize("broken", [BROKEN, BROKEN_ALONE])
+def test_an_error_on_one_rank_is_told_and_ends_all(tmp_path, exact, broken):
+    seed = {"seed": 1} if broken is BROKEN_ALONE else {}
+    with serving(tmp_path, exact, code=broken + SERVE) as (server, processes):
         with contextlib.suppress(Exception):
-            server.ask("How many?")
+            server.ask("How many?", **seed)
         told = ended(server)
         assert "rank 1 stops serving: ValueError: the disk is on fire" in told
         assert all(map(gone, processes))
+
+
+def test_a_client_that_leaves_a_request_served_alone_stops_no_rank(tmp_path, exact):
+    with serving(tmp_path, exact) as (server, _):
+        expected = server.ask("How many?", seed=1)
+        options = {"model": "default_model", "max_tokens": 60, "stream": True, "seed": 1}
+        messages = [{"role": "user", "content": "Count."}]
+        chunks = server.client().chat.completions.create(messages=messages, **options)
+        next(iter(chunks))
+        chunks.close()
+        assert server.ask("How many?", seed=1) == expected
 
 
 def test_a_model_that_is_missing_on_one_rank_ends_all(launch, hosts, exact):

@@ -5,7 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from live_server import serve
 
+from .conftest import VERSION, needs_split_server
 from .live_ranks import serve_ranks
+
+pytestmark = needs_split_server
 
 QUESTIONS = (
     "There are 13 bricks in each bag and Noah buys 2 bags. How many bricks are there?",
@@ -26,7 +29,8 @@ def asked(server) -> list[str]:
     options = {"model": "default_model", "temperature": 0, "max_tokens": 20}
     more = server.client().chat.completions.create(messages=messages, **options)
     again = server.client().chat.completions.create(messages=messages, **options)
-    assert again.usage.prompt_tokens_details.cached_tokens > 0
+    if VERSION >= (0, 32):  # older servers do not report it
+        assert again.usage.prompt_tokens_details.cached_tokens > 0
     return [*answers, more.choices[0].message.content, again.choices[0].message.content]
 
 

@@ -3,6 +3,7 @@
 Stock's other ranks wait for a generation thread that died; its HTTP server stays up.
 """
 
+import sys
 from typing import Any
 
 from . import session
@@ -64,6 +65,9 @@ def _serve_single(wrapped, instance, args, kwargs):
     own = answers.failure or "the other ranks did not finish a request"
     try:
         with ranks.within(ranks.LIMIT, lambda: f"rank {ranks.rank()} stops serving: {own}"):
+            # mlx-lm is one token ahead, before 0.32 on a stream of its own.
+            generate = sys.modules["mlx_lm.generate"]
+            generate.mx.synchronize(call.get("stream", generate.generation_stream))
             failures = ranks.gathered(answers.failure)
     except ranks.RankError as error:
         raise ranks.RankError(answers.failure or str(error)) from error

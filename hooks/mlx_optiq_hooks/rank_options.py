@@ -37,6 +37,11 @@ def check(command, options, args):
 def _check_server(options: Any, args: Any) -> None:
     if args.draft_model is not None:
         raise UnsupportedError("mlx-lm takes no --draft-model on several ranks: leave it out")
+    if args.adapter_path is not None:
+        raise UnsupportedError(
+            "mlx-lm takes no --adapter-path on several ranks: serve it with --optiq-adapter "
+            "NAME=PATH_OR_REPO"
+        )
     if options.allow_adapter_updates is not None:
         raise UnsupportedError(
             "--optiq-allow-adapter-updates works in one process only: on several ranks every "

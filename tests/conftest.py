@@ -4,17 +4,16 @@ import importlib
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from loopback import launcher, surroundings
 
 TESTS = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("MLX_OPTIQ_SHARED") or TESTS.parent.parent / "shared")
@@ -118,7 +117,6 @@ def launch(tmp_path_factory) -> Run:
 
     Takes the number of ranks and the words after ``python``. What the ranks print comes joined.
     """
-    folder = Path(sys.executable).parent
 
     def launch(
         ranks: int,
@@ -127,15 +125,12 @@ def launch(tmp_path_factory) -> Run:
         env: dict[str, str] | None = None,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
-        port = str(free_ports(ranks))
-        launcher = ["mlx.launch", "-n", str(ranks), "--backend", "ring", "--starting-port", port]
         silence, held = os.pipe()  # at the end of its input the launcher would spin
         try:
             return subprocess.run(
-                [*launcher, "--", "python", *map(str, words)],
+                [*launcher(ranks), "python", *map(str, words)],
                 cwd=cwd or tmp_path_factory.mktemp("ranks"),
-                env={**os.environ, "PATH": path, "OPENBLAS_NUM_THREADS": "1", **(env or {})},
+                env={**surroundings(), **(env or {})},
                 stdin=silence,
                 capture_output=True,
                 text=True,
@@ -146,19 +141,6 @@ def launch(tmp_path_factory) -> Run:
             os.close(held)
 
     return launch
-
-
-def free_ports(count: int) -> int:
-    """The first of some consecutive ports of loopback that are free now."""
-    while True:
-        with ExitStack() as held:
-            sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-            sockets[0].bind(("127.0.0.1", 0))
-            start = sockets[0].getsockname()[1]
-            with suppress(OSError, OverflowError):
-                for offset, other in enumerate(sockets[1:], 1):
-                    other.bind(("127.0.0.1", start + offset))
-                return start
 
 
 @dataclass(frozen=True)

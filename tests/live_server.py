@@ -71,14 +71,15 @@ def serve(log: Path, *arguments: object, code: str = "from mlx_lm.server import 
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:
-        _wait(server)
+        await_answer(server)
         yield server
     finally:
         process.kill()
         process.wait(10)
 
 
-def _wait(server: Server) -> None:
+def await_answer(server: Server) -> None:
+    """Wait until a server takes requests."""
     for _ in range(1200):
         if server.process.poll() is not None:
             raise RuntimeError(f"the server ended: {server.log.read_text()[-2000:]}")

@@ -11,6 +11,7 @@ from . import (
     kv_options,
     latency_options,
     lora_options,
+    rank_options,
     session,
     yolo_options,
 )
@@ -34,6 +35,7 @@ def optiq_add_arguments(command, group):
 @hookimpl
 def optiq_check_options(command, options, args):
     instead = [part.check(options, args) for part in _OPTIONS.get(command, ())]
+    rank_options.check(command, options, args)
     return next((run for run in instead if run is not None), None)
 
 

@@ -114,7 +114,9 @@ class Parser(argparse.ArgumentParser):
         ranks.size()
         with ranks.together():
             instead = check(self.optiq_command, options, namespace)
-            ranks.agree(**{"command line": shlex.join(sys.argv[1:])})
+            running = session.running()
+            facts = {} if running is None else running.results.get("facts", {})
+            ranks.agree(**{"command line": shlex.join(sys.argv[1:])}, **facts)
         return instead
 
     def _refuse(self, error: OptiqError) -> NoReturn:

@@ -22,6 +22,7 @@ FEATURES = (
     "latency",
     "evaluation",
     "yolo",
+    "sharded",
     "plugins",
 )
 

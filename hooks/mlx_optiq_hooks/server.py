@@ -48,6 +48,11 @@ def _end(running: session.Session, error: OptiqError) -> None:
     """End the command on the main thread with an error of the generation thread."""
     if threading.current_thread() is threading.main_thread():
         return
+    from mlx_optiq_ext import ranks
+
+    if ranks.size() > 1:
+        # All leave at once, and the launcher ends those that are late: each says why.
+        ranks.leave(f"mlx_lm.server: {error}")
     running.results["fatal"] = error
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _thread.interrupt_main()

@@ -58,7 +58,7 @@ def _is_batchable(wrapped, instance, args, kwargs):
     # So what the thread does from here on is for that request, but steps of a batch, which know
     # their rows.
     request = bind(wrapped, args, kwargs)["args"]
-    activate(request.optiq_adapter)
+    activate(options.catalogue.counterpart(request.optiq_adapter))
     routable = options.catalogue.routable and gate().state("adapters_batched").on
     return wrapped(*args, **kwargs) and routable
 

@@ -1,5 +1,7 @@
 """``mlx_lm.utils``: text models, the predicate that quantizes by plan, adapter configs."""
 
+import sys
+
 from . import session
 from .patch import Patch, bind
 
@@ -15,6 +17,29 @@ def load(wrapped, instance, args, kwargs):
     loaded = modalities.load_text(wrapped, **call)
     running.results["modalities"] = loaded.report
     return loaded[:3] if return_config else loaded[:2]
+
+
+def sharded_load(wrapped, instance, args, kwargs):
+    loaded, running = wrapped(*args, **kwargs), session.running()
+    if running is not None and running.options is None:
+        return loaded
+    from mlx_optiq_ext.adapters import Split, note_split
+
+    call, utils = bind(wrapped, args, kwargs), sys.modules[wrapped.__module__]
+    options = {k: v for k, v in call.items() if k == "trust_remote_code"}
+    model = loaded[0]
+
+    def whole():
+        folder = utils._download(call["repo"], allow_patterns=["*.json"])
+        return utils.load_model(folder, lazy=True, strict=False, **options)[0]
+
+    # As mlx-lm decides: by heads if it is not told.
+    group = call.get("tensor_group")
+    if group is None and call.get("pipeline_group") is None and hasattr(model, "shard"):
+        group = utils.mx.distributed.init()
+    split = None if group is None else lambda other: other.shard(group)
+    note_split(model, Split(whole, split))
+    return loaded
 
 
 def quantize_model(wrapped, instance, args, kwargs):
@@ -69,6 +94,13 @@ PATCHES = (
         why="hands the convert command the text model of a multimodal checkpoint",
         upstream="none: mlx-lm keeps the wrapper and its config keys",
         wrapper=load,
+    ),
+    Patch(
+        "mlx_lm.utils:sharded_load",
+        feature="sharded",
+        why="keeps how a model was split, for adapters to be split the same way",
+        upstream="none: adapters are refused on several ranks (server.py)",
+        wrapper=sharded_load,
     ),
     Patch(
         "mlx_lm.utils:quantize_model",

@@ -1,7 +1,7 @@
 """Many LoRA adapters on one base model, chosen by call, by thread or by row of a batch."""
 
 from .activation import AdapterActivation, MountedAdapter, activate, active
-from .catalogue import Catalogue, Offer, check_name, shortened
+from .catalogue import Catalogue, Offer
 from .jobs import RequestQueue
 from .layers import MountedLoRAEmbedding, MountedLoRALinear, MountedLoRASwitchLinear
 from .mounting import (
@@ -11,8 +11,10 @@ from .mounting import (
     prepare_model_for_mounted_lora,
     unmount,
 )
+from .naming import check_name, shortened
 from .prompt_cache import AdapterPromptCache
 from .routing import Routes
+from .split import Split, note_split, split_of
 
 __all__ = [
     "AdapterActivation",
@@ -26,12 +28,15 @@ __all__ = [
     "Offer",
     "RequestQueue",
     "Routes",
+    "Split",
     "activate",
     "active",
     "check_name",
     "mount_adapter_on_model",
     "mounts_on",
+    "note_split",
     "prepare_model_for_mounted_lora",
     "shortened",
+    "split_of",
     "unmount",
 ]

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from ..errors import InputError, OptiqError
+from .. import ranks
+from ..errors import OptiqError
 from ..lora import read_adapter
 from .activation import MountedAdapter
 from .jobs import Jobs
 from .mounting import Mounts, prepare_model_for_mounted_lora
+from .naming import shortened
 from .proof import rows_apart
 
 
@@ -90,16 +92,25 @@ class Catalogue:
     def attach(self, model: nn.Module) -> None:
         """Mount what is offered, as far as the limit allows, on the model that was loaded.
 
-        For the thread that generates. A model that was loaded anew starts anew.
+        For the thread that generates. A model that was loaded anew starts anew. Ranks attach
+        together, and to the same weights.
 
         Raises:
             InputError: An adapter is damaged or for another model.
+            Mismatch: Another rank has other adapters.
         """
         mounts = prepare_model_for_mounted_lora(model)
         if mounts is self._mounts:
             return
-        for entry in list(self._entries.values())[: self._limit]:
-            entry.adapter = self._mount(mounts, entry.offer, None)
+        with ranks.together():
+            for entry in list(self._entries.values())[: self._limit]:
+                entry.adapter = mounts.mount(entry.offer.name, read_adapter(entry.offer.folder))
+            ranks.gathered(None)  # nobody goes on before all have read theirs
+        mounted = [each.adapter for each in self._entries.values() if each.adapter]
+        ranks.agree(**{f"weights of adapter {each.name}": each.version for each in mounted})
+        for adapter in mounted:
+            self._prove(mounts, adapter)
+        self.routable = all(ranks.gathered(self.routable))
         with self._changed:
             self._mounts = mounts
             self._changed.notify_all()
@@ -129,6 +140,20 @@ class Catalogue:
         """End a request's use of an adapter."""
         assert self._mounts is not None
         self._mounts.done(adapter)
+
+    def counterpart(self, adapter: MountedAdapter | None) -> MountedAdapter | None:
+        """This rank's mount of an adapter that a request brought from another rank.
+
+        Raises:
+            RankError: It is not mounted here.
+        """
+        if adapter is None:
+            return None
+        assert self._mounts is not None
+        own = self._mounts.resolve(adapter) or self._mounts.names.get(adapter.name)
+        if own is None or own.version != adapter.version:
+            raise ranks.RankError(f"rank {ranks.rank()} has no such adapter {adapter.name!r}")
+        return own
 
     def load(self, offer: Offer, *, replace: bool = False) -> MountedAdapter:
         """Offer an adapter from now on, and mount it.
@@ -250,10 +275,14 @@ class Catalogue:
         if victim is not None:
             mounts.discard(victim)
         adapter = mounts.mount(offer.name, read_adapter(offer.folder))
+        self._prove(mounts, adapter)
+        return adapter
+
+    def _prove(self, mounts: Mounts, adapter: MountedAdapter) -> None:
+        """Find out whether rows stay apart, once new layers have adapters."""
         if not mounts.paths <= self._proven:
             self._proven |= mounts.paths
             self.routable = self.routable and rows_apart(mounts, adapter)
-        return adapter
 
     def _retire(self, adapter: MountedAdapter) -> None:
         """Take an adapter off after its last use."""
@@ -267,23 +296,4 @@ class Catalogue:
         known = ", ".join(each.name for each in self.offers()) or "none"
         return UnknownAdapterError(
             f"there is no model or adapter {shortened(name)} (adapters: {known})"
-        )
-
-
-def shortened(text: str, length: int = 64) -> str:
-    """A text for a message, whatever a client sent."""
-    return repr(text if len(text) <= length else f"{text[:length]}...")
-
-
-def check_name(name: str) -> None:
-    """Refuse a name that requests could not carry.
-
-    Raises:
-        InputError: It is empty, too long, or has characters beyond those of a file name.
-    """
-    if not 0 < len(name) <= 128 or not all(
-        c.isascii() and (c.isalnum() or c in "._-:/@") for c in name
-    ):
-        raise InputError(
-            f"adapter name {shortened(name)}: use up to 128 letters, digits and . _ - : / @"
         )

@@ -15,6 +15,10 @@ from ..lora.geometry import EMBEDDING, EXPERTS
 from .activation import Route
 from .stack import Stack, Stacks, gather
 
+#: Linear layers that add up what the ranks have of their inputs, and all that are split.
+REDUCED = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
+SPLIT = (*REDUCED, nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
+
 #: The experts that the tokens of the running block go to, (rows, tokens, experts a token).
 _routed: ContextVar[mx.array | None] = ContextVar("mlx_optiq_ext_experts", default=None)
 
@@ -49,7 +53,10 @@ class MountedLoRALinear(_Mounted):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(..., in) to (..., out)."""
-        y = self.linear(x)
+        return self.adapted(x, self.linear(x))
+
+    def adapted(self, x: mx.array, y: mx.array) -> mx.array:
+        """What the base layer made of ``x``, with the adapters' updates."""
         for stack, at in self.mounted.chosen():
             if isinstance(at, int):
                 z = (x @ stack.a[at]) @ stack.b[at]
@@ -57,6 +64,19 @@ class MountedLoRALinear(_Mounted):
                 z = _by_rows(x, stack.a, stack.b, at)
             y = y + z.astype(y.dtype)
         return y
+
+
+class ReducedLoRALinear(MountedLoRALinear):
+    """A linear layer whose inputs are split over ranks, with adapters split the same way.
+
+    Base and updates are added up over the ranks at once.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """This rank's part of (..., in) to the whole (..., out)."""
+        base: Any = self.linear
+        y = mx.distributed.all_sum(self.adapted(x, _product(base, x)), group=base.group)
+        return y + base["bias"] if "bias" in base else y
 
 
 class MountedLoRASwitchLinear(_Mounted):
@@ -153,7 +173,27 @@ def mounted_layer(module: nn.Module, kind: str, mounted: Stacks) -> nn.Module:
     """The layer that takes a module's place; ``kind`` is that of `lora.geometry`."""
     if kind == EMBEDDING:
         return MountedLoRAEmbedding(module, mounted)
-    return (MountedLoRASwitchLinear if kind == EXPERTS else MountedLoRALinear)(module, mounted)
+    if kind == EXPERTS:
+        return MountedLoRASwitchLinear(module, mounted)
+    return (ReducedLoRALinear if isinstance(module, REDUCED) else MountedLoRALinear)(
+        module, mounted
+    )
+
+
+def _product(base: Any, x: mx.array) -> mx.array:
+    """What a layer of `REDUCED` adds up over the ranks."""
+    if "scales" not in base:
+        return x @ base["weight"].T
+    return mx.quantized_matmul(
+        x,
+        base["weight"],
+        scales=base["scales"],
+        biases=base.get("biases"),
+        transpose=True,
+        group_size=base.group_size,
+        bits=base.bits,
+        mode=getattr(base, "mode", "affine"),
+    )
 
 
 def _by_rows(

@@ -17,7 +17,8 @@ from ..lora.fitting import fit_modules
 from ..lora.geometry import EXPERTS, geometry
 from . import stack as stacking
 from .activation import MountedAdapter, Selection, registries
-from .layers import MountedExperts, mounted_layer
+from .layers import SPLIT, MountedExperts, mounted_layer
+from .split import split_of
 from .stack import Stack, Stacks
 
 _NAME = "_optiq_adapters"
@@ -40,6 +41,7 @@ class Mounts:
         self.names: dict[str, MountedAdapter] = {}
         self.changed = threading.Condition()
         self._modules = dict(model.named_modules())
+        self._split = split_of(model)
         self._layers: dict[str, Stacks] = {}
         self._placed: set[MountedAdapter] = set()
         self._uses: Counter[MountedAdapter] = Counter()
@@ -62,9 +64,10 @@ class Mounts:
 
         Raises:
             InputError: It is for another model.
-            UnsupportedError: It is DoRA.
+            UnsupportedError: It is DoRA, or cannot follow how the model is split over ranks.
         """
-        fitted = fit_modules(adapter, self._modules)
+        split = self._split
+        fitted = fit_modules(adapter, self._modules if split is None else split.modules)
         if fitted.dora:
             raise UnsupportedError(
                 f"{adapter.source} is a DoRA adapter, which cannot share a base model: serve it "
@@ -74,10 +77,11 @@ class Mounts:
         current = self.names.get(name)
         if current is not None and current.version == version:
             return current
-        nbytes = sum(each.nbytes for layer in fitted.layers.values() for each in layer.arrays())
+        layers = fitted.layers if split is None else split.own(fitted.layers, self._modules)
+        nbytes = sum(each.nbytes for layer in layers.values() for each in layer.arrays())
         mounted = MountedAdapter(name, version, adapter.source, nbytes)
         with self.changed:
-            self._place({p: stacking.single(mounted, x) for p, x in fitted.layers.items()})
+            self._place({p: stacking.single(mounted, x) for p, x in layers.items()})
             self.names[name] = mounted
             self._placed.add(mounted)
             self.sweep()
@@ -147,13 +151,19 @@ class Mounts:
             layer = self._layers.get(path)
             if layer is None:
                 layer = self._layers[path] = Stacks(self.names)
-                shape = geometry(self._modules[path])
-                assert shape is not None  # fit_modules refuses such layers
+                kind = self._kind(path)
                 layer.stacks = stacks
-                if shape.kind == EXPERTS:
+                if kind == EXPERTS:
                     self._tell_rows(path.rpartition(".")[0])
-                put(self.model, path, mounted_layer(self._modules[path], shape.kind, layer))
+                put(self.model, path, mounted_layer(self._modules[path], kind, layer))
             layer.stacks = stacks
+
+    def _kind(self, path: str) -> str:
+        if self._split is not None:
+            return self._split.geometry(path).kind
+        shape = geometry(self._modules[path])
+        assert shape is not None  # fit_modules refuses such layers
+        return shape.kind
 
     def _take_off(self, adapter: MountedAdapter) -> None:
         self._placed.remove(adapter)
@@ -185,9 +195,15 @@ def prepare_model_for_mounted_lora(model: nn.Module) -> Mounts:
 
     Raises:
         InputError: The model has LoRA layers already.
+        UnsupportedError: It was split over ranks without ``mlx_lm.utils.sharded_load``.
     """
     mounts = mounts_on(model)
     if mounts is None:
+        if split_of(model) is None and any(isinstance(each, SPLIT) for each in model.modules()):
+            raise UnsupportedError(
+                "adapters on a model that is split over ranks need mlx_lm.utils.sharded_load: load "
+                "the model with it"
+            )
         if any("lora_a" in module for module in model.modules()):
             raise InputError(
                 "the model was loaded with an adapter (adapter_path): load it without, and mount "

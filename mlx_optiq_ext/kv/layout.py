@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import ranks
 from ..errors import InputError, OptiqError, UnsupportedError
 from ..weights.blocks import calls_replaced, decoder_layers
 from .cache import PackedKVCache
@@ -53,6 +54,24 @@ def mount(model: nn.Module, plan: KVPlan, *, mergeable: bool = True) -> Mounted:
         InputError: The plan names a layer that does not exist or keeps no keys and values.
         UnsupportedError: The model cannot work with packed keys and values.
     """
+    stage = ranks.stage_of(model)
+    if stage is None:
+        mounted = _mounted(model, plan, mergeable)
+    else:
+        with ranks.together(), ranks.alone(model):
+            check_layers(plan, _layer_count(stage))
+            mounted = _mounted(model, plan, mergeable)
+            packs, merges = zip(*ranks.gathered((mounted.owners, mounted.mergeable)), strict=True)
+            if not any(packs):
+                raise _nothing_kept(model)
+            # All ranks batch, or none does.
+            mounted = replace(mounted, mergeable=all(merges))
+    object.__setattr__(model, _NAME, mounted)
+    return mounted
+
+
+def _mounted(model: nn.Module, plan: KVPlan, mergeable: bool) -> Mounted:
+    """What `mount` leaves, tried out on this rank."""
     found = owners(model)
     formats = _formats(model, plan, found)
     problem: Exception | None = None
@@ -71,12 +90,23 @@ def mount(model: nn.Module, plan: KVPlan, *, mergeable: bool = True) -> Mounted:
                 _try(model, mounted, rows=2)
             except Exception:
                 mounted = replace(mounted, mergeable=False)
-        object.__setattr__(model, _NAME, mounted)
         return mounted
     raise UnsupportedError(
         f"{type(model).__module__} cannot work with packed keys and values "
         f"({type(problem).__name__}: {problem}): leave --optiq-kv out"
     )
+
+
+def _layer_count(own: ranks.Stage) -> int:
+    """Layers of a pipelined model, each of which must be in the stage of one rank."""
+    stages = sorted((each.start, each.end) for each in ranks.gathered(own))
+    ends = [0, *(end for _, end in stages)]
+    if [start for start, _ in stages] != ends[:-1]:
+        raise UnsupportedError(
+            f"this mlx-lm leaves out or repeats layers between {len(stages)} ranks: take a number "
+            "of ranks that divides the model's layers, or a newer mlx-lm"
+        )
+    return ends[-1]
 
 
 def unmount(model: nn.Module) -> None:
@@ -120,7 +150,7 @@ def packed(caches: list[Any], mounted: Mounted) -> list[Any]:
 
 
 def owners(model: nn.Module) -> dict[Slot, int]:
-    """The decoder layer that writes to each cache of keys and values.
+    """The decoder layer, of the whole model, that writes to each cache of keys and values.
 
     The model is run on one token, and each layer watched for the cache that it is handed: lists of
     caches are not always one a layer (shared keys and values, blocks without attention, loops).
@@ -128,17 +158,19 @@ def owners(model: nn.Module) -> dict[Slot, int]:
     caches = stock_caches(model)
     layers = decoder_layers(model)
     users: dict[int, int] = {}
+    stage = ranks.stage_of(model)
+    first = 0 if stage is None else stage.start
 
     def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
         for value in (*args, *kwargs.values()):
-            users.setdefault(id(value), index)
+            users.setdefault(id(value), first + index)
         return original(*args, **kwargs)
 
     with calls_replaced(layers, call):
         mx.eval(model(mx.array([[0]]), cache=caches))
     found = {}
     for index, cache in enumerate(caches):
-        owner = users.get(id(cache), index if len(caches) == len(layers) else None)
+        owner = users.get(id(cache), first + index if len(caches) == len(layers) else None)
         if owner is not None:
             found.update({(index, member): owner for member in _members(model, cache)})
     return found
@@ -168,21 +200,28 @@ def _keeps(cache: Any) -> bool:
 
 
 def _formats(model: nn.Module, plan: KVPlan, found: Mapping[Slot, int]) -> dict[Slot, LayerFormat]:
-    if not found:
-        raise UnsupportedError(
-            f"{type(model).__module__} keeps no keys and values that could be packed: leave "
-            "--optiq-kv out"
-        )
+    stage = ranks.stage_of(model)
+    if stage is None:
+        if not found:
+            raise _nothing_kept(model)
+        stage = ranks.Stage(0, len(decoder_layers(model)))
+        check_layers(plan, stage.end)
     if plan.everywhere is not None:
         return dict.fromkeys(found, plan.everywhere)
-    check_layers(plan, len(decoder_layers(model)))
     for index in plan.layers:
-        if index not in found.values():
+        if stage.start <= index < stage.end and index not in found.values():
             raise InputError(
                 f"{plan.source}: layer {index} of this model keeps no keys and values of its own "
                 "(a recurrent layer, or one that shares another's): leave it out"
             )
     return {slot: plan.layers[owner] for slot, owner in found.items() if owner in plan.layers}
+
+
+def _nothing_kept(model: nn.Module) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(model).__module__} keeps no keys and values that could be packed: leave --optiq-kv "
+        "out"
+    )
 
 
 def _try(model: nn.Module, mounted: Mounted, rows: int) -> None:

@@ -1,5 +1,6 @@
 """Where an adapter's files are: a folder, or a repository on the Hub."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -68,6 +69,25 @@ def locate(source: str | Path) -> Files:
         f"{source} has no {MLX_LM_WEIGHTS} and no {PEFT_WEIGHTS}: name the folder of a trained "
         "adapter"
     )
+
+
+def digest(source: str | Path) -> str:
+    """What an adapter's files hold, to compare it with another host's copy.
+
+    Raises:
+        InputError: There is no adapter, or a file of it is missing or cannot be read.
+    """
+    found = locate(source)
+    total = hashlib.sha256()
+    for path in (found.weights, found.folder / CONFIG, found.folder / NOTES):
+        try:
+            with path.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        except FileNotFoundError:
+            total.update(b"none")
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    return total.hexdigest()[:12]
 
 
 def folder_of(source: str | Path) -> Path:

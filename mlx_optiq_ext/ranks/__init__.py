@@ -18,23 +18,31 @@ from .exchange import (
     total,
 )
 from .failure import Failed, Mismatch, RankError
+from .stage import Stage, alone, stage_of
+from .watch import LIMIT, leave, within
 
 __all__ = [
+    "LIMIT",
     "Failed",
     "Mismatch",
     "RankError",
+    "Stage",
     "agree",
+    "alone",
     "announce",
     "broadcast",
     "first",
     "gathered",
     "handed",
     "leads",
+    "leave",
     "rank",
     "share",
     "size",
+    "stage_of",
     "summed",
     "together",
     "told",
     "total",
+    "within",
 ]

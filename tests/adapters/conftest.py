@@ -1,9 +1,7 @@
 """The tiny model in float32, adapters made at random, and adapters trained to say their name."""
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,8 +11,8 @@ import pytest
 from live_server import write_exact
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from toy_adapters import KEYS, save_adapter, write_adapter
 
-KEYS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 #: Adapters that answer with their own name, whatever is asked: the tiny model knows numbers best.
 NAMES = ("11", "22", "33")
 QUESTIONS = (
@@ -35,45 +33,6 @@ def exact(tiny, tmp_path_factory) -> Path:
 def model(exact) -> nn.Module:
     """That model, loaded."""
     return mlx_lm.load(str(exact))[0]
-
-
-def write_adapter(
-    folder: Path,
-    model: Any,
-    *,
-    keys: Iterable[str] = KEYS,
-    rank: int = 4,
-    seed: int = 0,
-    scale: float = 2.0,
-    size: float = 0.2,
-    dtype: mx.Dtype = mx.float32,
-) -> Path:
-    """An adapter in mlx-lm's form with random weights, saved by mlx-lm's own layers."""
-    mx.random.seed(seed)
-    copy = type(model)(model.args)
-    copy.update(model.parameters())
-    parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}
-    linear_to_lora_layers(copy, 99, parameters)
-    tensors = {}
-    for name, tensor in parameters_of(copy).items():
-        if name.endswith(("lora_a", "lora_b")):
-            deviation = size / tensor.shape[0] ** 0.5
-            tensors[name] = (mx.random.normal(tensor.shape) * deviation).astype(dtype)
-    return save_adapter(folder, tensors, parameters)
-
-
-def parameters_of(model: nn.Module) -> dict[str, mx.array]:
-    """A model's parameters by path."""
-    return dict(tree_flatten(model.parameters()))  # pyright: ignore[reportArgumentType]
-
-
-def save_adapter(folder: Path, tensors: dict[str, mx.array], parameters: dict) -> Path:
-    """Write an adapter as mlx-lm does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
-    config = {"fine_tune_type": "lora", "num_layers": 99, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import mlx_lm
 import pytest
 from mlx.utils import tree_flatten
+from toy_adapters import KEYS
 
 from mlx_optiq_ext.adapters import (
     AdapterActivation,
@@ -19,8 +20,6 @@ from mlx_optiq_ext.adapters import (
     unmount,
 )
 from mlx_optiq_ext.errors import InputError, UnsupportedError
-
-from .conftest import KEYS
 
 TOKENS = mx.array([[5, 9, 200, 31, 7, 2]])
 

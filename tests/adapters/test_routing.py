@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from live_server import write_exact
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
+from toy_adapters import write_adapter
 
 from mlx_optiq_ext.adapters import AdapterActivation, Mounts, mount_adapter_on_model, mounts_on
-
-from .conftest import write_adapter
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32),

@@ -71,9 +71,16 @@ def test_every_feature_is_on_in_the_newest_row_and_off_outside(name):
 
 
 @pytest.mark.parametrize("name", [each.name for each in features()])
-@pytest.mark.parametrize("version", ["0.30.4", "0.31.0", "0.31.3"])
+@pytest.mark.parametrize("version", ["0.30.6", "0.31.0", "0.31.3"])
 def test_batching_needs_the_newer_engine_and_nothing_else_does(name, version):
     assert feature(name, version).on == (not name.endswith("_batched"))
+
+
+def test_several_ranks_need_a_server_that_splits_a_model():
+    assert feature("sharded", "0.30.6").on
+    state = feature("sharded", "0.30.4")
+    assert not state.on
+    assert "lacks a server that splits a model over ranks: needs 0.30.6 or newer" in state.reason
 
 
 def test_an_off_feature_says_what_is_missing_and_what_would_turn_it_on():

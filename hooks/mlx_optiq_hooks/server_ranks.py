@@ -1,0 +1,112 @@
+"""``mlx_lm.server`` on several ranks: what ends one of them ends all, with the reason.
+
+Stock's other ranks wait for a generation thread that died; its HTTP server stays up.
+"""
+
+import sys
+from typing import Any
+
+from . import session
+from .patch import Patch, bind
+
+
+def _ranks():
+    """The ranks of the running server, if it was given our options and runs on several."""
+    running = session.current()
+    if running is None or running.command != "server":
+        return None
+    from mlx_optiq_ext import ranks
+
+    return ranks if ranks.size() > 1 else None
+
+
+def _generate(wrapped, instance, args, kwargs):
+    ranks = _ranks()
+    if ranks is None:
+        return wrapped(*args, **kwargs)
+    try:
+        return wrapped(*args, **kwargs)
+    except Exception as error:
+        kind = "" if isinstance(error, ranks.RankError) else f"{type(error).__name__}: "
+        ranks.leave(f"rank {ranks.rank()} stops serving: {kind}{error}")
+
+
+class _Answers:
+    """The queue that a request's answers go to.
+
+    A client cannot stop them: the other ranks would go on.
+
+    Attributes:
+        failure: What the request ended with here; empty if it did not fail.
+    """
+
+    def __init__(self, queue: Any):
+        self.failure = ""
+        self._queue = queue
+
+    def put(self, item: Any) -> None:
+        """As ``Queue.put``."""
+        if isinstance(item, Exception):
+            self.failure = f"{type(item).__name__}: {item}"
+        elif hasattr(item, "_should_stop"):
+            item.stop = lambda: None
+        self._queue.put(item)
+
+
+def _serve_single(wrapped, instance, args, kwargs):
+    ranks = _ranks()
+    if ranks is None:
+        return wrapped(*args, **kwargs)
+    call = bind(wrapped, args, kwargs)
+    queue, *request = call["request"]
+    answers = _Answers(queue)
+    wrapped(**{**call, "request": (answers, *request)})
+    # Stock answers with the error and goes on, while ranks without it still wait for this one.
+    own = answers.failure or "the other ranks did not finish a request"
+    try:
+        with ranks.within(ranks.LIMIT, lambda: f"rank {ranks.rank()} stops serving: {own}"):
+            # mlx-lm is one token ahead, before 0.32 on a stream of its own.
+            generate = sys.modules["mlx_lm.generate"]
+            generate.mx.synchronize(call.get("stream", generate.generation_stream))
+            failures = ranks.gathered(answers.failure)
+    except ranks.RankError as error:
+        raise ranks.RankError(answers.failure or str(error)) from error
+    if any(failures) and not all(failures):
+        raise ranks.Failed(failures)
+
+
+def _next_request(wrapped, instance, args, kwargs):
+    ranks = _ranks()
+    # Without a timeout a batch runs: another rank may be busy for as long as a step takes.
+    if ranks is None or bind(wrapped, args, kwargs).get("timeout") is None:
+        return wrapped(*args, **kwargs)
+    late = f"rank {ranks.rank()} heard nothing of the others for {ranks.LIMIT:.0f} s"
+    with ranks.within(ranks.LIMIT, lambda: late):
+        return wrapped(*args, **kwargs)
+
+
+_UPSTREAM = "none: the other ranks wait for ever (server.py)"
+
+PATCHES = (
+    Patch(
+        "mlx_lm.server:ResponseGenerator._generate",
+        feature="sharded",
+        why="ends all ranks when one cannot go on",
+        upstream=_UPSTREAM,
+        wrapper=_generate,
+    ),
+    Patch(
+        "mlx_lm.server:ResponseGenerator._serve_single",
+        feature="sharded",
+        why="ends all ranks when one fails at a request, and none when a client leaves",
+        upstream=_UPSTREAM,
+        wrapper=_serve_single,
+    ),
+    Patch(
+        "mlx_lm.server:ResponseGenerator._next_request",
+        feature="sharded",
+        why="ends an idle rank when the others are gone",
+        upstream=_UPSTREAM,
+        wrapper=_next_request,
+    ),
+)

@@ -1,0 +1,22 @@
+"""Names that requests select adapters by."""
+
+from ..errors import InputError
+
+
+def shortened(text: str, length: int = 64) -> str:
+    """A text for a message, whatever a client sent."""
+    return repr(text if len(text) <= length else f"{text[:length]}...")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that requests could not carry.
+
+    Raises:
+        InputError: It is empty, too long, or has characters beyond those of a file name.
+    """
+    if not 0 < len(name) <= 128 or not all(
+        c.isascii() and (c.isalnum() or c in "._-:/@") for c in name
+    ):
+        raise InputError(
+            f"adapter name {shortened(name)}: use up to 128 letters, digits and . _ - : / @"
+        )

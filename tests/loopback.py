@@ -1,0 +1,32 @@
+"""How tests start several ranks on this machine."""
+
+import os
+import socket
+import sys
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+
+def launcher(ranks: int) -> list[str]:
+    """The words before a command that ``mlx.launch`` runs on so many ranks over loopback."""
+    port = str(free_ports(ranks))
+    return ["mlx.launch", "-n", str(ranks), "--backend", "ring", "--starting-port", port, "--"]
+
+
+def surroundings() -> dict[str, str]:
+    """An environment in which ``mlx.launch`` and ``python`` are those of this interpreter."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**os.environ, "PATH": path, "OPENBLAS_NUM_THREADS": "1"}
+
+
+def free_ports(count: int) -> int:
+    """The first of some consecutive ports of loopback that are free now."""
+    while True:
+        with ExitStack() as held:
+            sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+            sockets[0].bind(("127.0.0.1", 0))
+            start = sockets[0].getsockname()[1]
+            with suppress(OSError, OverflowError):
+                for offset, other in enumerate(sockets[1:], 1):
+                    other.bind(("127.0.0.1", start + offset))
+                return start

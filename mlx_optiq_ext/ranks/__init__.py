@@ -3,16 +3,18 @@
 Alone, everything here is free and hands back what it is given.
 """
 
-from .agreement import agree, together, told
+from .agreement import agree, compare, finish, together, told
+from .division import led, share, span
 from .exchange import (
+    alone,
     announce,
     broadcast,
     first,
     gathered,
     handed,
     leads,
+    passed,
     rank,
-    share,
     size,
     summed,
     total,
@@ -24,15 +26,21 @@ __all__ = [
     "Mismatch",
     "RankError",
     "agree",
+    "alone",
     "announce",
     "broadcast",
+    "compare",
+    "finish",
     "first",
     "gathered",
     "handed",
     "leads",
+    "led",
+    "passed",
     "rank",
     "share",
     "size",
+    "span",
     "summed",
     "together",
     "told",

@@ -174,7 +174,9 @@ def _run(wrapped: Any, args: tuple, kwargs: dict) -> Any:
         run = raised.run
     from mlx_optiq_ext import ranks
 
-    return ranks.led(run)  # outside the handler: its own errors have nothing to do with how it got here
+    return ranks.led(
+        run
+    )  # outside the handler: its own errors have nothing to do with how it got here
 
 
 def main(command: str):

@@ -115,7 +115,9 @@ def _shared(
 ) -> dict[str, T]:
     """What is measured of each tensor; the ranks of ``mlx.launch`` take some each."""
     every, found = list(tensors), dict[str, T]()
-    rounds = [every[i : i + ROUND * ranks.size()] for i in range(0, len(every), ROUND * ranks.size())]
+    rounds = [
+        every[i : i + ROUND * ranks.size()] for i in range(0, len(every), ROUND * ranks.size())
+    ]
     bar = tqdm(total=len(every), desc="Measuring", disable=not problem.progress)
     with bar:
         for tensors in rounds:

@@ -81,9 +81,7 @@ class _Ledger:
         anchored = self.plain.get(tensor.path, anchor(tensor)) is not None
         return (known and anchored) or self.was_measured(tensor)
 
-    def write(
-        self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]
-    ) -> None:
+    def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
         """Cost some tensors; the ranks of ``mlx.launch`` take some of their candidates each."""
         every = [(tensor, packing) for tensor in tensors for packing in tensor.packings]
         work = [math.prod(tensor.shape) * tensor.shape[-1] for tensor, _ in every]

@@ -22,6 +22,8 @@ from .spill import Spill, Spilled
 DIRECT = 4
 #: Gradients drawn for each batch where whole output moments are wanted, which fewer leave noisy.
 DRAWS = 2
+#: Inputs of a layer at which packing a weight takes as long as its product with their moments.
+PACKING = 512
 #: Bytes for whole output moments together, and outputs beyond which a tensor's is never kept.
 ACROSS, WIDEST = 2**30, 4096
 
@@ -84,7 +86,10 @@ class _Ledger:
     def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
         """Cost some tensors; the ranks of ``mlx.launch`` take some of their candidates each."""
         every = [(tensor, packing) for tensor in tensors for packing in tensor.packings]
-        work = [math.prod(tensor.shape) * tensor.shape[-1] for tensor, _ in every]
+        work = [
+            math.prod(tensor.shape) * (tensor.shape[-1] + PACKING) * packing.packed
+            for tensor, packing in every
+        ]
         own: dict[str, list[Packing]] = {}
         for tensor, packing in ranks.span(every, work):
             own.setdefault(tensor.path, []).append(packing)

@@ -101,7 +101,7 @@ def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, cal
     def words(name):
         yield from ("--hf-path", tiny, "--mlx-path", tmp_path / name, "--dtype", "float32")
         yield from ("--optiq-budget", "4", "--optiq-calibration", calibration)
-        yield from ("--optiq-bits", "3,4", "--optiq-distill", "--optiq-kv-budget", "4.5")
+        yield from ("--optiq-bits", "3,4", "--optiq-refine", "--optiq-kv-budget", "4.5")
 
     alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / f"{n}-cache")} for n in ("1", "2"))
     run("mlx_lm.convert", *words("one"), env=alone, check=True)

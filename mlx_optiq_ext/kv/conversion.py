@@ -52,9 +52,7 @@ def plan_kv(
         OptiqError: The model or the budget is not usable; the message says what to change.
     """
     if not ranks.leads():
-        progress = False
-
-        def say(message: str) -> None: ...
+        say, progress = ranks.silent, False
 
     model, tokenizer, _ = load(path_or_repo, revision, trust_remote_code)
     if mx.default_device() == mx.Device(mx.cpu):

@@ -4,7 +4,7 @@ Alone, everything here is free and hands back what it is given.
 """
 
 from .agreement import agree, compare, finish, together, told
-from .division import led, share, span
+from .division import led, share, silent, span
 from .exchange import (
     alone,
     announce,
@@ -41,6 +41,7 @@ __all__ = [
     "passed",
     "rank",
     "share",
+    "silent",
     "size",
     "span",
     "summed",

@@ -29,6 +29,10 @@ def span(items: Sequence[T], weights: Sequence[float] | None = None) -> list[T]:
     return [item for item, owner in zip(items, owners, strict=True) if owner == rank()]
 
 
+def silent(message: str) -> None:
+    """In place of ``print`` on all ranks but the first one."""
+
+
 def led(work: Callable[[], T]) -> T | None:
     """What rank 0 does by itself while the others wait for it to end; None on the others."""
     found = None

@@ -106,7 +106,7 @@ def prepare(
     if request.distill:
         request = replace(request, refine=True)
     if not ranks.leads():
-        say, progress = _silent, False
+        say, progress = ranks.silent, False
     started = time.perf_counter()
     mx.reset_peak_memory()
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
@@ -157,10 +157,6 @@ def prepare(
     seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
     say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
     return conversion
-
-
-def _silent(message: str) -> None:
-    """Instead of a line that rank 0 prints."""
 
 
 def _finished(

@@ -165,7 +165,8 @@ def _relayed(blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
                 trouble = str(error) or type(error).__name__
         else:
             found = {}
-        if any(troubles := ranks.gathered(trouble)):
+        troubles = ranks.gathered(trouble)
+        if any(troubles):
             raise ValueError(max(troubles))
         before, last = ranks.passed(*_packed(found))
         found = _unpacked(*before)

@@ -36,7 +36,7 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     from mlx_optiq_ext.ranks import exchange
     from mlx_optiq_ext.weights import METHODS, fisher, kl, planning, taylor
 
-    counts = dict.fromkeys(COUNTED, 0)
+    counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     waited = 0.0
 
     def counting(owner: Any, name: str, what: str, amount: Any) -> None:
@@ -137,7 +137,7 @@ def report(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="How ranks share a sweep")
     parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])

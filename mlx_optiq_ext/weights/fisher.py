@@ -3,81 +3,23 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ranks
 from .blocks import Recording, arrays, decoder_layers, joined, with_arrays
+from .draws import Window, score, windows
 from .lockstep import recordings
 from .moments import Factors
 from .packing import quantizable
+from .relay import Block, once, relayed
 from .stream import Stream
 from .taps import Use, tapped
 
-#: Paths of a stretch of the model, and what adds the windows' share to their factors.
-Block = tuple[list[str], Callable[[dict[str, Factors]], None]]
-
 #: Bytes of gradients at the logits that are kept rather than computed twice.
 KEPT = 2**28
-
-
-@dataclass(frozen=True)
-class Window:
-    """One window of a batch.
-
-    Attributes:
-        tokens: int32 (1, length).
-        batch: Number of its batch.
-        row: Its row there.
-        rows: How many the batch has.
-    """
-
-    tokens: mx.array
-    batch: int
-    row: int
-    rows: int
-
-    def score(self, logits: mx.array, key: mx.array) -> mx.array:
-        """Its row of what `score` draws for the whole batch; ``logits`` are the window's."""
-        return score(logits, key, (self.row, self.rows))
-
-
-def windows(batches: list[mx.array]) -> list[Window]:
-    """The windows of all batches."""
-    return [
-        Window(batch[row : row + 1], number, row, len(batch))
-        for number, batch in enumerate(batches)
-        for row in range(len(batch))
-    ]
-
-
-def score(logits: mx.array, key: mx.array, row: tuple[int, int] = (0, 1)) -> mx.array:
-    """A random gradient at the logits whose covariance is the KL divergence's Hessian there.
-
-    With ``p`` the probabilities that is ``diag(p) - p p^T``, and random signs times
-    ``diag(sqrt p) - p sqrt(p)^T`` are one draw. Tokens drawn from the model have the same
-    covariance, but where it is sure of itself nearly all of their gradients are next to nothing
-    and a few are huge.
-
-    Args:
-        logits: (batch, length, vocabulary).
-        key: For the draw.
-        row: Which part of how many of a draw for more batches these are.
-
-    Returns:
-        Of the same shape and dtype.
-    """
-    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
-    index, rows = row
-    drawn = mx.random.bernoulli(0.5, (rows * len(logits), *logits.shape[1:]), key=key)
-    drawn = drawn[index * len(logits) : (index + 1) * len(logits)]
-    signs = mx.where(drawn, 1.0, -1.0)
-    signed = mx.sqrt(probabilities) * signs
-    return (signed - probabilities * signed.sum(axis=-1, keepdims=True)).astype(logits.dtype)
 
 
 def factors(
@@ -123,13 +65,13 @@ def factors(
     try:
         own = own if parted else every
         recorded = recordings(model, [window.tokens for window in own], stream)
-        if parted and not (all(recorded) and _once(recorded[0])):
+        if parted and not (all(recorded) and once(recorded[0])):
             parted, own = False, every
             recorded = recordings(model, [window.tokens for window in own], stream)
         if all(recorded):
             walk = _Walk(model, own, recorded, draws, across, stream)
             blocks = walk.blocks(modules)
-            yield from _relayed(blocks, tokens) if parted else walk.run(blocks, tokens)
+            yield from relayed(blocks, tokens) if parted else walk.run(blocks, tokens)
         elif stream is not None:
             raise ValueError("its layers do not run one by one")
         else:
@@ -143,49 +85,6 @@ def factors(
             yield found
     finally:
         model.train(training)
-
-
-def _once(recording: Recording) -> bool:
-    """Whether no layer runs twice."""
-    ran = [call.index for call in recording]
-    return len(set(ran)) == len(ran)
-
-
-def _relayed(blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
-    """Blocks that each rank adds to in turn, one block behind the rank before it."""
-    found: dict[str, Factors] = {}
-    for tick in range(len(blocks) + ranks.size() - 1):
-        position, trouble = tick - ranks.rank(), ""
-        if 0 <= position < len(blocks):
-            paths, add = blocks[position]
-            found = found or {path: Factors(tokens=tokens) for path in paths}
-            try:
-                add(found)
-            except (ValueError, RuntimeError) as error:  # the others have not come to it yet
-                trouble = str(error) or type(error).__name__
-        else:
-            found = {}
-        troubles = ranks.gathered(trouble)
-        if any(troubles):
-            raise ValueError(max(troubles))
-        before, last = ranks.passed(*_packed(found))
-        found = _unpacked(*before)
-        if tick >= ranks.size() - 1:
-            yield _unpacked(*last)
-
-
-def _packed(found: Mapping[str, Factors]) -> tuple[Any, list[mx.array]]:
-    parts = {path: factor.arrays() for path, factor in found.items()}
-    layout = [(path, found[path].tokens, list(part)) for path, part in parts.items()]
-    return layout, [array for part in parts.values() for array in part.values()]
-
-
-def _unpacked(layout: Any, given: list[mx.array]) -> dict[str, Factors]:
-    arrays = iter(given)
-    return {
-        path: Factors(**{name: next(arrays) for name in names}, tokens=tokens)
-        for path, tokens, names in layout or ()
-    }
 
 
 class _Walk:

@@ -22,8 +22,6 @@ from .spill import Spill, Spilled
 DIRECT = 4
 #: Gradients drawn for each batch where whole output moments are wanted, which fewer leave noisy.
 DRAWS = 2
-#: Inputs of a layer at which packing a weight takes as long as its product with their moments.
-PACKING = 512
 #: Bytes for whole output moments together, and outputs beyond which a tensor's is never kept.
 ACROSS, WIDEST = 2**30, 4096
 
@@ -86,12 +84,13 @@ class _Ledger:
     def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
         """Cost some tensors; the ranks of ``mlx.launch`` take some of their candidates each."""
         every = [(tensor, packing) for tensor in tensors for packing in tensor.packings]
-        work = [
-            math.prod(tensor.shape) * (tensor.shape[-1] + PACKING) * packing.packed
-            for tensor, packing in every
-        ]
+        mine = ranks.share(every)
+        if (
+            problem.refine
+        ):  # what feedback leaves of a tensor's moments is dear, and best found once
+            mine = ranks.span(every, [math.prod(tensor.shape) for tensor, _ in every])
         own: dict[str, list[Packing]] = {}
-        for tensor, packing in ranks.span(every, work):
+        for tensor, packing in mine:
             own.setdefault(tensor.path, []).append(packing)
         for tensor in tensors:
             packings, at = own.get(tensor.path, []), anchor(tensor)

@@ -105,7 +105,7 @@ def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, cal
 
     alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / f"{n}-cache")} for n in ("1", "2"))
     run("mlx_lm.convert", *words("one"), env=alone, check=True)
-    done = launch(2, "-m", "mlx_lm", "convert", *words("two"), env=many)
+    done = launch(2, "-m", "mlx_lm", "convert", *words("two"), env=many, timeout=300)
     assert done.returncode == 0, done.stderr
     assert same_files(tmp_path / "one", tmp_path / "two")
 

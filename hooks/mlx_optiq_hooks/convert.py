@@ -1,5 +1,6 @@
 """``mlx_lm.convert``: plans the packings before stock converts with them."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,25 +12,35 @@ def convert(wrapped, instance, args, kwargs):
     running = session.current()
     if running is None or running.options is None or running.command != "convert":
         return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import ranks
+
     options, call = running.options, bind(wrapped, args, kwargs)
     if options.kv_only:
         return _plan_kv(options, Path(call["hf_path"]), call["hf_path"])
-    if not session.planned(running):
-        return wrapped(**call) if options.kv_budget is None else _staged(wrapped, options, call)
+    if session.planned(running):
+        return _planned(wrapped, running, call)
+    if options.kv_budget is not None:
+        return ranks.led(lambda: _with_kv(wrapped, options, call))
+    return ranks.led(lambda: wrapped(**call))
+
+
+def _planned(wrapped, running, call):
+    """The conversion by plan; of several ranks all plan, and the first one writes."""
     from mlx_lm.utils import upload_to_hub
 
-    from mlx_optiq_ext import files, modalities, weights
+    from mlx_optiq_ext import files, ranks, weights
     from mlx_optiq_ext.weights import report
 
     from . import gate
 
     gate().require("weights")
+    options = running.options
     target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
-    with files.staged(target) as folder:
+    with files.staged(target) if ranks.leads() else nullcontext() as folder:
         conversion = weights.prepare(
             call["hf_path"],
             _request(options),
-            scratch=folder.parent,
+            scratch=None if folder is None else folder.parent,
             dtype=call.get("dtype"),
             revision=call.get("revision"),
             trust_remote_code=call.get("trust_remote_code", False),
@@ -39,22 +50,14 @@ def convert(wrapped, instance, args, kwargs):
             # Gathered while the model is loaded; the page appears only if all else succeeds.
             evidence = report.gather(conversion.study, plan, call["hf_path"])
         # Stock loads the model anew; the measured copy must not stay beside it.
-        conversion = running.results["conversion"] = replace(conversion, study=None)
-        call.update(
-            mlx_path=str(folder),
-            quantize=True,
-            q_group_size=plan.default.group_size,
-            q_bits=plan.default.bits,
-        )
-        wrapped(**call)
-        stripped = running.results.get("modalities")
-        if stripped is not None:
-            modalities.remove_processor_files(folder)
-        done = [stripped.entry()] if stripped else []
-        plan.save(folder, post_processing=[*done, *conversion.post_processing])
-        weights.check_written(folder, plan)
-        if options.kv_budget is not None:
-            _plan_kv(options, folder, call["hf_path"])
+        running.results["conversion"] = replace(conversion, study=None)
+        del conversion
+        if folder is not None:
+            with ranks.alone():
+                _write(wrapped, running, call, folder)
+    if not ranks.leads():
+        return
+    stripped = running.results.get("modalities")
     if stripped is not None:
         print(stripped.summary())
     print(plan.summary())
@@ -65,7 +68,30 @@ def convert(wrapped, instance, args, kwargs):
         upload_to_hub(str(target), upload)
 
 
-def _staged(wrapped, options, call):
+def _write(wrapped, running, call, folder):
+    """Stock's conversion by plan into a folder, with what belongs beside the weights."""
+    from mlx_optiq_ext import modalities, weights
+
+    options, conversion = running.options, running.results["conversion"]
+    plan = conversion.plan
+    call.update(
+        mlx_path=str(folder),
+        quantize=True,
+        q_group_size=plan.default.group_size,
+        q_bits=plan.default.bits,
+    )
+    wrapped(**call)
+    stripped = running.results.get("modalities")
+    if stripped is not None:
+        modalities.remove_processor_files(folder)
+    done = [stripped.entry()] if stripped else []
+    plan.save(folder, post_processing=[*done, *conversion.post_processing])
+    weights.check_written(folder, plan)
+    if options.kv_budget is not None:
+        _plan_kv(options, folder, call["hf_path"])
+
+
+def _with_kv(wrapped, options, call):
     """Stock's conversion, and a KV plan beside what it wrote."""
     from mlx_lm.utils import upload_to_hub
 
@@ -81,13 +107,15 @@ def _staged(wrapped, options, call):
 
 def _plan_kv(options, folder: Path, name: str) -> None:
     """Measure the MLX model in a folder and write its KV plan there."""
+    from mlx_optiq_ext import ranks
     from mlx_optiq_ext.kv import conversion
 
     found, costs = conversion.plan_kv(
         str(folder), options.kv_budget, calibration=options.calibration
     )
-    conversion.write(folder, found, costs, model=name, budget=options.kv_budget)
-    print(found.summary())
+    if ranks.leads():
+        conversion.write(folder, found, costs, model=name, budget=options.kv_budget)
+        print(found.summary())
 
 
 def _request(options):

@@ -174,7 +174,11 @@ def _run(wrapped: Any, args: tuple, kwargs: dict) -> Any:
         return wrapped(*args, **kwargs)
     except Instead as raised:
         run = raised.run
-    return run()  # outside the handler: its own errors have nothing to do with how it got here
+    from mlx_optiq_ext import ranks
+
+    return ranks.led(
+        run
+    )  # outside the handler: its own errors have nothing to do with how it got here
 
 
 def main(command: str):
@@ -189,6 +193,7 @@ def main(command: str):
                     result = _run(wrapped, args, kwargs)
                     if "fatal" in entry.results:
                         raise entry.results["fatal"]
+                    ranks.finish()
                     return result
             except (OptiqError, KeyboardInterrupt) as raised:
                 error = entry.results.get("fatal", raised)

@@ -23,6 +23,8 @@ def run(wrapped, instance, args, kwargs):
 
 
 def _run(wrapped, call, running):
+    from mlx_optiq_ext import ranks
+
     from . import gate
 
     given = call["args"]
@@ -31,7 +33,9 @@ def _run(wrapped, call, running):
     if options is None:
         return wrapped(**call)
     gate().require("lora")
+    ranks.size()  # from here on all ranks fail together
     lora_options.check_training(options, on_command_line, given)
+    ranks.agree(settings={**vars(given), **vars(options)})
     running.options = options
     return wrapped(**call)
 
@@ -45,6 +49,7 @@ def train_model(wrapped, instance, args, kwargs):
     call, options = bind(wrapped, args, kwargs), running.options
     assert options is not None
     given = call["args"]
+    _compare(given.model, call["train_set"], call["valid_set"])
     resume = given.resume_adapter_file
     # Copies: mlx-lm's defaults live on in its module, and our ranks must not leak into them.
     call["args"] = SimpleNamespace(
@@ -72,6 +77,18 @@ def train_model(wrapped, instance, args, kwargs):
         layer.__call__ = forward
         running.results.pop("training", None)
         running.results.pop("checkpoint", None)
+
+
+def _compare(model, *sets):
+    """Refuse to train when the ranks do not have the same model and data."""
+    from mlx_optiq_ext import lora, ranks, weights
+
+    if ranks.size() == 1:
+        return
+    digests = [lora.digest(each[i] for i in range(len(each))) for each in sets]
+    names = ("training data", "validation data")
+    folder = weights.local_folder(model)
+    ranks.compare(model=weights.model_digest(folder), **dict(zip(names, digests, strict=True)))
 
 
 #: How many training texts weight the residual, and how long they may be.

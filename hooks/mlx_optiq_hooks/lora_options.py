@@ -124,6 +124,8 @@ def check_training(options: SimpleNamespace, given: bool, args: Any) -> None:
         given: Whether one of them stands on the command line.
         args: The command's, complete.
     """
+    from mlx_optiq_ext import ranks
+
     if not args.train:
         if given:
             raise InputError("--optiq-* options of mlx_lm.lora need --train")
@@ -144,6 +146,11 @@ def check_training(options: SimpleNamespace, given: bool, args: Any) -> None:
         raise InputError(f"lora_parameters: rank is {rank!r}: give a whole number from 1 on")
     if not isinstance(scale, int | float) or isinstance(scale, bool) or scale <= 0:
         raise InputError(f"lora_parameters: scale is {scale!r}: give a number above 0")
+    if args.batch_size % ranks.size():
+        raise InputError(
+            f"--batch-size {args.batch_size} does not divide over {ranks.size()} ranks: give a "
+            f"multiple of {ranks.size()}"
+        )
     file = args.resume_adapter_file
-    if file is not None and not Path(file).is_file():
+    if ranks.leads() and file is not None and not Path(file).is_file():
         raise InputError(f"--resume-adapter-file {file}: no such file")

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from . import session
-from .patch import Patch
+from .patch import Patch, bind
 
 
 class _View(ModuleType):
@@ -31,12 +31,15 @@ def train(wrapped, instance, args, kwargs):
     checkpoint = running.results.get("checkpoint") if running is not None else None
     if running is None or checkpoint is None:
         return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import lora
+
     module: Any = importlib.import_module("mlx_lm.tuner.trainer")
-    real = module.mx
+    real, call = module.mx, bind(wrapped, args, kwargs)
+    call["loss"] = lora.over_all_tokens(call.get("loss", module.default_loss))
     # The trainer looks up mx.compile and mx.save_safetensors each time it trains.
     module.mx = _View(real, checkpoint, running.results["training"].compiled)
     try:
-        return wrapped(*args, **kwargs)
+        return wrapped(**call)
     finally:
         module.mx = real
 
@@ -45,8 +48,8 @@ PATCHES = (
     Patch(
         "mlx_lm.tuner.trainer:train",
         feature="lora",
-        why="saves what stock mlx-lm and PEFT load, whole or not at all",
-        upstream="none: checkpoints are written in place, at their own ranks",
+        why="saves what stock mlx-lm and PEFT load, and weights all ranks' tokens alike",
+        upstream="none: checkpoints are written in place; every rank's mean loss counts the same",
         wrapper=train,
     ),
 )

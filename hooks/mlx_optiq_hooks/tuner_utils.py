@@ -11,14 +11,15 @@ def linear_to_lora_layers(wrapped, instance, args, kwargs):
     if running is None or request is None:
         _ask_plugins(call["model"], call["config"], running)
         return result
-    from mlx_optiq_ext import lora
+    from mlx_optiq_ext import lora, ranks
 
     config = call["config"]
     checkpoint = lora.prepare(call["model"], config, request, _plugin_rank(running))
     running.results["checkpoint"] = checkpoint
     # mlx-lm writes this into adapter_config.json.
     config["rank"] = checkpoint.widest
-    print(lora.summary(checkpoint))
+    if ranks.leads():
+        print(lora.summary(checkpoint))
     return result
 
 

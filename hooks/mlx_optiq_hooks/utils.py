@@ -82,6 +82,10 @@ def save_config(wrapped, instance, args, kwargs):
     call = bind(wrapped, args, kwargs)
     if running is None or checkpoint is None:
         return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import ranks
+
+    if not ranks.leads():
+        return None  # stock writes it on every rank
     resumed = running.results["training"].resume
     config = {**call["config"], "resume_adapter_file": resumed and str(resumed)}
     return checkpoint.write_config(config)

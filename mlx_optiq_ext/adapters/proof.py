@@ -20,7 +20,7 @@ def rows_apart(mounts: Mounts, adapter: MountedAdapter) -> bool:
     tokens = mx.stack([mx.arange(TOKENS) % 7 + shift for shift in (1, 3)])
     try:
         # A rank with layers of its own finds out about those.
-        with ranks.alone(mounts.model):
+        with ranks.apart(mounts.model):
             return _apart(mounts.model, adapter, tokens)
     except OptiqError:
         return False

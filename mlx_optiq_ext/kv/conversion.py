@@ -1,5 +1,6 @@
 """From a model folder and a KV budget to the files beside the weights."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from .. import files
+from .. import files, ranks
 from ..errors import InputError
 from ..weights import calibration as calibrations
 from ..weights.journal import model_digest
@@ -36,6 +37,8 @@ def plan_kv(
 ) -> tuple[Found, Costs]:
     """Measure a model's keys and values and plan them within a budget.
 
+    The ranks of ``mlx.launch`` share the work, and all get the same plan.
+
     Args:
         path_or_repo: An MLX model, quantized or not.
         budget: Stored bits per element of the caches, scales and biases included.
@@ -48,6 +51,9 @@ def plan_kv(
     Raises:
         OptiqError: The model or the budget is not usable; the message says what to change.
     """
+    if not ranks.leads():
+        say, progress = ranks.silent, False
+
     model, tokenizer, _ = load(path_or_repo, revision, trust_remote_code)
     if mx.default_device() == mx.Device(mx.cpu):
         from mlx_lm.utils import dequantize_model
@@ -61,7 +67,10 @@ def plan_kv(
         f"[optiq] Measuring keys and values at {windows.shape[1]} tokens of context on "
         f"{windows.size} tokens ({source})"
     )
-    key = {"model": model_digest(local_folder(path_or_repo)), "device": str(mx.default_device())}
+    digest = model_digest(local_folder(path_or_repo))
+    tokens_digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    ranks.compare(**{"model": digest, "calibration data": tokens_digest})
+    key = {"model": digest, "device": str(mx.default_device())}
     found = measure(model, windows, held_out, key=key, progress=progress)
     return search(found, budget), found
 
@@ -102,14 +111,15 @@ def _tokens(
     """Calibration tokens in one row, and where they come from."""
     if path is not None:
         return calibrations.tokenized(calibrations.read_texts(path), tokenizer), path.name
-    text = calibrations.stock_text()
+    text = ranks.first(calibrations.stock_text)
     if text is not None:
         return calibrations.tokenized([text], tokenizer), "mlx-lm"
     say(
         "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
         "sampled from the model itself (--optiq-calibration FILE gives better plans)"
     )
-    return calibrations.sampled(model, tokenizer).tokens.ravel(), "sampled from the model"
+    found = ranks.first(lambda: calibrations.sampled(model, tokenizer))
+    return found.tokens.ravel(), found.source
 
 
 def _windows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

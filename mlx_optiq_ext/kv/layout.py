@@ -58,7 +58,7 @@ def mount(model: nn.Module, plan: KVPlan, *, mergeable: bool = True) -> Mounted:
     if stage is None:
         mounted = _mounted(model, plan, mergeable)
     else:
-        with ranks.together(), ranks.alone(model):
+        with ranks.together(), ranks.apart(model):
             check_layers(plan, _layer_count(stage))
             mounted = _mounted(model, plan, mergeable)
             packs, merges = zip(*ranks.gathered((mounted.owners, mounted.mergeable)), strict=True)

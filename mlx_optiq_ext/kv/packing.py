@@ -27,7 +27,7 @@ def parts_of(
     name = backend()
     if name != "cpu" and has_kernel(name) and packing.packs(keys, values, formats):
         found = packing.pack(name, keys, values, formats)
-        return tuple(found[:3]), tuple(found[3:])
+        return (found[0], found[1], found[2]), (found[3], found[4], found[5])
     return _parts(keys, keys_format), _parts(values, values_format)
 
 

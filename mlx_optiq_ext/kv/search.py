@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
+from .. import ranks
 from ..errors import BudgetError
 from .packed import BITS, GROUP_SIZES, Format
 from .plan import LayerFormat
@@ -71,9 +72,9 @@ def search(found: Costs, budget: float) -> Found:
     for name, plan in plans.items():
         if plan not in distinct.values():
             distinct[name] = plan
-    tried = {
-        name: (found.bits_per_element(plan), judged(found, plan)) for name, plan in distinct.items()
-    }
+    own = {name: judged(found, distinct[name]) for name in ranks.share(list(distinct))}
+    measured = {name: kl for part in ranks.gathered(own) for name, kl in part.items()}
+    tried = {name: (found.bits_per_element(p), measured[name]) for name, p in distinct.items()}
     best = min(tried, key=lambda name: tried[name][1])
     uniform = min(
         ((name, *tried[name]) for name in tried if name.startswith("k")),

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from .. import ranks
 from ..errors import BudgetError, UnsupportedError
 from ..weights.allocation import allocate
 from ..weights.journal import Journal
@@ -87,7 +88,7 @@ def measure(
     rotation: bool = True,
     progress: bool = True,
 ) -> Costs:
-    """Cost every format of every layer's keys and values.
+    """Cost every format of every layer's keys and values; each rank measures some of them.
 
     Args:
         model: An mlx-lm model in the dtype to compute in.
@@ -120,10 +121,15 @@ def measure(
             "no layer of this model keeps keys and values in groups that MLX can pack: leave "
             "--optiq-kv-budget out"
         )
-    costs = {}
-    for side in tqdm(shapes, desc="Measuring keys and values", disable=not progress):
+    costs: dict[Side, dict[Format, float]] = {}
+    for side in tqdm(
+        ranks.share(list(shapes)), desc="Measuring keys and values", disable=not progress
+    ):
         formats = candidates(shapes[side], rotation=rotation)
         costs[side] = _costs(runs, slots[side[0]], side, formats, journal)
+    journal.exchange()
+    parts = {side: found for part in ranks.gathered(costs) for side, found in part.items()}
+    costs = {side: parts[side] for side in shapes}
     judges = [Replay(model, mx.array(window)[None], found) for window in held_out]
     return Costs(slots, shapes, costs, judges)
 

@@ -126,7 +126,8 @@ def _bytes_per_second(
     def product(parts: tuple[mx.array, ...]) -> mx.array:
         if bits is None:
             return vector @ parts[0].T
-        return mx.quantized_matmul(vector, *parts, group_size=GROUP, bits=bits)
+        weight, scales, biases = parts
+        return mx.quantized_matmul(vector, weight, scales, biases, group_size=GROUP, bits=bits)
 
     spent = _best(lambda: mx.eval([product(parts) for parts in weights]), clock)
     return size / max(spent - launch * len(weights), 1e-9)

@@ -45,7 +45,8 @@ class Efficiency:
         """What a chip's kernels read per second, of weights with so many stored bits each."""
         peak = chip.bandwidth_gbs * 1e9
         if bits is not None and chip.rates_gbs:
-            return 1e9 * float(np.interp(bits, *zip(*chip.rates_gbs, strict=True)))
+            widths, rates = np.array(chip.rates_gbs).T
+            return 1e9 * float(np.interp(bits, widths, rates))
         if chip.measured:
             return peak
         factor = self.two_dies if chip.dies > 1 else 1.0

@@ -1,6 +1,7 @@
 """LoRA adapters in every form: reading, checking, writing, and ranks that follow precision."""
 
 from .adapter import Adapter, LayerAdapter
+from .averaging import digest, over_all_tokens
 from .checkpoint import Checkpoint
 from .exchange import convert
 from .fitting import fit
@@ -22,7 +23,9 @@ __all__ = [
     "allocate",
     "attach",
     "convert",
+    "digest",
     "fit",
+    "over_all_tokens",
     "prepare",
     "read_adapter",
     "readable_by_stock",

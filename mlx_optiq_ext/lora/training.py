@@ -8,8 +8,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from .. import ranks as processes
 from ..errors import InputError
 from . import ranks as allocation
+from .averaging import hand_out_start
 from .checkpoint import Checkpoint
 from .geometry import EMBEDDING, EXPERTS, Geometry, geometry
 from .layers import adapted_layers, base_of, with_rank
@@ -51,7 +53,7 @@ def prepare(
     request: Request,
     choose: Callable[[str, nn.Module, int], int | None] | None = None,
 ) -> Checkpoint:
-    """Give a model's LoRA layers their ranks and starting weights.
+    """Give a model's LoRA layers their ranks and starting weights, the same in every process.
 
     Args:
         model: With mlx-lm's LoRA layers, all of one rank. It is changed.
@@ -96,10 +98,14 @@ def prepare(
     }
     model.update_modules(tree_unflatten(list(changed.items())))
     layers = adapted_layers(model)
-    if request.original is not None:
-        start_from_residual(model, layers, request.original(), request.samples())
-    if request.resume is not None:
-        resume(layers, request.resume)
+    processes.compare(ranks=str(ranks))
+    # Only its host needs the original model and the file to go on from.
+    if processes.leads():
+        if request.original is not None:
+            start_from_residual(model, layers, request.original(), request.samples())
+        if request.resume is not None:
+            resume(layers, request.resume)
+    hand_out_start(model)
     return checkpoint
 
 

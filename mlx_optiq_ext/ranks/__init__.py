@@ -3,22 +3,25 @@
 Alone, everything here is free and hands back what it is given.
 """
 
-from .agreement import agree, together, told
+from .agreement import agree, compare, finish, together, told
+from .division import led, share, silent, span
 from .exchange import (
+    alone,
     announce,
     broadcast,
     first,
     gathered,
+    group,
     handed,
     leads,
+    passed,
     rank,
-    share,
     size,
     summed,
     total,
 )
 from .failure import Failed, Mismatch, RankError
-from .stage import Stage, alone, stage_of
+from .stage import Stage, apart, stage_of
 from .watch import LIMIT, leave, within
 
 __all__ = [
@@ -30,15 +33,23 @@ __all__ = [
     "agree",
     "alone",
     "announce",
+    "apart",
     "broadcast",
+    "compare",
+    "finish",
     "first",
     "gathered",
+    "group",
     "handed",
     "leads",
     "leave",
+    "led",
+    "passed",
     "rank",
     "share",
+    "silent",
     "size",
+    "span",
     "stage_of",
     "summed",
     "together",

@@ -24,13 +24,22 @@ def agree(**facts: Any) -> None:
     if size() == 1:
         return
     with within(LIMIT, lambda: f"rank {rank()} got no answer within {LIMIT:.0f} s: {REMEDY}"):
-        every = gathered({**versions(), **{k: repr(v) for k, v in facts.items()}})
+        compare(**versions(), **{name: repr(value) for name, value in facts.items()})
+
+
+def compare(**facts: str | None) -> None:
+    """As `agree`, whenever the others come to it.
+
+    Raises:
+        Mismatch: Likewise.
+    """
+    every = gathered(facts)
     for name in dict.fromkeys(name for own in every for name in own):
-        owners: dict[str, list[int]] = {}
+        owners: dict[str | None, list[int]] = {}
         for number, own in enumerate(every):
             owners.setdefault(own.get(name, "nothing"), []).append(number)
         if len(owners) > 1:
-            values = ", ".join(f"{value} on {named(ranks)}" for value, ranks in owners.items())
+            values = ", ".join(f"{value} on {named(numbers)}" for value, numbers in owners.items())
             raise Mismatch(f"the ranks do not have the same {name}: {values}; make them equal")
 
 
@@ -68,6 +77,12 @@ def together() -> Iterator[None]:
 def started() -> bool:
     """Whether the ranks have worked together yet."""
     return group.cache_info().currsize > 0
+
+
+def finish() -> None:
+    """Wait for all ranks that work together, so that none leaves before the last one succeeds."""
+    if started():
+        gathered(None)
 
 
 def told(error: BaseException) -> bool:

@@ -5,10 +5,11 @@ they are, and one that runs something else is found out.
 """
 
 import hashlib
+import math
 import os
 import pickle
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import accumulate
 from typing import Any, NoReturn, TypeVar
@@ -22,6 +23,9 @@ from .watch import LIMIT, explain_termination, guarded, within
 
 T = TypeVar("T")
 
+#: A note and arrays.
+Sent = tuple[Any, list[mx.array]]
+
 #: Starts every header; counts up when what follows changes.
 MARK = 0x6F7074697101
 #: Kinds of exchange.
@@ -30,6 +34,8 @@ GATHER, SUM, FAILED = range(3)
 FRAME, HEAD = 1024, 24
 #: Bytes up to which arrays are summed together: each sum waits for all ranks.
 JOINED = 2**20
+#: Bytes of each rank that are handed on at once.
+PIECE = 2**26
 
 REMEDY = (
     "every host must run the same command with the same mlx-optiq-ext, and reach the others under "
@@ -57,24 +63,33 @@ def group() -> mx.distributed.Group:
     return found
 
 
+#: One entry for each `alone` that this process is in.
+_alone: list[None] = []
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process works by itself: it is rank 0 of one."""
+    _alone.append(None)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
 def size() -> int:
     """How many processes work together."""
-    return group().size()
+    return 1 if _alone else group().size()
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return group().rank()
+    return 0 if _alone else group().rank()
 
 
 def leads() -> bool:
     """Whether this process is the one that prints and writes."""
     return rank() == 0
-
-
-def share(items: Sequence[T]) -> list[T]:
-    """This rank's part of a sequence, as long as the others' or one item longer or shorter."""
-    return list(items[rank() :: size()])
 
 
 def gathered(value: T) -> list[T]:
@@ -135,6 +150,54 @@ def handed(tree: T, owner: int) -> T:
         octets = _all_sum(mx.contiguous(array).reshape(-1).view(mx.uint8))
         found.append((path, octets.view(dtype).reshape(shape)))
     return found[0][1] if found[0][0] == "" else tree_unflatten(found)
+
+
+def passed(note: Any, given: Sequence[mx.array]) -> tuple[Sent, Sent]:
+    """Hand something to the next rank, and the last rank's to all.
+
+    Args:
+        note: What can be pickled.
+        given: Arrays, not empty.
+
+    Returns:
+        Note and arrays of the rank before (of rank 0: None and none), and those of the last rank.
+    """
+    if size() == 1:
+        return (None, []), (note, list(given))
+    layouts = gathered((note, [(a.shape, str(a.dtype).removeprefix("mlx.core.")) for a in given]))
+    before, last = rank() - 1, size() - 1
+    arrived: dict[int, list[mx.array]] = {before: [], last: []}
+    for position in range(max(len(layout) for _, layout in layouts)):
+        ranked = [layout[position] if position < len(layout) else None for _, layout in layouts]
+        lengths = [_octets(*entry) if entry else 0 for entry in ranked]
+        own = given[position] if position < len(given) else None
+        for number, octets in _pieces(own, lengths, [n for n in arrived if n >= 0]).items():
+            if (entry := ranked[number]) is not None:
+                shape, name = entry
+                arrived[number].append(octets.view(getattr(mx, name)).reshape(shape))
+    note_before = layouts[before][0] if before >= 0 else None
+    return (note_before, arrived[before]), (layouts[last][0], arrived[last])
+
+
+def _octets(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * getattr(mx, dtype).size
+
+
+def _pieces(own: mx.array | None, lengths: list[int], wanted: list[int]) -> dict[int, mx.array]:
+    """The bytes of some ranks' arrays, uint8, handed on a piece at a time; all ranks give one."""
+    octets = mx.zeros(0, mx.uint8)
+    if own is not None:
+        octets = mx.contiguous(own).reshape(-1).view(mx.uint8)
+    parts: dict[int, list[mx.array]] = {number: [octets[:0]] for number in wanted}
+    for start in range(0, max(lengths), PIECE):
+        length = min(PIECE, max(lengths) - start)
+        piece = octets[start : start + length]
+        row = mx.pad(piece, (0, length - piece.size))[None]
+        rows = _evaluated(mx.distributed.all_gather(row, group=group(), stream=mx.cpu))
+        for number, kept in parts.items():
+            kept.append(mx.contiguous(rows[number, : max(lengths[number] - start, 0)]))
+        mx.eval(parts)
+    return {number: mx.concatenate(kept) for number, kept in parts.items()}
 
 
 def announce(message: str) -> NoReturn:

@@ -30,7 +30,7 @@ def stage_of(model: nn.Module) -> Stage | None:
 
 
 @contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
+def apart(model: nn.Module) -> Iterator[None]:
     """Run the block's calls of a pipelined model on this rank's layers only.
 
     Nothing is sent or received, so that what fails here leaves no other rank waiting. The layers

@@ -4,10 +4,11 @@ from .allocation import allocate
 from .calibration import Calibration
 from .conversion import Conversion, Request, prepare, put
 from .distillation import distill
+from .journal import model_digest
 from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, tensors
 from .plan import Plan, check_written
 from .plan_file import read_plan
-from .planning import METHODS, plan_folder, plan_model, study_model
+from .planning import METHODS, local_folder, plan_folder, plan_model, study_model
 from .refinement import refine
 from .search import Study, search
 from .sensitivity import Problem, Sensitivity
@@ -29,6 +30,8 @@ __all__ = [
     "allocate",
     "check_written",
     "distill",
+    "local_folder",
+    "model_digest",
     "plan_folder",
     "plan_model",
     "prepare",

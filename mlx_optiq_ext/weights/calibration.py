@@ -41,6 +41,12 @@ class Calibration:
         return hashlib.sha256(self.tokens.tobytes()).hexdigest()
 
     @property
+    def whole_digest(self) -> str:
+        """Hash of all windows."""
+        more = b"" if self.more is None else self.more.tobytes()
+        return hashlib.sha256(self.tokens.tobytes() + more).hexdigest()
+
+    @property
     def measured(self) -> np.ndarray:
         """Windows to measure on."""
         if len(self.tokens) < 2:

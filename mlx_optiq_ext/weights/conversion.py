@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import ranks
 from ..errors import InputError, OptiqError
 from .distillation import STEPS, distill
 from .memory import block_bytes, streams
@@ -21,6 +22,7 @@ from .refinement import Refined, judge, refine
 from .search import Study, search
 from .sensitivity import Method
 from .speed import search_speed, target
+from .taylor import differentiated
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,9 @@ def prepare(
 ) -> Conversion:
     """Plan a conversion, and refine it if asked.
 
+    The ranks of ``mlx.launch`` plan together. Rank 0 refines by itself and is the only one that
+    speaks and has what was refined.
+
     Args:
         path_or_repo: A folder or a Hub repository.
         request: What to do.
@@ -100,6 +105,8 @@ def prepare(
     """
     if request.distill:
         request = replace(request, refine=True)
+    if not ranks.leads():
+        say, progress = ranks.silent, False
     started = time.perf_counter()
     mx.reset_peak_memory()
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
@@ -116,7 +123,8 @@ def prepare(
             return Conversion(plan, block_bytes=block)
     wanted = None
     if request.min_tps is not None:
-        wanted = target(path_or_repo, model, request.min_tps, request.chip or "auto")
+        aim = partial(target, path_or_repo, model, request.min_tps, request.chip or "auto")
+        wanted = ranks.first(aim)
         wanted.check(tensors(model, request.bits or BITS, request.group_sizes or GROUP_SIZES))
     study = study_model(
         model,
@@ -142,12 +150,20 @@ def prepare(
             plan = search(study, request.budget, protect=request.protect)
     conversion = Conversion(plan, study=study, block_bytes=block)
     if request.refine:
-        conversion = refined(conversion, study)
-    if request.distill:
-        conversion = distilled(conversion, study, say)
+        if ranks.size() > 1:
+            differentiated(study.problem)  # which the ranks share
+        finish = partial(_finished, conversion, study, say, distill=request.distill)
+        conversion = ranks.led(finish) or conversion
     seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
     say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
     return conversion
+
+
+def _finished(
+    conversion: Conversion, study: Study, say: Callable[[str], None], *, distill: bool
+) -> Conversion:
+    conversion = refined(conversion, study)
+    return distilled(conversion, study, say) if distill else conversion
 
 
 def _unmeasured(problem: Any) -> dict:

@@ -3,40 +3,23 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import ranks
 from .blocks import Recording, arrays, decoder_layers, joined, with_arrays
+from .draws import Window, score, windows
 from .lockstep import recordings
 from .moments import Factors
 from .packing import quantizable
+from .relay import Block, once, relayed
 from .stream import Stream
 from .taps import Use, tapped
 
 #: Bytes of gradients at the logits that are kept rather than computed twice.
 KEPT = 2**28
-
-
-def score(logits: mx.array, key: mx.array) -> mx.array:
-    """A random gradient at the logits whose covariance is the KL divergence's Hessian there.
-
-    With ``p`` the probabilities that is ``diag(p) - p p^T``, and random signs times
-    ``diag(sqrt p) - p sqrt(p)^T`` are one draw. Tokens drawn from the model have the same
-    covariance, but where it is sure of itself nearly all of their gradients are next to nothing
-    and a few are huge.
-
-    Args:
-        logits: (batch, length, vocabulary).
-        key: For the draw.
-
-    Returns:
-        Of the same shape and dtype.
-    """
-    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
-    signs = mx.where(mx.random.bernoulli(0.5, logits.shape, key=key), 1.0, -1.0)
-    signed = mx.sqrt(probabilities) * signs
-    return (signed - probabilities * signed.sum(axis=-1, keepdims=True)).astype(logits.dtype)
 
 
 def factors(
@@ -47,12 +30,17 @@ def factors(
     across: Collection[str] = (),
     stream: Stream | None = None,
 ) -> Iterator[dict[str, Factors]]:
-    """Measure the factors of every quantizable tensor with one backward pass a batch.
+    """Measure the factors of every quantizable tensor with one backward pass a window.
 
     The decoder layers' inputs are stored and one layer at a time is run again and differentiated,
-    for all batches before the layer before it, so that memory holds the model, the hidden states,
+    for all windows before the layer before it, so that memory holds the model, the hidden states,
     and one layer's activations and moments. A model whose layers cannot be replayed is
-    differentiated as a whole, one window at a time.
+    differentiated as a whole.
+
+    The ranks of ``mlx.launch`` each take consecutive windows, and add what they see in a layer to
+    what the rank before handed on, while that one is at the next layer. So the sums are those of
+    one process, bit for bit. A model whose layers cannot be replayed, or that runs some of them
+    more than once, is differentiated by every rank.
 
     Args:
         model: An mlx-lm model; left as it was.
@@ -62,20 +50,28 @@ def factors(
         stream: Of the model, if its layers are on disk.
 
     Yields:
-        The factors of each decoder layer, the last one first, then of what is around them.
+        The factors of each decoder layer, the last one first, then of what is around them; the
+        same on all ranks.
 
     Raises:
         ValueError: The layers are on disk and cannot be replayed.
     """
     modules = dict(quantizable(model))
-    tokens = draws * sum(batch.size for batch in batches)
+    every, tokens = windows(batches), draws * sum(batch.size for batch in batches)
+    own = ranks.span(every)
+    parted = 0 < min(ranks.gathered(len(own))) < len(every)
     training = getattr(model, "training", False)  # recurrent_gemma skips nn.Module's set-up
     model.train()  # where a fused kernel has no gradient, mlx-lm trains without it
     try:
-        recorded = recordings(model, batches, stream)
+        own = own if parted else every
+        recorded = recordings(model, [window.tokens for window in own], stream)
+        if parted and not (all(recorded) and once(recorded[0])):
+            parted, own = False, every
+            recorded = recordings(model, [window.tokens for window in own], stream)
         if all(recorded):
-            walk = _Walk(model, batches, recorded, draws, across, stream)
-            yield from walk.layers(modules, tokens)
+            walk = _Walk(model, own, recorded, draws, across, stream)
+            blocks = walk.blocks(modules)
+            yield from relayed(blocks, tokens) if parted else walk.run(blocks, tokens)
         elif stream is not None:
             raise ValueError("its layers do not run one by one")
         else:
@@ -92,61 +88,83 @@ def factors(
 
 
 class _Walk:
-    """Layers from the last to the first, and for each all batches and draws."""
+    """Layers from the last to the first, and for each all windows and draws."""
 
     def __init__(
         self,
         model: nn.Module,
-        batches: list[mx.array],
+        windows: list[Window],
         recorded: list[Recording],
         draws: int,
         across: Collection[str],
         stream: Stream | None,
     ):
-        self.model, self.batches, self.recorded = model, batches, recorded
+        self.model, self.windows, self.recorded = model, windows, recorded
         self.draws, self.across, self.stream = draws, across, stream
-        # For each batch and draw: gradients at what each call was handed, as far as known.
+        # For each window and draw: gradients at what each call was handed, as far as known.
         calls = len(recorded[0])
         self.pulled: dict[tuple[int, int], list[list[mx.array]]] = {
-            (batch, draw): [[] for _ in range(calls)]
-            for batch in range(len(batches))
+            (window, draw): [[] for _ in range(calls)]
+            for window in range(len(windows))
             for draw in range(draws)
         }
         self.scores: dict[tuple[int, int], mx.array] = {}
 
-    def layers(self, modules: Mapping[str, nn.Module], tokens: int) -> Iterator[dict[str, Factors]]:
+    def run(self, blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
+        """The factors of each block, once all its calls are differentiated."""
+        ran = [call.index for call in self.recorded[0]]
+        numbers = [*reversed(range(len(ran))), None]
+        found: dict[int | None, dict[str, Factors]] = {}
+        for number, (paths, add) in zip(numbers, blocks, strict=True):
+            index = None if number is None else ran[number]
+            if index not in found:
+                found[index] = {path: Factors(tokens=tokens) for path in paths}
+            add(found[index])
+            if index not in ran[:number]:  # a model may run its layers more than once
+                yield found.pop(index)
+
+    def blocks(self, modules: Mapping[str, nn.Module]) -> list[Block]:
+        """Each call, the last one first, and what is around the layers.
+
+        They must be differentiated in this order.
+        """
         layers = decoder_layers(self.model)
         inside = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
         ran = [call.index for call in self.recorded[0]]
-        found: dict[int, dict[str, Factors]] = {}
+        found: list[Block] = []
         for number in reversed(range(len(ran))):
             index = ran[number]
             own = {path: m for path, m in modules.items() if inside.get(id(m)) == index}
-            if index not in found:
-                found[index] = {path: Factors(tokens=tokens) for path in own}
-            with self.stream.layer(index) if self.stream else nullcontext():
-                for batch in range(len(self.batches)):
-                    self.call(number, layers[index], own, batch, found[index])
-            if index not in ran[:number]:  # a model may run its layers more than once
-                yield found.pop(index)
+            found.append((list(own), partial(self.layer, number, layers[index], own)))
         outer = {path: m for path, m in modules.items() if id(m) not in inside}
-        rest = {path: Factors(tokens=tokens) for path in outer}
-        for batch in range(len(self.batches)):
-            self.around(outer, batch, rest)
         # Layers that never ran had no gradient.
         idle = {path: i for path, m in modules.items() if (i := inside.get(id(m))) is not None}
-        yield rest | {path: Factors(tokens=tokens) for path, i in idle.items() if i not in ran}
+        rest = [*outer, *(path for path, i in idle.items() if i not in ran)]
+        return [*found, (rest, partial(self.around, outer))]
+
+    def layer(
+        self,
+        number: int,
+        layer: nn.Module,
+        own: dict[str, nn.Module],
+        found: dict[str, Factors],
+    ) -> None:
+        """Differentiate one call for all windows."""
+        index = self.recorded[0][number].index
+        with self.stream.layer(index) if self.stream else nullcontext():
+            for window in range(len(self.windows)):
+                self.call(number, layer, own, window, found)
 
     def call(
         self,
         number: int,
         layer: nn.Module,
         own: dict[str, nn.Module],
-        batch: int,
+        window: int,
         found: dict[str, Factors],
     ) -> None:
-        """Differentiate one call for one batch and all its draws."""
-        model, tokens, recording = self.model, self.batches[batch], self.recorded[batch]
+        """Differentiate one call for one window and all its draws."""
+        model, tokens, recording = self.model, self.windows[window].tokens, self.recorded[window]
         call = recording[number]
 
         def after(*outputs: mx.array) -> list[mx.array]:
@@ -158,8 +176,8 @@ class _Walk:
             return [array + 0 for array in arrays(layer(*args, **kwargs))]
 
         inputs = arrays((call.args, call.kwargs))
-        for draw, cotangent in enumerate(self.cotangents(batch)):
-            pulled = self.pulled[batch, draw]
+        for draw, cotangent in enumerate(self.cotangents(window)):
+            pulled = self.pulled[window, draw]
             later = [cotangent, *_flat(pulled[number + 1 :])]
             _, gradients = mx.vjp(after, arrays(call.output), later)
             pulled[number] = _gather(own, run, inputs, gradients, found, self.across)
@@ -169,29 +187,41 @@ class _Walk:
                 hidden = pulled[following][0]
                 pulled[following][0] = mx.zeros(hidden.shape, hidden.dtype)
 
-    def around(self, outer: dict[str, nn.Module], batch: int, found: dict[str, Factors]) -> None:
+    def around(self, outer: dict[str, nn.Module], found: dict[str, Factors]) -> None:
         """Differentiate what is around the layers."""
-        model, tokens, recording = self.model, self.batches[batch], self.recorded[batch]
+        for number, window in enumerate(self.windows):
+            self.outside(outer, number, window.tokens, found)
+
+    def outside(
+        self,
+        outer: dict[str, nn.Module],
+        window: int,
+        tokens: mx.array,
+        found: dict[str, Factors],
+    ) -> None:
+        """What is around the layers, for one window and all its draws."""
+        model, recording = self.model, self.recorded[window]
 
         def run() -> list[mx.array]:
             handed, logits = joined(model, tokens, recording, {})
             return [logits, *_flat(handed)]
 
-        for draw, cotangent in enumerate(self.cotangents(batch)):
-            cotangents = [cotangent, *_flat(self.pulled[batch, draw])]
+        for draw, cotangent in enumerate(self.cotangents(window)):
+            cotangents = [cotangent, *_flat(self.pulled[window, draw])]
             _gather(outer, run, [], cotangents, found, self.across)
 
-    def cotangents(self, batch: int) -> list[mx.array]:
+    def cotangents(self, window: int) -> list[mx.array]:
         """Gradients at the logits for each draw, not evaluated: most layers have no need of them.
 
         They are as wide as the vocabulary, so that few are kept.
         """
-        keys = [(batch, draw) for draw in range(self.draws)]
+        keys = [(window, draw) for draw in range(self.draws)]
         if keys[0] in self.scores:
             return [self.scores[key] for key in keys]
-        _, logits = joined(self.model, self.batches[batch], self.recorded[batch], {})
-        seeds = [mx.random.key(batch * self.draws + draw) for draw in range(self.draws)]
-        found = [score(logits, seed) for seed in seeds]
+        own = self.windows[window]
+        _, logits = joined(self.model, own.tokens, self.recorded[window], {})
+        seeds = [mx.random.key(own.batch * self.draws + draw) for draw in range(self.draws)]
+        found = [own.score(logits, seed) for seed in seeds]
         if self.stream is None and logits.nbytes * len(self.pulled) <= KEPT:
             self.scores |= dict(zip(keys, found, strict=True))
         return found

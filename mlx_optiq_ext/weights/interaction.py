@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 
+from .. import ranks
 from .fisher import factors
 from .packing import Packing, dequantized, quantizable
 from .sensitivity import Problem, Sensitivity, batches
@@ -54,18 +55,21 @@ def _scaled(sensitivity: Sensitivity, factor: Mapping[str, float]) -> Sensitivit
 def _ratios(
     problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
 ) -> dict[str, float]:
-    ratios = {}
+    ratios: dict[str, float] = {}
     with _packed(problem, packings):
         for block in factors(problem.model, batches(problem.calibration.measured)):
-            for path, found in block.items():
+            own = {}
+            for path in ranks.share(list(block)):
                 packing = packings.get(path)
                 before = sensitivity[path].get(packing, 0.0) if packing is not None else 0.0
                 if packing is not None and packing.packed and before > 0:
                     weight = problem.weights[path]
                     left = dequantized(weight, packing, mx.float32) - weight.astype(mx.float32)
-                    after = found.cost(left)
+                    after = block[path].cost(left)
                     if after > 0:
-                        ratios[path] = after / before
+                        own[path] = after / before
+            found = {path: ratio for part in ranks.gathered(own) for path, ratio in part.items()}
+            ratios |= {path: found[path] for path in block if path in found}
     return ratios
 
 

@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import files
+from .. import files, ranks
 from .packing import Packing
+
+#: Tensor path and packing -> KL in nats.
+Measured = dict[tuple[str, Packing], float]
 
 
 def model_digest(folder: Path) -> str:
@@ -25,29 +28,32 @@ def model_digest(folder: Path) -> str:
 class Journal:
     """A JSON-lines file of probes, keyed by everything that decides their result.
 
-    With ``key`` None it is kept in memory only.
+    With ``key`` None it is kept in memory only. Of several ranks only the first one reads and
+    writes the file; what the others measure reaches it, and all of them, at `exchange`.
     """
 
     def __init__(self, key: dict[str, Any] | None):
         self.path: Path | None = None
-        self._known: dict[tuple[str, Packing], float] = {}
         if key is not None:
             name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
             self.path = files.cache_dir() / "sensitivity" / f"{name}.jsonl"
-            self._read(self.path)
+        self._known: Measured = ranks.first(self._read)
+        self._added: Measured = {}
 
-    def _read(self, path: Path) -> None:
+    def _read(self) -> Measured:
+        found: Measured = {}
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path else []
         except OSError:
-            return
+            return found
         for line in lines:
             try:
                 entry = json.loads(line)
                 packing = Packing(entry["bits"], entry["group_size"])
-                self._known[entry["path"], packing] = float(entry["kl"])
+                found[entry["path"], packing] = float(entry["kl"])
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of an interrupted run may be cut off
+        return found
 
     def get(self, path: str, packing: Packing) -> float | None:
         """A stored measurement in nats, or None."""
@@ -58,13 +64,32 @@ class Journal:
         self.add_all(path, {packing: kl})
 
     def add_all(self, path: str, costs: dict[Packing, float]) -> None:
-        """Store one tensor's measurements at once."""
-        self._known.update({(path, packing): kl for packing, kl in costs.items()})
-        if self.path is None:
+        """Store one tensor's measurements, alone at once."""
+        found = {(path, packing): kl for packing, kl in costs.items()}
+        self._known.update(found)
+        if ranks.size() > 1:
+            self._added.update(found)
+        else:
+            self._write(found)
+
+    def exchange(self) -> None:
+        """Let all ranks know what each has measured since the last time."""
+        if ranks.size() == 1:
+            return
+        found: Measured = {}
+        for part in ranks.gathered(self._added):
+            found.update(part)
+        self._known.update(found)
+        self._added = {}
+        if ranks.leads():
+            self._write(found)
+
+    def _write(self, found: Measured) -> None:
+        if self.path is None or not found:
             return
         lines = [
             json.dumps({"path": path, "bits": p.bits, "group_size": p.group_size, "kl": kl})
-            for p, kl in costs.items()
+            for (path, p), kl in found.items()
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A line break first closes a line that an earlier run may have left cut off.

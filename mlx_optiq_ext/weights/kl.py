@@ -1,15 +1,17 @@
 """Sensitivity by direct measurement of the final logits' KL divergence."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from .. import ranks
 from .blocks import Recording, decoder_layers, layer_index, record, resume
 from .divergence import Reference
 from .journal import Journal
@@ -17,6 +19,10 @@ from .lockstep import recordings
 from .packing import Packing, Tensor
 from .sensitivity import BATCH, Problem, Sensitivity, error
 
+T = TypeVar("T")
+
+#: Tensors that each rank measures before it hands over what it found.
+ROUND = 8
 #: Nats per token that count as no measured effect; keeps finer packings preferred even then.
 LEAST = 1e-9
 #: Nats per token below which rounding in the forward pass shows.
@@ -97,12 +103,32 @@ def probe(problem: Problem, tensors: Iterable[Tensor]) -> dict[str, float]:
 
     Measurements are kept in the problem's journal.
     """
-    measure, bar = _Probes(problem), _bar(problem, tensors)
-    return {tensor.path: measure(tensor, anchor(tensor)) for tensor in bar}
+    measure = _Probes(problem)
+    return _shared(problem, measure, tensors, lambda tensor: measure(tensor, anchor(tensor)))
 
 
-def _bar(problem: Problem, tensors: Iterable[Tensor]) -> Iterable[Tensor]:
-    return tqdm(list(tensors), desc="Measuring", disable=not problem.progress)
+def _shared(
+    problem: Problem,
+    measure: _Probes,
+    tensors: Iterable[Tensor],
+    work: Callable[[Tensor], T],
+) -> dict[str, T]:
+    """What is measured of each tensor; the ranks of ``mlx.launch`` take some each."""
+    every, found = list(tensors), dict[str, T]()
+    rounds = [
+        every[i : i + ROUND * ranks.size()] for i in range(0, len(every), ROUND * ranks.size())
+    ]
+    bar = tqdm(total=len(every), desc="Measuring", disable=not problem.progress)
+    with bar:
+        for tensors in rounds:
+            own = {}
+            for tensor in ranks.share(tensors):
+                own[tensor.path] = work(tensor)
+                bar.update(ranks.size())
+            measure.journal.exchange()
+            for part in ranks.gathered(own):
+                found.update(part)
+    return {tensor.path: found[tensor.path] for tensor in every}
 
 
 def kl(problem: Problem) -> Sensitivity:
@@ -117,8 +143,8 @@ def measured(problem: Problem, tensors: Iterable[Tensor]) -> Sensitivity:
     (HIGGS, arXiv 2411.17525). So only as many candidates are measured as it takes for neighbours to
     agree on that proportion; the others are interpolated.
     """
-    measure, bar = _Probes(problem), _bar(problem, tensors)
-    return {tensor.path: _costs(problem, tensor, measure) for tensor in bar}
+    measure = _Probes(problem)
+    return _shared(problem, measure, tensors, lambda tensor: _costs(problem, tensor, measure))
 
 
 def _costs(problem: Problem, tensor: Tensor, measure: _Probes) -> dict[Packing, float]:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from .. import ranks
 from ..errors import InputError
 from .blocks import decoder_layers
 
@@ -21,6 +22,8 @@ SWITCH = "MLX_OPTIQ_EXT_STREAM"
 def streams(model: nn.Module) -> bool:
     """Whether a model, in the dtype it is stored in, is to be read layer by layer.
 
+    All ranks do so if one of them has to.
+
     Args:
         model: Not evaluated.
 
@@ -30,9 +33,8 @@ def streams(model: nn.Module) -> bool:
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "0", "1"):
         raise InputError(f"{SWITCH}={wanted} is neither 0 (never) nor 1 (always): unset it")
-    if wanted == "0" or not decoder_layers(model):
-        return False
-    return wanted == "1" or resident_bytes(model) > SHARE * limit()
+    own = wanted == "1" or (wanted != "0" and resident_bytes(model) > SHARE * limit())
+    return any(ranks.gathered(own and bool(decoder_layers(model))))
 
 
 def resident_bytes(model: nn.Module) -> int:

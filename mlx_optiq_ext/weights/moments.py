@@ -49,6 +49,10 @@ class Factors:
             return self
         return Factors(across=self.across, tokens=self.tokens)
 
+    def arrays(self) -> dict[str, mx.array]:
+        """Those that there are, by name."""
+        return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}
+
     def cost(self, error: mx.array, left: "Residual | None" = None) -> float:
         """KL in nats per token that an error ``(..., out, in)`` in the weight adds.
 
@@ -112,7 +116,7 @@ class Factors:
             self.outputs = _plus(self.outputs, squares.sum(axis=0))
             if across:
                 self.across = _plus(self.across, gradients.T @ gradients)
-        mx.eval([a for a in vars(self).values() if isinstance(a, mx.array)])
+        mx.eval(self.arrays())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from .. import files
+from .. import files, ranks
 from ..errors import BudgetError, InputError
 from . import calibration as calibrations
 from . import memory
@@ -44,6 +44,8 @@ def study_model(
     say: Callable[[str], None] = print,
 ) -> Study:
     """Measure what every candidate packing of every quantizable tensor costs.
+
+    The ranks of ``mlx.launch`` share the work, and all get the same result.
 
     Args:
         model: An unquantized mlx-lm model in the dtype it will be saved in. On a CPU its parameters
@@ -83,13 +85,15 @@ def study_model(
     weights = stream or {t.path: modules[t.path].weight for t in candidates}
     model.update(tree_map(to_compute_dtype, model.parameters()))
     data = load_calibration(model, tokenizer, calibration, say)
+    ranks.compare(**{"model": digest, "calibration data": data.whole_digest})
     key = {"model": digest, "device": str(mx.default_device())} if digest else None
     problem = Problem(model, weights, candidates, data, key, progress, refine, say, stream=stream)
     say(
         f"[optiq] Measuring {len(candidates)} tensors with {method_name} on "
         f"{data.measured.size} tokens ({data.source})"
     )
-    return Study(problem, size, method(problem), method_name)
+    # A method may not know of other ranks, whose hardware may round in another way.
+    return Study(problem, size, ranks.broadcast(method(problem)), method_name)
 
 
 def plan_model(model: nn.Module, tokenizer: Any, budget: float, **settings: Any) -> Plan:
@@ -130,17 +134,20 @@ def check_budget(budget: float, size: Size, candidates: tuple[Tensor, ...]) -> N
 def load_calibration(
     model: nn.Module, tokenizer: Any, path: Path | None, say: Callable[[str], None] = print
 ) -> Calibration:
-    """Calibration windows from a file, else mlx-lm's own text, else drawn from the model."""
+    """Calibration windows from a file, else mlx-lm's own text, else drawn from the model.
+
+    Each rank reads its own file; the others are rank 0's.
+    """
     if path is not None:
         return calibrations.from_texts(calibrations.read_texts(path), tokenizer, path.name)
-    text = calibrations.stock_text()
+    text = ranks.first(calibrations.stock_text)
     if text is not None:
         return calibrations.from_texts([text], tokenizer, "mlx-lm")
     say(
         "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
         "sampled from the model itself (--optiq-calibration FILE gives better plans)"
     )
-    return calibrations.sampled(model, tokenizer)
+    return ranks.first(lambda: calibrations.sampled(model, tokenizer))
 
 
 def to_compute_dtype(array: mx.array) -> mx.array:

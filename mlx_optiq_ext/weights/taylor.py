@@ -1,5 +1,6 @@
 """Sensitivity from one backward pass: the second-order term of the KL divergence's expansion."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from .. import ranks
 from .blocks import decoder_layers
 from .fisher import factors
 from .journal import Journal
@@ -35,13 +37,14 @@ def taylor(problem: Problem) -> Sensitivity:
     missing = {t.path: t for t in problem.tensors if not ledger.has(t)}
     if missing:
 
-        def visit(path: str, found: Factors) -> None:
-            if path in missing and found.seen:
-                ledger.write(problem, missing.pop(path), found)
+        def visit(block: Mapping[str, Factors]) -> None:
+            seen = {path: f for path, f in block.items() if path in missing and f.seen}
+            ledger.write(problem, [missing.pop(path) for path in seen], seen)
 
         problem.results["factors"] = differentiate(problem, visit)
         for path, direct in measured(problem, missing.values()).items():
             ledger.direct.add_all(path, direct)
+        ledger.direct.exchange()
     expanded = [t for t in problem.tensors if not ledger.was_measured(t)]
     scale = fit(problem, expanded, {t.path: ledger.plain.get(t.path, anchor(t)) for t in expanded})
     result: Sensitivity = {}
@@ -78,11 +81,29 @@ class _Ledger:
         anchored = self.plain.get(tensor.path, anchor(tensor)) is not None
         return (known and anchored) or self.was_measured(tensor)
 
-    def write(self, problem: Problem, tensor: Tensor, found: Factors) -> None:
-        at, every = anchor(tensor), costs(problem, tensor, found)
-        alone = costs(problem, tensor, found, [at], feedback=False) if problem.refine else every
-        self.plain.add(tensor.path, at, alone[at])
-        self.costs.add_all(tensor.path, every)
+    def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
+        """Cost some tensors; the ranks of ``mlx.launch`` take some of their candidates each."""
+        every = [(tensor, packing) for tensor in tensors for packing in tensor.packings]
+        mine = ranks.share(every)
+        if (
+            problem.refine
+        ):  # what feedback leaves of a tensor's moments is dear, and best found once
+            mine = ranks.span(every, [math.prod(tensor.shape) for tensor, _ in every])
+        own: dict[str, list[Packing]] = {}
+        for tensor, packing in mine:
+            own.setdefault(tensor.path, []).append(packing)
+        for tensor in tensors:
+            packings, at = own.get(tensor.path, []), anchor(tensor)
+            if not packings:
+                continue
+            these = costs(problem, tensor, found[tensor.path], packings)
+            self.costs.add_all(tensor.path, these)
+            if at in packings:
+                if problem.refine:
+                    these = costs(problem, tensor, found[tensor.path], [at], feedback=False)
+                self.plain.add(tensor.path, at, these[at])
+        self.costs.exchange()
+        self.plain.exchange()
 
 
 def differentiated(problem: Problem) -> Mapping[str, Factors]:
@@ -97,9 +118,9 @@ def differentiated(problem: Problem) -> Mapping[str, Factors]:
 
 
 def differentiate(
-    problem: Problem, visit: Callable[[str, Factors], None] = lambda path, found: None
+    problem: Problem, visit: Callable[[Mapping[str, Factors]], None] = lambda found: None
 ) -> Mapping[str, Factors]:
-    """Show every tensor's factors to ``visit``, and return what rounding needs of them."""
+    """Show each block's factors to ``visit``, and return what rounding needs of them."""
     tokens, draws, across = problem.calibration.measured, 1, set()
     if problem.refine:
         tokens, draws = problem.calibration.refining, DRAWS
@@ -113,17 +134,10 @@ def differentiate(
     )
     total = len(decoder_layers(problem.model)) + 1
     for found in tqdm(blocks, desc="Costing", total=total, disable=not problem.progress):
-        kept.update(_visited(found, visit))
+        visit(found)
+        kept.update({path: factor.kept for path, factor in found.items()})
         found.clear()  # one block's moments at a time
     return kept
-
-
-def _visited(
-    found: dict[str, Factors], visit: Callable[[str, Factors], None]
-) -> dict[str, Factors]:
-    for path, factor in found.items():
-        visit(path, factor)
-    return {path: factor.kept for path, factor in found.items()}
 
 
 def _tried(problem: Problem, blocks: Iterator[dict[str, Factors]]) -> Iterator[dict[str, Factors]]:
@@ -147,10 +161,7 @@ class SpilledFactors(Mapping[str, Factors]):
     def update(self, found: Mapping[str, Factors]) -> None:
         """Keep some."""
         self._tokens.update({path: factor.tokens for path, factor in found.items()})
-        parts = {
-            path: {k: v for k, v in vars(factor).items() if isinstance(v, mx.array)}
-            for path, factor in found.items()
-        }
+        parts = {path: factor.arrays() for path, factor in found.items()}
         self._arrays.add({path: part for path, part in parts.items() if part})
 
     def __getitem__(self, path: str) -> Factors:

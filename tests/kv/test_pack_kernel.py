@@ -1,5 +1,7 @@
 """The kernel that packs new keys and values, its own source run on the CPU."""
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 from kernel_shim import kernel_factory
@@ -40,10 +42,11 @@ def error(packed: Packed, array: mx.array) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_packs_as_well_as_a_prompt_is_packed(case, platform):
-    formats, given = CASES[case][:2], arrays(case)
-    assert packing.packs(*given, formats)
-    found = packing.pack(platform, *given, formats)
-    for array, format, parts in zip(given, formats, (found[:3], found[3:]), strict=True):
+    formats: Any = CASES[case][:2]
+    given: Any = arrays(case)
+    assert packing.packs(given[0], given[1], formats)
+    found: Any = packing.pack(platform, given[0], given[1], formats)
+    for array, format, parts in zip(given, formats, [found[:3], found[3:]], strict=True):
         packed = Packed(parts, format)
         assert packed.shape == array.shape
         assert packed.dtype == array.dtype
@@ -53,10 +56,10 @@ def test_it_packs_as_well_as_a_prompt_is_packed(case, platform):
 
 
 def test_a_group_of_equal_elements_comes_back(platform):
-    formats = (Format(4, 32), Format(8, 32))
-    given = [mx.full((1, 1, 1, 64), value, mx.bfloat16) for value in (0.0, -1.5)]
-    found = packing.pack(platform, *given, formats)
-    for array, format, parts in zip(given, formats, (found[:3], found[3:]), strict=True):
+    formats: Any = (Format(4, 32), Format(8, 32))
+    given: Any = [mx.full((1, 1, 1, 64), value, mx.bfloat16) for value in (0.0, -1.5)]
+    found: Any = packing.pack(platform, given[0], given[1], formats)
+    for array, format, parts in zip(given, formats, [found[:3], found[3:]], strict=True):
         assert mx.array_equal(Packed(parts, format).plain(), array)
 
 
@@ -77,9 +80,9 @@ def test_a_cache_packs_with_it(platform, monkeypatch):
     monkeypatch.setattr("mlx_optiq_ext.kv.packing.has_kernel", lambda name: True)
     monkeypatch.setattr(Format, "pack", None)
     cache = PackedKVCache(KVCache(), Format(4), Format(4), interleaved=False)
-    given = arrays("4 bits")
+    given: Any = arrays("4 bits")
     for _ in range(2):
-        keys, values = cache.update_and_fetch(*given)
+        keys, values = cache.update_and_fetch(given[0], given[1])
     for packed, array in zip((keys, values), given, strict=True):
         assert packed.shape == (2, 3, 2, 128)
         assert mx.allclose(packed.plain()[:, :, 1:], array, atol=0.3)

@@ -8,6 +8,7 @@ from mlx_optiq_ext import ranks
 EXCHANGES = """
 import mlx.core as mx
 from mlx_optiq_ext import ranks
+from mlx_optiq_ext.ranks import exchange
 
 rank, size = ranks.rank(), ranks.size()
 ranks.agree(config=[1, 2])
@@ -35,6 +36,24 @@ assert arrived.dtype == mx.bfloat16 and codes.dtype == mx.uint32
 assert arrived.view(mx.uint16).tolist() == halves.view(mx.uint16).tolist()
 assert codes.tolist() == [[2**32 - 1 - owner]]
 assert ranks.handed(mx.array(7 if rank == owner else 0), owner).item() == 7
+
+parts = ranks.gathered(ranks.span(range(12)))
+assert [item for part in parts for item in part] == list(range(12))
+assert {len(part) for part in parts} == {12 // size}
+parts = ranks.gathered(ranks.span("abcd", [8, 4, 2, 2]))
+assert parts == ([["a"], ["b", "c", "d"]] if size == 2 else [[], ["a"], ["b"], ["c", "d"]])
+
+exchange.PIECE = 50  # several pieces an array
+own = [mx.full((5 + rank, 7), float(rank)), mx.array(rank, mx.bfloat16)][: 1 if rank == 1 else 2]
+(note, before), (last_note, last) = ranks.passed(f"of {rank}", own)
+assert note == (f"of {rank - 1}" if rank else None)
+assert [a.shape for a in before] == [(4 + rank, 7), ()][: 0 if rank == 0 else 1 if rank == 2 else 2]
+assert all(mx.all(array == rank - 1) for array in before)
+assert last_note == f"of {size - 1}" and last[0].shape == (4 + size, 7)
+assert mx.all(last[0] == size - 1)
+assert ranks.passed(None, [])[1] == (None, [])
+
+assert ranks.led(lambda: (ranks.size(), ranks.gathered(rank))) == (None if rank else (1, [0]))
 print(f"rank {rank} of {size} is done")
 """
 

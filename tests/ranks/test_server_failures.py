@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from typing import Any
 
 import pytest
 from mlx_lm.utils import load_model
@@ -179,8 +180,8 @@ def test_an_error_on_one_rank_is_told_and_ends_all(tmp_path, exact, broken):
 def test_a_client_that_leaves_a_request_served_alone_stops_no_rank(tmp_path, exact):
     with serving(tmp_path, exact) as (server, _):
         expected = server.ask("How many?", seed=1)
-        options = {"model": "default_model", "max_tokens": 60, "stream": True, "seed": 1}
-        messages = [{"role": "user", "content": "Count."}]
+        options: Any = {"model": "default_model", "max_tokens": 60, "stream": True, "seed": 1}
+        messages: Any = [{"role": "user", "content": "Count."}]
         chunks = server.client().chat.completions.create(messages=messages, **options)
         next(iter(chunks))
         chunks.close()

@@ -1,0 +1,43 @@
+"""How ranks divide work between them."""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import TypeVar
+
+from .exchange import alone, gathered, leads, rank, size
+
+T = TypeVar("T")
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This rank's part of a sequence, as long as the others' or one item longer or shorter."""
+    return list(items[rank() :: size()])
+
+
+def span(items: Sequence[T], weights: Sequence[float] | None = None) -> list[T]:
+    """This rank's part of a sequence: what follows the part of the rank before.
+
+    Args:
+        items: To divide.
+        weights: What each costs beside the others; None for all the same.
+    """
+    costs = [1.0] * len(items) if weights is None else list(weights)
+    ends = list(accumulate(costs))
+    middles = [end - cost / 2 for end, cost in zip(ends, costs, strict=True)]
+    unit = ends[-1] / size() if ends else 1.0
+    owners = [min(int(middle / unit), size() - 1) if unit else 0 for middle in middles]
+    return [item for item, owner in zip(items, owners, strict=True) if owner == rank()]
+
+
+def silent(message: str) -> None:
+    """In place of ``print`` on all ranks but the first one."""
+
+
+def led(work: Callable[[], T]) -> T | None:
+    """What rank 0 does by itself while the others wait for it to end; None on the others."""
+    found = None
+    if leads():
+        with alone():
+            found = work()
+    gathered(None)
+    return found

@@ -1,0 +1,184 @@
+"""``mlx_lm.convert`` on several ranks makes what one process makes."""
+
+import json
+import time
+
+import pytest
+
+from .test_failures import ALLOWED
+
+PLANS = """
+import json, sys
+from functools import partial
+from pathlib import Path
+from mlx_optiq_ext import ranks
+from mlx_optiq_ext.weights import METHODS, planning, search
+
+model, calibration, method, settings, *budgets = sys.argv[1:]
+loaded, tokenizer, digest = planning.load_unquantized(model)
+study = planning.study_model(
+    loaded, tokenizer, calibration=Path(calibration), method=METHODS[method], digest=digest,
+    load=partial(planning.reload, model), progress=False, say=lambda line: None,
+    **json.loads(settings),
+)
+for budget in map(float, budgets):
+    plan = search(study, budget)
+    packings = {path: str(packing) for path, packing in plan.packings.items()}
+    if ranks.leads():
+        print(json.dumps([packings, plan.costs, plan.kl, plan.uniform_kl, plan.variant]))
+"""
+
+#: Few candidates: each is a probe.
+FEW = {"bits": [3, 4], "group_sizes": [64]}
+
+
+@pytest.mark.parametrize(
+    ("count", "method", "settings", "budgets"),
+    [
+        (2, "taylor", {}, (2.75, 4.5)),
+        (4, "taylor", {}, (3.2,)),
+        (2, "taylor", {"refine": True}, (3.0,)),
+        (3, "kl", FEW, (4.2,)),
+    ],
+)
+def test_plans_are_those_of_one_process(
+    launch, run, tiny, calibration, tmp_path, count, method, settings, budgets
+):
+    words = ("-c", PLANS, tiny, calibration, method, json.dumps(settings), *map(str, budgets))
+    alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / name)} for name in ("alone", "many"))
+    expected = run("python", *words, env=alone, check=True).stdout
+    done = launch(count, *words, env=many)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        json.loads(line) for line in expected.splitlines()
+    ]
+    assert len(expected.splitlines()) == len(budgets)
+    # One rank wrote what was measured, once.
+    files = [sorted((tmp_path / name / "sensitivity").iterdir()) for name in ("alone", "many")]
+    assert [file.name for file in files[0]] == [file.name for file in files[1]]
+    for one, other in zip(*files, strict=True):
+        assert lines(one) == lines(other)
+
+
+def lines(path):
+    return sorted(line for line in path.read_text().splitlines() if line)
+
+
+def test_a_model_read_layer_by_layer_is_planned_the_same(launch, run, tiny, calibration, tmp_path):
+    words = ("-c", PLANS, tiny, calibration, "taylor", json.dumps({}), "4.5")
+    cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "alone")}
+    expected = run("python", *words, env=cache, check=True).stdout
+    streamed = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "many"), "MLX_OPTIQ_EXT_STREAM": "1"}
+    done = launch(2, *words, env=streamed)
+    assert done.stdout == expected, done.stderr
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["sensitivity"]
+
+
+def test_the_command_writes_the_same_files(launch, tiny, calibration, converted, tmp_path):
+    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--dtype", "float32")
+    words = (*words, "--optiq-budget", "3.5", "--optiq-calibration", calibration)
+    report = ("--optiq-report", tmp_path / "page.html")
+    cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "cache")}
+    done = launch(2, "-m", "mlx_lm", "convert", *words, *report, env=cache)
+    assert done.returncode == 0, done.stderr
+    assert same_files(converted, tmp_path / "out")
+    assert done.stdout.count("[optiq] Planned in") == 1
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "page.html"]
+
+
+def same_files(one, other) -> bool:
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir())
+    return all(
+        (one / name).read_bytes() == (other / name).read_bytes()
+        for name in names
+        if name != "README.md"
+    )
+
+
+def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, calibration, tmp_path):
+    def words(name):
+        yield from ("--hf-path", tiny, "--mlx-path", tmp_path / name, "--dtype", "float32")
+        yield from ("--optiq-budget", "4", "--optiq-calibration", calibration)
+        yield from ("--optiq-bits", "3,4", "--optiq-refine", "--optiq-kv-budget", "4.5")
+
+    alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / f"{n}-cache")} for n in ("1", "2"))
+    run("mlx_lm.convert", *words("one"), env=alone, check=True)
+    done = launch(2, "-m", "mlx_lm", "convert", *words("two"), env=many, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_kv_plan_is_that_of_one_process(launch, run, converted, calibration, tmp_path):
+    words = ("--hf-path", converted, "--optiq-kv-only", "--optiq-kv-budget", "4.0")
+    words = (*words, "--optiq-calibration", calibration)
+    alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / name)} for name in ("alone", "many"))
+    names, found = ("kv_config.json", "kv_sensitivity.json"), []
+    try:
+        for once in (
+            lambda: run("mlx_lm.convert", *words, env=alone),
+            lambda: launch(2, "-m", "mlx_lm", "convert", *words, env=many),
+        ):
+            done = once()
+            assert done.returncode == 0, done.stderr
+            found.append([(converted / name).read_text() for name in names])
+            assert done.stdout.count("[optiq] KV plan") == 1
+    finally:
+        for name in names:
+            (converted / name).unlink(missing_ok=True)
+    assert found[0] == found[1]
+
+
+DYING = """
+import os, signal
+from mlx_optiq_ext import hookimpl, ranks
+from mlx_optiq_ext.weights import METHODS
+
+def dying(problem):
+    left = [3]
+    def count(path, factors=None):
+        left[0] -= 1
+        if ranks.rank() == 1 and not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+    from mlx_optiq_ext.weights import taylor
+    taylor.differentiate(problem, count)
+    return METHODS["taylor"](problem)
+
+@hookimpl
+def optiq_sensitivity_methods():
+    return {"dying": dying}
+"""
+
+
+def test_a_rank_killed_in_the_sweep_ends_the_conversion(
+    launch, plugin, tiny, calibration, tmp_path
+):
+    env = {**plugin({}, "dying", DYING), "MLX_OPTIQ_EXT_CACHE": str(tmp_path / "cache")}
+    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--optiq-budget", "4")
+    words = (*words, "--optiq-calibration", calibration, "--optiq-sensitivity", "dying")
+    started = time.monotonic()
+    done = launch(2, "-m", "mlx_lm", "convert", *words, env=env)
+    assert time.monotonic() - started < ALLOWED
+    assert "rank 0 " in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_calibration_text_on_one_rank_is_refused(apart, tiny, texts):
+    def fill(folder, rank):
+        (folder / "texts.txt").write_text("\n".join(texts)[rank * 100 : 4000])
+
+    words = ("--hf-path", tiny, "--mlx-path", "out", "--optiq-budget", "4")
+    started = time.monotonic()
+    done = apart(fill, "convert", *words, "--optiq-calibration", "texts.txt")
+    assert time.monotonic() - started < ALLOWED
+    assert done.stderr.count("the ranks do not have the same calibration data") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_ends_both_ranks(launch, tiny, calibration, tmp_path):
+    (tmp_path / "file").touch()
+    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "file" / "out", "--optiq-budget", "4")
+    done = launch(2, "-m", "mlx_lm", "convert", *words, "--optiq-calibration", calibration)
+    assert done.stderr.count("cannot write beside") == 1, done.stderr
+    assert "Traceback" not in done.stderr

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,29 +88,35 @@ def sweep(model: str, calibration: Path, method: str) -> None:
 
 
 def run(args: argparse.Namespace, method: str, count: int) -> dict[str, Any]:
-    """Start the ranks of one sweep."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    words = ["python", str(Path(__file__).absolute()), "--rank", "--model", str(args.model)]
+    """Start the ranks of one sweep as ``mlx.launch --backend ring`` does.
+
+    That command itself keeps a core busy while it waits for what they print.
+    """
+    words = [sys.executable, str(Path(__file__).absolute()), "--rank", "--model", str(args.model)]
     words += ["--calibration", str(args.calibration.absolute()), "--methods", method]
-    launch = ["mlx.launch", "-n", str(count), "--backend", "ring", "--starting-port", str(port)]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    silence, held = os.pipe()  # at the end of its input the launcher would spin
-    with tempfile.TemporaryDirectory() as cache:
-        env = {"PATH": path, "OPENBLAS_NUM_THREADS": "1", "MLX_OPTIQ_EXT_CACHE": cache}
-        done = subprocess.run(
-            words if count == 1 else [*launch, "--", *words],
-            env={**os.environ, **env},
-            stdin=silence,
-            capture_output=True,
-            text=True,
-        )
-    os.close(silence)
-    os.close(held)
-    if done.returncode or not done.stdout.strip():
-        raise SystemExit(done.stdout + done.stderr)
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        hosts = Path(folder) / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]))
+        held.close()
+        env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MLX_OPTIQ_EXT_CACHE": folder}
+        if count > 1:
+            env["MLX_HOSTFILE"] = str(hosts)
+        ranks = [
+            subprocess.Popen(
+                words,
+                env=env if count == 1 else {**env, "MLX_RANK": str(number)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(count)
+        ]
+        printed = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit("a rank failed")
+    found = json.loads(printed[0].strip().splitlines()[-1])
     return {"method": method, "model": str(args.model), "load": os.getloadavg()[0], **found}
 
 

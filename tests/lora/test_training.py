@@ -68,7 +68,8 @@ def test_the_stock_form_computes_what_ours_does(lora, packed, tmp_path, tokens, 
     stock = {"MLX_OPTIQ_EXT": "0"}
     run("python", "-c", code, packed, tmp_path / "a", out, env=stock, check=True)
     theirs = mx.load(str(out))
-    assert mx.abs(ours - theirs).max() < 1e-5
+    # Sums over padded ranks may come in another order.
+    assert mx.abs(ours - theirs).max() < 1e-5 * mx.abs(ours).max()
     assert mx.abs(ours - logits(mlx_lm.load(str(packed))[0], tokens)).max() > 1e-3
 
 

@@ -147,7 +147,7 @@ def test_memory_holds_one_layer_not_the_model(deep, text, short, monkeypatch):
     assert mx.get_peak_memory() < stored / 4
     mx.reset_peak_memory()
     resident = study(deep, text, monkeypatch, streaming=False, method=nothing)
-    end_to_end(resident.problem, [])
+    end_to_end(resident.problem, [{}])
     assert mx.get_peak_memory() > stored
 
 

@@ -81,6 +81,17 @@ def test_values_may_be_wider_than_keys(attend):
     assert mx.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("sides", SIDES)
+def test_of_no_tokens_nothing_is_seen(sides):
+    queries, keys, values = problem(2, 37)
+    packed = [
+        pack(array, side)[:, :, :0] for array, side in zip((keys, values), SIDES[sides], strict=True)
+    ]
+    found = attention(queries, *packed, scale=0.1)
+    assert found.shape == (*queries.shape[:-1], values.shape[-1])
+    assert float(mx.abs(found).max()) == 0
+
+
 def test_the_callers_arrays_stay_as_they_are():
     queries, keys, values = problem(3, 20)
     before = mx.array(queries)

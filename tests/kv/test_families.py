@@ -31,6 +31,8 @@ NEWEST = hasattr(stock.KVCache, "keys_and_values")
 if not NEWEST:
     why = "before mlx-lm 0.32 its layers read another's cache through its saved state"
     REFUSED.update(afm7=why, gemma3n=why)
+#: Before 0.32 llama4's caches lose track, and a cache that no layer uses has no state.
+FAULTY = () if NEWEST else ("llama4", "nemotron-nas")
 #: Stock mlx-lm itself gives a batch other logits than its rows alone.
 UNEVEN = {"afm7", "minimax_m3_vl"}
 NAMES = [name for name in FAMILIES if name not in UNSUPPORTED and name not in UNSAFE]
@@ -69,10 +71,11 @@ def test_architecture(name, tmp_path, monkeypatch):
     mounted = kv.mount(model, spec, mergeable=NEWEST)
     assert mounted.formats
     assert distance(run(model, kv.make_caches(model)), expected) < 0.1
-    _generated(model, expected)
+    if name not in FAULTY:
+        _generated(model, expected)
     if NEWEST:  # older releases cannot save every kind, or load it back, packed or not
         _saved(model, tmp_path / "cache.safetensors", monkeypatch)
-    if NEWEST or name != "llama4":  # whose cache loses track there, packed or not
+    if name != "llama4" or name not in FAULTY:
         _trimmed(model, expected)
     _batched(name, model)
 

@@ -83,6 +83,8 @@ def attention(
     Returns:
         (batch, query heads, length, value dim) in the queries' dtype.
     """
+    if keys.shape[2] == 0:  # MLX's products divide by zero on packed data of no rows
+        return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
     # Rotating both sides of a product leaves it as it was.
     if isinstance(keys, Packed):
         queries = keys.format.turn(queries)

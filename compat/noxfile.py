@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "compat" / "constraints"
 MATRIX = nox.project.load_toml(ROOT / "compat" / "mlx_optiq_compat" / "matrix.toml")
 ROWS = [row for row in MATRIX["row"] if row["verdict"] != "outside"]
-#: A worker a core; each takes whole files, whose fixtures cost most.
-WORKERS = ("-n", "auto", "--dist", "loadfile")
+#: A worker a core; each takes whole files, whose fixtures cost most. Once xdist has replaced a
+#: worker that crashed it may wait for ever, so it replaces none.
+WORKERS = ("-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0")
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "uv|virtualenv"

@@ -116,6 +116,7 @@ def launch(tmp_path_factory) -> Run:
     """Runs a Python command on several ranks over loopback, as users do with ``mlx.launch``.
 
     Takes the number of ranks and the words after ``python``. What the ranks print comes joined.
+    ``whole`` starts them by the command itself, which takes a core.
     """
 
     def launch(
@@ -124,11 +125,12 @@ def launch(tmp_path_factory) -> Run:
         cwd: Path | None = None,
         env: dict[str, str] | None = None,
         timeout: float = 120,
+        whole: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         silence, held = os.pipe()  # at the end of its input the launcher would spin
         try:
             return subprocess.run(
-                [*launcher(ranks), "python", *map(str, words)],
+                [*launcher(ranks, whole=whole), "python", *map(str, words)],
                 cwd=cwd or tmp_path_factory.mktemp("ranks"),
                 env={**surroundings(), **(env or {})},
                 stdin=silence,

@@ -6,11 +6,24 @@ import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+#: ``mlx.launch`` without its wait for room in the ranks' input, which there always is: that takes a
+#: core from the ranks. What is typed reaches none of them.
+QUIET = """
+from select import select
+from mlx._distributed_utils import launch
+launch.select = lambda read, write, *rest: (select(read, [], *rest)[0], [], [])
+launch.main()
+"""
 
-def launcher(ranks: int) -> list[str]:
-    """The words before a command that ``mlx.launch`` runs on so many ranks over loopback."""
+
+def launcher(ranks: int, *, whole: bool = False) -> list[str]:
+    """The words before a command that ``mlx.launch`` runs on so many ranks over loopback.
+
+    ``whole`` takes the command itself.
+    """
+    program = ["mlx.launch"] if whole else [sys.executable, "-c", QUIET]
     port = str(free_ports(ranks))
-    return ["mlx.launch", "-n", str(ranks), "--backend", "ring", "--starting-port", port, "--"]
+    return [*program, "-n", str(ranks), "--backend", "ring", "--starting-port", port, "--"]
 
 
 def surroundings() -> dict[str, str]:

@@ -58,9 +58,9 @@ print(f"rank {rank} of {size} is done")
 """
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_what_is_handed_out_arrives_on_every_rank(launch, count):
-    done = launch(count, "-c", EXCHANGES)
+@pytest.mark.parametrize(("count", "whole"), [(2, True), (2, False), (4, False)])
+def test_what_is_handed_out_arrives_on_every_rank(launch, count, whole):
+    done = launch(count, "-c", EXCHANGES, whole=whole)
     assert done.stdout.count("is done") == count, done.stdout + done.stderr
 
 

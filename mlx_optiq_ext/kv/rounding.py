@@ -96,10 +96,11 @@ def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Pa
             square = mx.maximum(square, TINY)
             scale, explained = mx.maximum(product / square, TINY), mx.square(product) / square
             bias = mean - scale * middle
-        best = mx.argmax(explained, axis=-1, keepdims=True)
+        if len(starts) > 1:  # MLX before 0.31 mixes up shapes of a choice from one
+            best = mx.argmax(explained, axis=-1, keepdims=True)
+            scale, bias = (mx.take_along_axis(found, best, axis=-1) for found in (scale, bias))
         # Codes go by what is stored, not what was found.
-        scale = mx.take_along_axis(scale, best, axis=-1).astype(array.dtype)
-        bias = mx.take_along_axis(bias, best, axis=-1).astype(array.dtype)
+        scale, bias = scale.astype(array.dtype), bias.astype(array.dtype)
         safe = mx.maximum(scale.astype(mx.float32), TINY)
         codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
         return codes.astype(mx.uint32), scale, bias

@@ -40,6 +40,16 @@ def test_every_width_packs_every_head_dimension_it_divides(dim, bits, group_size
     assert bool((error <= (1.05 / (2**bits - 1) + clipped) * span).all())
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_prompts_of_all_shapes_are_packed_one_after_the_other(bits):
+    format = Format(bits, 32)
+    for shape in [(1, 2, 16, 64), (1, 2, 16, 96), (1, 2, 40, 96), (2, 2, 16, 64)]:
+        array = mx.random.normal(shape, key=mx.random.key(bits))
+        packed = Packed(format.pack(array), format)
+        assert packed.parts[1].shape == (*shape[:-1], shape[-1] // 32)
+        assert float(mx.square(packed.stored() - array).mean()) < 4**-bits * 4
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", COVERED)

@@ -34,7 +34,7 @@ for name, plan in (("8", kv.parse_spec("8")), ("mixed", kv.read_plan(Path(mixed)
     tokens = [int(token) for token, _ in steps]
     mx.synchronize(generation_stream)  # mlx-lm is one token ahead
     formats = {mounted.owners[slot]: str(f) for slot, f in mounted.formats.items()}
-    held = {mounted.owners[i, None]: cache.nbytes for i, cache in enumerate(caches)}
+    held = {mounted.owners[i, None]: getattr(c, "nbytes", 0) for i, c in enumerate(caches)}
     found[name] = ranks.gathered([tokens, formats, held])
 if ranks.leads():
     Path("found.json").write_text(json.dumps(found))
@@ -53,7 +53,7 @@ def alone(stages, mixed):
         steps = generate_step(mx.array(PROMPT), model, max_tokens=COUNT, prompt_cache=caches)
         tokens = [int(token) for token, _ in steps]
         formats = {mounted.owners[slot]: str(f) for slot, f in mounted.formats.items()}
-        held = {mounted.owners[i, None]: cache.nbytes for i, cache in enumerate(caches)}
+        held = {mounted.owners[i, None]: getattr(c, "nbytes", 0) for i, c in enumerate(caches)}
         found[name] = tokens, formats, held
     return found
 

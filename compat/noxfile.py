@@ -20,6 +20,8 @@ ROWS = [row for row in MATRIX["row"] if row["verdict"] != "outside"]
 #: A worker a core; each takes whole files, whose fixtures cost most. Once xdist has replaced a
 #: worker that crashed it may wait for ever, so it replaces none.
 WORKERS = ("-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0")
+#: Workers fill the cores, so that each computes on one.
+ONE_CORE = {"OPENBLAS_NUM_THREADS": "1"}
 
 nox.needs_version = ">=2025.2"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -41,10 +43,8 @@ def tests(session: nox.Session, row: dict) -> None:
     backend = [] if sys.platform == "darwin" else ["mlx[cpu]"]
     needs = [f"mlx-lm=={row['mlx_lm']}", *backend, "-e", ".[test]"]
     session.install("-c", str(pins), *needs)
-    # The environment passes through; some machines need their LD_PRELOAD for MLX. Workers fill the
-    # cores, so that each computes on one.
-    one_core = {"OPENBLAS_NUM_THREADS": "1"}
-    session.run("pytest", *(session.posargs or [*WORKERS, "tests"]), env=one_core)
+    # The environment passes through; some machines need their LD_PRELOAD for MLX.
+    session.run("pytest", *(session.posargs or [*WORKERS, "tests"]), env=ONE_CORE)
 
 
 @nox.session
@@ -63,7 +63,7 @@ def yolo(session: nox.Session) -> None:
         "-e",
         ".[test,yolo]",
     )
-    session.run("pytest", *(session.posargs or ["tests/yolo"]))
+    session.run("pytest", *(session.posargs or [*WORKERS, "tests/yolo"]), env=ONE_CORE)
 
 
 @nox.session

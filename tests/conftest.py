@@ -15,6 +15,9 @@ import mlx.core as mx
 import pytest
 from loopback import launcher, surroundings
 
+from mlx_optiq_compat import installed_version, rows
+from mlx_optiq_compat.version import release
+
 TESTS = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("MLX_OPTIQ_SHARED") or TESTS.parent.parent / "shared")
 
@@ -48,6 +51,7 @@ def pytest_collection_modifyitems(config, items):
     absent_markers = [
         *([] if importlib.util.find_spec("yolo26mlx") else ["yolo"]),
         *([] if has_peft() else ["peft"]),
+        *([] if release(installed_version() or "0") >= release(rows()[-1].mlx_lm) else ["newest"]),
     ]
     apart = [item for item in items if any(map(item.get_closest_marker, absent_markers))]
     config.hook.pytest_deselected(items=apart)

@@ -10,6 +10,8 @@ from mlx_optiq_ext import evaluation
 from mlx_optiq_ext.errors import InputError, UnsupportedError
 from mlx_optiq_ext.evaluation import gsm8k, harness
 
+pytestmark = pytest.mark.newest
+
 
 def write(path, count):
     lines = [

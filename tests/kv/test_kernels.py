@@ -13,6 +13,8 @@ from mlx_optiq_ext.kv.attention import dispatch, fused, kernels
 from mlx_optiq_ext.kv.attention.kernels import launch
 from mlx_optiq_ext.turboquant import TurboFormat
 
+pytestmark = pytest.mark.newest
+
 #: Every width, group size, head dimension and mask; for each a kernel is compiled, so that a case
 #: takes several: (keys, values, (key dim, value dim), repeats, length, tokens, mask).
 CASES = {

@@ -10,6 +10,8 @@ from mlx_optiq_ext.kv import Format, Packed, PackedKVCache
 from mlx_optiq_ext.kv.attention import dispatch
 from mlx_optiq_ext.kv.attention.kernels import packing
 
+pytestmark = pytest.mark.newest
+
 #: (keys, values, (key dim, value dim), length): every width and group size.
 CASES = {
     "4 bits": (Format(4, 64), Format(4, 64), (128, 128), 1),

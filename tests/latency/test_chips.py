@@ -118,6 +118,7 @@ def test_calibration_takes_the_best_run_and_subtracts_launches():
     assert "GB/s" in summary(chip)
 
 
+@pytest.mark.newest
 def test_calibration_measures_this_machine():
     chip = calibrate(read_bytes=1 << 26, chain=60, side=256)
     assert 0.1 < chip.bandwidth_gbs < 20_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.build
+pytestmark = [pytest.mark.build, pytest.mark.newest]
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "plugin_example"
 

@@ -84,17 +84,25 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def calibration(texts, tmp_path_factory) -> Path:
-    """Enough text for six windows."""
+    """Enough text for four windows."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text("\n".join(texts)[:7000])
+    path.write_text("\n".join(texts)[:4700])
     return path
 
 
 @pytest.fixture(scope="session")
-def converted(run, tiny, calibration, tmp_path_factory) -> Path:
+def short(texts, tmp_path_factory) -> Path:
+    """Enough text for two windows, of which one is held out."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text("\n".join(texts)[:2400])
+    return path
+
+
+@pytest.fixture(scope="session")
+def converted(run, tiny, short, tmp_path_factory) -> Path:
     """The tiny model at 3.5 bits per weight, converted by one process, in float32."""
     folder = tmp_path_factory.mktemp("models") / "converted"
-    words = ("--mlx-path", folder, "--optiq-budget", 3.5, "--optiq-calibration", calibration)
+    words = ("--mlx-path", folder, "--optiq-budget", 3.5, "--optiq-calibration", short)
     cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path_factory.mktemp("cache"))}
     words = (*words, "--dtype", "float32")
     run("mlx_lm.convert", "--hf-path", tiny, *words, env=cache, check=True)

@@ -2,10 +2,13 @@
 
 import json
 import time
+from functools import cache
 
 import pytest
 
 from .test_failures import ALLOWED
+
+pytestmark = pytest.mark.newest
 
 PLANS = """
 import json, sys
@@ -28,33 +31,54 @@ for budget in map(float, budgets):
         print(json.dumps([packings, plan.costs, plan.kl, plan.uniform_kl, plan.variant]))
 """
 
-#: Few candidates: each is a probe.
-FEW = {"bits": [3, 4], "group_sizes": [64]}
+#: Name -> method, settings, budgets.
+CASES = {
+    "taylor": ("taylor", {}, (2.75, 4.5)),
+    "streamed": ("taylor", {}, (4.5,)),
+    "refined": ("taylor", {"refine": True}, (3.0,)),
+    "kl": ("kl", {"bits": [3, 4], "group_sizes": [64]}, (4.2,)),  # each candidate is a probe
+}
+
+
+@pytest.fixture(scope="module")
+def words(tiny, calibration, short):
+    """The command of a case, as words after ``python``."""
+
+    def words(case):
+        method, settings, budgets = CASES[case]
+        text = short if method == "kl" else calibration
+        yield from ("-c", PLANS, tiny, text, method, json.dumps(settings))
+        yield from map(str, budgets)
+
+    return words
+
+
+@pytest.fixture(scope="module")
+def alone(run, words, tmp_path_factory):
+    """What one process prints for a case, and the folder where it keeps what it measured."""
+
+    @cache
+    def alone(case):
+        folder = tmp_path_factory.mktemp("alone")
+        env = {"MLX_OPTIQ_EXT_CACHE": str(folder)}
+        return run("python", *words(case), env=env, check=True).stdout, folder
+
+    return alone
 
 
 @pytest.mark.parametrize(
-    ("count", "method", "settings", "budgets"),
-    [
-        (2, "taylor", {}, (2.75, 4.5)),
-        (4, "taylor", {}, (3.2,)),
-        (2, "taylor", {"refine": True}, (3.0,)),
-        (3, "kl", FEW, (4.2,)),
-    ],
+    ("count", "case"), [(2, "taylor"), (4, "taylor"), (2, "refined"), (3, "kl")]
 )
-def test_plans_are_those_of_one_process(
-    launch, run, tiny, calibration, tmp_path, count, method, settings, budgets
-):
-    words = ("-c", PLANS, tiny, calibration, method, json.dumps(settings), *map(str, budgets))
-    alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / name)} for name in ("alone", "many"))
-    expected = run("python", *words, env=alone, check=True).stdout
-    done = launch(count, *words, env=many)
+def test_plans_are_those_of_one_process(launch, words, alone, tmp_path, count, case):
+    expected, folder = alone(case)
+    done = launch(count, *words(case), env={"MLX_OPTIQ_EXT_CACHE": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert [json.loads(line) for line in done.stdout.splitlines()] == [
         json.loads(line) for line in expected.splitlines()
     ]
-    assert len(expected.splitlines()) == len(budgets)
+    assert len(expected.splitlines()) == len(CASES[case][2])
     # One rank wrote what was measured, once.
-    files = [sorted((tmp_path / name / "sensitivity").iterdir()) for name in ("alone", "many")]
+    files = [sorted((where / "sensitivity").iterdir()) for where in (folder, tmp_path)]
     assert [file.name for file in files[0]] == [file.name for file in files[1]]
     for one, other in zip(*files, strict=True):
         assert lines(one) == lines(other)
@@ -64,19 +88,16 @@ def lines(path):
     return sorted(line for line in path.read_text().splitlines() if line)
 
 
-def test_a_model_read_layer_by_layer_is_planned_the_same(launch, run, tiny, calibration, tmp_path):
-    words = ("-c", PLANS, tiny, calibration, "taylor", json.dumps({}), "4.5")
-    cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "alone")}
-    expected = run("python", *words, env=cache, check=True).stdout
-    streamed = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "many"), "MLX_OPTIQ_EXT_STREAM": "1"}
-    done = launch(2, *words, env=streamed)
-    assert done.stdout == expected, done.stderr
-    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["sensitivity"]
+def test_a_model_read_layer_by_layer_is_planned_the_same(launch, words, alone, tmp_path):
+    env = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path), "MLX_OPTIQ_EXT_STREAM": "1"}
+    done = launch(2, *words("streamed"), env=env)
+    assert done.stdout.splitlines() == alone("taylor")[0].splitlines()[1:], done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sensitivity"]
 
 
-def test_the_command_writes_the_same_files(launch, tiny, calibration, converted, tmp_path):
+def test_the_command_writes_the_same_files(launch, tiny, short, converted, tmp_path):
     words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--dtype", "float32")
-    words = (*words, "--optiq-budget", "3.5", "--optiq-calibration", calibration)
+    words = (*words, "--optiq-budget", "3.5", "--optiq-calibration", short)
     report = ("--optiq-report", tmp_path / "page.html")
     cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "cache")}
     done = launch(2, "-m", "mlx_lm", "convert", *words, *report, env=cache)
@@ -97,11 +118,11 @@ def same_files(one, other) -> bool:
     )
 
 
-def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, calibration, tmp_path):
+def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, short, tmp_path):
     def words(name):
         yield from ("--hf-path", tiny, "--mlx-path", tmp_path / name, "--dtype", "float32")
-        yield from ("--optiq-budget", "4", "--optiq-calibration", calibration)
-        yield from ("--optiq-bits", "3,4", "--optiq-refine", "--optiq-kv-budget", "4.5")
+        yield from ("--optiq-budget", "4", "--optiq-calibration", short)
+        yield from ("--optiq-bits", "3,4", "--optiq-refine")
 
     alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / f"{n}-cache")} for n in ("1", "2"))
     run("mlx_lm.convert", *words("one"), env=alone, check=True)
@@ -110,9 +131,9 @@ def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, cal
     assert same_files(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_kv_plan_is_that_of_one_process(launch, run, converted, calibration, tmp_path):
+def test_a_kv_plan_is_that_of_one_process(launch, run, converted, short, tmp_path):
     words = ("--hf-path", converted, "--optiq-kv-only", "--optiq-kv-budget", "4.0")
-    words = (*words, "--optiq-calibration", calibration)
+    words = (*words, "--optiq-calibration", short)
     alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / name)} for name in ("alone", "many"))
     names, found = ("kv_config.json", "kv_sensitivity.json"), []
     try:
@@ -151,12 +172,10 @@ def optiq_sensitivity_methods():
 """
 
 
-def test_a_rank_killed_in_the_sweep_ends_the_conversion(
-    launch, plugin, tiny, calibration, tmp_path
-):
+def test_a_rank_killed_in_the_sweep_ends_the_conversion(launch, plugin, tiny, short, tmp_path):
     env = {**plugin({}, "dying", DYING), "MLX_OPTIQ_EXT_CACHE": str(tmp_path / "cache")}
     words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--optiq-budget", "4")
-    words = (*words, "--optiq-calibration", calibration, "--optiq-sensitivity", "dying")
+    words = (*words, "--optiq-calibration", short, "--optiq-sensitivity", "dying")
     started = time.monotonic()
     done = launch(2, "-m", "mlx_lm", "convert", *words, env=env)
     assert time.monotonic() - started < ALLOWED
@@ -176,9 +195,9 @@ def test_another_calibration_text_on_one_rank_is_refused(apart, tiny, texts):
     assert "Traceback" not in done.stderr
 
 
-def test_a_folder_that_cannot_be_written_ends_both_ranks(launch, tiny, calibration, tmp_path):
+def test_a_folder_that_cannot_be_written_ends_both_ranks(launch, tiny, short, tmp_path):
     (tmp_path / "file").touch()
     words = ("--hf-path", tiny, "--mlx-path", tmp_path / "file" / "out", "--optiq-budget", "4")
-    done = launch(2, "-m", "mlx_lm", "convert", *words, "--optiq-calibration", calibration)
+    done = launch(2, "-m", "mlx_lm", "convert", *words, "--optiq-calibration", short)
     assert done.stderr.count("cannot write beside") == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -19,14 +19,14 @@ def data(texts, tmp_path_factory):
 
 
 def write(path, texts):
-    rows = [{"text": text[: 60 + 37 * (i % 7)]} for i, text in enumerate(texts)]
+    rows = [{"text": text[: 20 + 18 * (i % 7)]} for i, text in enumerate(texts)]
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
 def words(model, data, folder, *more):
     yield from ("--model", model, "--data", data, "--adapter-path", folder, "--train")
-    yield from ("--iters", "4", "--batch-size", "4", "--steps-per-report", "1", "--val-batches")
-    yield from ("2", "--steps-per-eval", "2", "--save-every", "2", "--num-layers", "-1")
+    yield from ("--iters", "2", "--batch-size", "4", "--steps-per-report", "1", "--val-batches")
+    yield from ("1", "--steps-per-eval", "2", "--save-every", "2", "--num-layers", "-1")
     yield from ("--learning-rate", "1e-4", "--optiq-rank-scaling", *more)
 
 
@@ -54,11 +54,22 @@ def losses(path) -> list[tuple[str, float]]:
     return [tuple(json.loads(line)) for line in path.read_text().splitlines()]
 
 
+#: Adam divides by the gradient's size, so that rounding counts where that is next to nothing.
+PLAIN = ("--optimizer", "sgd", "--learning-rate", "0.1")
+
+
 @pytest.mark.parametrize(
-    ("count", "more"), [(2, ()), (4, ("by_bits",)), (2, ("constant", "--optiq-init", "residual"))]
+    ("count", "more", "bound"),
+    [
+        (2, ("by_bits", *PLAIN), 1e-5),
+        pytest.param(4, (), 1e-4, marks=pytest.mark.newest),
+        pytest.param(
+            *(2, ("constant", "--optiq-init", "residual", *PLAIN), 1e-5), marks=pytest.mark.newest
+        ),
+    ],
 )
 def test_the_adapter_is_that_of_one_process(
-    launch, run, tiny, converted, data, tmp_path, count, more
+    launch, run, tiny, converted, data, tmp_path, count, more, bound
 ):
     if "residual" in more:
         more = (*more, "--optiq-original", tiny)
@@ -70,9 +81,9 @@ def test_the_adapter_is_that_of_one_process(
     many = launch(count, *commands[1], env={"LOSSES": str(curves[1])})
     assert many.returncode == 0, many.stderr
     expected, found = map(losses, curves)
-    assert [name for name, _ in found] == [name for name, _ in expected]
+    assert [n for n, _ in found] == [n for n, _ in expected], many.stdout + many.stderr
     assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=1e-5)
-    assert len(found) == 4 + 3
+    assert len(found) == 2 + 2
     assert many.stdout.count("[optiq] ") == alone.stdout.count("[optiq] ") == 1
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == names
@@ -89,7 +100,7 @@ def test_the_adapter_is_that_of_one_process(
         assert isinstance(other_adapter, dict)
         assert set(other_adapter) == set(adapter)
         for path, array in adapter.items():
-            assert float(mx.abs(other_adapter[path] - array).max()) < 1e-5, (name, path)
+            assert float(mx.abs(other_adapter[path] - array).max()) < bound, (name, path)
             assert float(mx.abs(array).max()) > 0
 
 
@@ -116,7 +127,7 @@ def test_training_goes_on_from_what_only_the_first_rank_has(apart, converted, da
     )
     assert isinstance(started, dict)
     assert isinstance(ended, dict)
-    # Four steps at this rate move no number further, while a new start would be anywhere.
+    # Two steps at this rate move no number further, while a new start would be anywhere.
     assert all(float(mx.abs(ended[path] - started[path]).max()) < 5e-3 for path in started)
 
 

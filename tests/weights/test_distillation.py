@@ -24,6 +24,8 @@ from mlx_optiq_ext.weights.sensitivity import batches
 
 from .conftest import moe
 
+pytestmark = pytest.mark.newest
+
 
 def studied(model, tokenizer, text) -> Study:
     """A model with its calibration windows, not measured."""

@@ -13,6 +13,8 @@ from mlx_optiq_ext.weights.taps import Use, tapped
 
 from .conftest import moe
 
+pytestmark = pytest.mark.newest
+
 TOKENS = mx.array([[5, 9, 200, 31, 7, 44, 81, 3], [8, 8, 100, 2, 64, 12, 900, 77]])
 
 

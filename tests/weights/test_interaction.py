@@ -11,6 +11,8 @@ from mlx_optiq_ext.weights.packing import quantizable
 from mlx_optiq_ext.weights.search import PROTECTED, rules
 from mlx_optiq_ext.weights.sensitivity import end_to_end
 
+pytestmark = pytest.mark.newest
+
 module = importlib.import_module("mlx_optiq_ext.weights.search")
 
 

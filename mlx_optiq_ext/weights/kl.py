@@ -28,7 +28,9 @@ LEAST = 1e-9
 #: Nats per token below which rounding in the forward pass shows.
 NOISE = 1e-6
 #: Bits of the packings that are measured first.
-FIRST = (2, 4)
+FIRST = (2, 3, 4)
+#: Layers of which one has its tensors measured at several packings.
+APART = 12
 #: Natural logarithm by which two measurements may stray from proportion to their squared errors
 #: before one between them is measured too.
 TOLERANCE = 0.2
@@ -94,8 +96,11 @@ class _Probes:
 
 def anchor(tensor: Tensor, bits: int = 3) -> Packing:
     """A packing to measure: 3 bits stand out of the noise and are near to linear."""
-    packed = [p for p in tensor.packings if p.packed]
-    return min(packed, key=lambda p: (abs(p.bits - bits), abs(p.group_size - 64), p.bits))
+    return _nearest((p for p in tensor.packings if p.packed), bits)
+
+
+def _nearest(packings: Iterable[Packing], bits: int = 3) -> Packing:
+    return min(packings, key=lambda p: (abs(p.bits - bits), abs(p.group_size - 64), p.bits))
 
 
 def probe(problem: Problem, tensors: Iterable[Tensor]) -> dict[str, float]:
@@ -137,19 +142,86 @@ def kl(problem: Problem) -> Sensitivity:
 
 
 def measured(problem: Problem, tensors: Iterable[Tensor]) -> Sensitivity:
-    """Measure each tensor alone at a few packings.
+    """Measure each tensor alone, a few of them at several packings.
 
     The divergence grows with a packing's squared error, and in proportion to it at medium bits
-    (HIGGS, arXiv 2411.17525). So only as many candidates are measured as it takes for neighbours to
-    agree on that proportion; the others are interpolated.
+    (HIGGS, arXiv 2411.17525). How it strays from that is measured on one tensor in `APART` layers
+    of each kind, at as many packings as it takes for neighbours to agree; the others of that kind
+    follow the nearest, from one measurement of their own.
     """
-    measure = _Probes(problem)
-    return _shared(problem, measure, tensors, lambda tensor: _costs(problem, tensor, measure))
+    every, measure = list(tensors), _Probes(problem)
+    guides = guided(every, layer_index(problem.model))
+
+    def errors_of(tensor: Tensor) -> dict[Packing, float]:
+        weight = problem.weights[tensor.path]
+        return {p: error(weight, p) for p in tensor.packings}
+
+    def lead(tensor: Tensor) -> _Curve:
+        errors = errors_of(tensor)
+        return _Curve(errors, _known(tensor, errors, measure))
+
+    def follow(tensor: Tensor) -> _Curve:
+        errors, at = errors_of(tensor), anchor(tensor)
+        if errors[at] == 0:
+            return _Curve(errors, {})
+        each = measure(tensor, at) / errors[at]
+        shape = {**curves[guides[tensor.path]].strays(), at: 1.0}
+        return _Curve(errors, {p: each * errors[p] * f for p, f in shape.items() if errors.get(p)})
+
+    leading = [tensor for tensor in every if guides[tensor.path] == tensor.path]
+    curves = _shared(problem, measure, leading, lead)
+    rest = [tensor for tensor in every if tensor.path not in curves]
+    curves |= _shared(problem, measure, rest, follow)
+    return {t.path: interpolated(curves[t.path].errors, curves[t.path].known) for t in every}
 
 
-def _costs(problem: Problem, tensor: Tensor, measure: _Probes) -> dict[Packing, float]:
-    weight = problem.weights[tensor.path]
-    errors = {p: error(weight, p) for p in tensor.packings}
+@dataclass(frozen=True)
+class _Curve:
+    """Squared errors of a tensor's packings, and divergences in nats of those that are known."""
+
+    errors: dict[Packing, float]
+    known: dict[Packing, float]
+
+    def strays(self) -> dict[Packing, float]:
+        """What each known divergence is, by its squared error, of what 3 bits give."""
+        if not self.known:
+            return {}
+        at = _nearest(self.known)
+        each = self.known[at] / self.errors[at]
+        return {p: found / self.errors[p] / each for p, found in self.known.items()}
+
+
+def guided(tensors: Iterable[Tensor], layers: Mapping[str, int]) -> dict[str, str]:
+    """Tensor path -> path of the tensor whose curve it follows, itself for those that lead.
+
+    Args:
+        tensors: Those to measure.
+        layers: Path -> decoder layer, without what is in none.
+    """
+    kinds: dict[str, dict[int, str]] = {}
+    found = {tensor.path: tensor.path for tensor in tensors}
+    for path in found:
+        if path in layers:
+            kind = ".".join(part for part in path.split(".") if not part.isdigit())
+            kinds.setdefault(kind, {})[layers[path]] = path
+    for members in kinds.values():
+        order = sorted(members)
+        leading = [part[len(part) // 2] for part in _parts(order, APART)]
+        for layer, path in members.items():
+            found[path] = members[min(leading, key=lambda other: abs(other - layer))]
+    return found
+
+
+def _parts(items: list[T], size: int) -> list[list[T]]:
+    """As few runs of at most ``size`` items as there can be, about equally long."""
+    count = -(-len(items) // size)
+    bounds = [len(items) * i // count for i in range(count + 1)]
+    return [items[start:end] for start, end in pairwise(bounds)]
+
+
+def _known(
+    tensor: Tensor, errors: Mapping[Packing, float], measure: _Probes
+) -> dict[Packing, float]:
     known: dict[Packing, float] = {}
     wanted: Packing | None = anchor(tensor, FIRST[0])
     while wanted is not None:
@@ -158,7 +230,7 @@ def _costs(problem: Problem, tensor: Tensor, measure: _Probes) -> dict[Packing, 
         ends = (anchor(tensor, bits) for bits in FIRST)
         unknown = (p for p in ends if errors[p] > 0 and p not in known)
         wanted = next(unknown, None) or doubtful(errors, known)
-    return interpolated(errors, known)
+    return known
 
 
 def doubtful(errors: Mapping[Packing, float], known: Mapping[Packing, float]) -> Packing | None:

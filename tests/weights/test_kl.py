@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlx_optiq_ext.weights import Packing, calibration, plan_model
-from mlx_optiq_ext.weights.kl import NOISE, TOLERANCE, doubtful, interpolated, kl
-from mlx_optiq_ext.weights.packing import quantizable
+from mlx_optiq_ext.weights import Packing, calibration, plan_model, study_model
+from mlx_optiq_ext.weights import kl as module
+from mlx_optiq_ext.weights.kl import APART, NOISE, TOLERANCE, doubtful, guided, interpolated, kl
+from mlx_optiq_ext.weights.packing import Tensor, quantizable
 from mlx_optiq_ext.weights.taps import Use, tapped
 
 from .conftest import moe
@@ -56,6 +57,46 @@ def test_costs_never_fall_with_a_larger_error(known):
 
 def test_a_tensor_that_quantizes_without_error_costs_nothing():
     assert set(interpolated(dict.fromkeys(PACKINGS, 0.0), {}).values()) == {0.0}
+
+
+@given(st.dictionaries(st.sampled_from(["q_proj", "mlp.up_proj"]), st.sets(st.integers(0, 90))))
+def test_each_tensor_follows_one_of_its_kind_that_is_near(kinds):
+    layers = {f"model.layers.{i}.{kind}": i for kind, found in kinds.items() for i in found}
+    tensors = [Tensor(path, (64, 64), 16, (Packing(4, 64),)) for path in ["embed_tokens", *layers]]
+    guides = guided(tensors, layers)
+    assert guides.pop("embed_tokens") == "embed_tokens"
+    assert guides.keys() == layers.keys()
+    for path, guide in guides.items():
+        assert guides[guide] == guide
+        assert path.split(".")[3:] == guide.split(".")[3:]
+    for kind, found in kinds.items():
+        leading = {guide for guide in guides.values() if guide.endswith(kind)}
+        assert len(leading) == -(-len(found) // APART)
+
+
+def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(
+    loaded, text, monkeypatch
+):
+    monkeypatch.setattr(calibration, "WINDOW", 32)
+    calls = []
+
+    def law(measure, tensor, packing):
+        calls.append(tensor.path)
+        size = module.error(measure.problem.weights[tensor.path], packing)
+        return len(tensor.path) * (size**1.5 if "down" in tensor.path else size)
+
+    monkeypatch.setattr(module._Probes, "__call__", law)
+    options = {"calibration": text, "progress": False, "say": lambda line: None}
+    problem = study_model(*loaded, method=lambda _: {}, **options).problem
+    costs = kl(problem)
+    guides = set(guided(problem.tensors, module.layer_index(problem.model)).values())
+    assert 3 * len(guides) <= len(calls) < len(problem.tensors) + 4 * len(guides)
+    for tensor in problem.tensors:
+        for packing in (p for p in tensor.packings if p.bits in range(2, 5)):
+            size = module.error(problem.weights[tensor.path], packing)
+            found = costs[tensor.path][packing] / len(tensor.path)
+            expected = size**1.5 if "down" in tensor.path else size
+            assert found == pytest.approx(expected, rel=2 * TOLERANCE), (tensor.path, packing)
 
 
 def routing(model, tokens, choice=None):

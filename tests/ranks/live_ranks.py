@@ -20,7 +20,9 @@ main()
 
 
 @contextlib.contextmanager
-def serve_ranks(count: int, folder: Path, *arguments: object, code: str = SERVE, wait: bool = True):
+def serve_ranks(
+    count: int, folder: Path, *arguments: object, code: str = SERVE, whole: bool = False
+):
     """Run ``mlx_lm.server`` on ranks that ``mlx.launch`` starts, until the block ends.
 
     Each rank's process is in ``folder / "pid-RANK"``, all that they print in ``folder / "log"``.
@@ -31,7 +33,7 @@ def serve_ranks(count: int, folder: Path, *arguments: object, code: str = SERVE,
     log = folder / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [*launcher(count), *server, *map(str, arguments)],
+            [*launcher(count, whole=whole), *server, *map(str, arguments)],
             cwd=folder,
             env=surroundings(),
             stdin=silence,
@@ -42,8 +44,7 @@ def serve_ranks(count: int, folder: Path, *arguments: object, code: str = SERVE,
         )
     found = Server(f"http://127.0.0.1:{port}", process, log)
     try:
-        if wait:
-            await_answer(found)
+        await_answer(found)
         yield found
     finally:
         with contextlib.suppress(ProcessLookupError):

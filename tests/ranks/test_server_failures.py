@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from mlx_lm.utils import load_model
 from toy_adapters import write_everywhere
 
-from .conftest import needs_split_server
+from .conftest import VERSION, needs_split_server
 from .live_ranks import SERVE, serve_ranks
 
 pytestmark = needs_split_server
@@ -127,13 +128,18 @@ def test_what_cannot_work_is_refused_at_start(launch, exact):
 @contextlib.contextmanager
 def serving(tmp_path, model, *words, code=SERVE):
     """A server that generates for a client, and the processes of its ranks."""
-    with serve_ranks(2, tmp_path, "--model", model, "--optiq-kv", "8", *words, code=code) as server:
+    words = ("--model", model, "--optiq-kv", "8", *words)
+    # How the ranks end is for mlx.launch to decide.
+    with serve_ranks(2, tmp_path, *words, code=code, whole=True) as server:
         yield server, [int((tmp_path / f"pid-{n}").read_text()) for n in range(2)]
 
 
 def ended(server) -> str:
     """What the ranks of a server say once all have ended."""
-    server.process.wait(ALLOWED)
+    try:
+        server.process.wait(ALLOWED)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it goes on:\n{server.log.read_text()}")
     return server.log.read_text()
 
 
@@ -153,7 +159,9 @@ def test_a_killed_rank_ends_the_others(tmp_path, exact, killed, busy):
             generate(server)
         os.kill(processes[killed], signal.SIGKILL)
         told = ended(server)
-        assert f"rank {1 - killed} {ENDED}" in told or f"rank {1 - killed} stops serving" in told
+        # MLX before 0.32 ends the other without reading what it says of that.
+        named = (f"{killed} exited with", f"{1 - killed} {ENDED}", f"{1 - killed} stops serving")
+        assert any(f"rank {text}" in told for text in named), told
         assert gone(processes[1 - killed])
 
 
@@ -166,7 +174,8 @@ def generate(server) -> None:
     threading.Thread(target=lambda: list(chunks), daemon=True).start()
 
 
-@pytest.mark.parametrize("broken", [BROKEN, BROKEN_ALONE])
+# Before 0.32 packed caches are served alone.
+@pytest.mark.parametrize("broken", [BROKEN, BROKEN_ALONE][VERSION < (0, 32) :])
 def test_an_error_on_one_rank_is_told_and_ends_all(tmp_path, exact, broken):
     seed = {"seed": 1} if broken is BROKEN_ALONE else {}
     with serving(tmp_path, exact, code=broken + SERVE) as (server, processes):

@@ -57,9 +57,18 @@ def ask(server, name, question):
     return done.choices[0].message.content or ""
 
 
-@pytest.mark.parametrize(("how", "requests"), [("tensor", 100), ("pipeline", 40)])
-def test_mixed_requests_get_what_their_adapter_gives_alone(exact, stages, tmp_path, how, requests):
-    model = exact if how == "tensor" else stages
+@pytest.mark.parametrize(
+    ("count", "how", "requests"),
+    [
+        (2, "tensor", 100),
+        (2, "pipeline", 40),
+        pytest.param(4, "tensor", 40, marks=pytest.mark.newest),
+    ],
+)
+def test_mixed_requests_get_what_their_adapter_gives_alone(
+    exact, stages, tmp_path, count, how, requests
+):
+    model = exact if (count, how) == (2, "tensor") else stages
     adapters = write(tmp_path / "adapters", model)
     expected = alone(model, adapters)
     words = [f"--optiq-adapter={name}={folder}" for name, folder in adapters.items()]
@@ -67,7 +76,7 @@ def test_mixed_requests_get_what_their_adapter_gives_alone(exact, stages, tmp_pa
     asked = list(expected) * (requests // len(expected))
     random.Random(1).shuffle(asked)
     (tmp_path / "ranks").mkdir()
-    with serve_ranks(2, tmp_path / "ranks", "--model", model, *words) as server:
+    with serve_ranks(count, tmp_path / "ranks", "--model", model, *words) as server:
         with ThreadPoolExecutor(8) as pool:
             given = list(pool.map(lambda each: ask(server, *each), asked))
         assert [a for a, each in zip(given, asked, strict=True) if a != expected[each]] == []

@@ -1,5 +1,6 @@
 """Sensitivity by direct measurement of the final logits' KL divergence."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -202,21 +203,14 @@ def guided(tensors: Iterable[Tensor], layers: Mapping[str, int]) -> dict[str, st
     found = {tensor.path: tensor.path for tensor in tensors}
     for path in found:
         if path in layers:
-            kind = ".".join(part for part in path.split(".") if not part.isdigit())
+            kind = re.sub(r"\.\d+\.", ".", path, count=1)  # experts apart are kinds of their own
             kinds.setdefault(kind, {})[layers[path]] = path
     for members in kinds.values():
-        order = sorted(members)
-        leading = [part[len(part) // 2] for part in _parts(order, APART)]
+        parts = np.array_split(sorted(members), -(-len(members) // APART))
+        leading = [int(part[len(part) // 2]) for part in parts]
         for layer, path in members.items():
             found[path] = members[min(leading, key=lambda other: abs(other - layer))]
     return found
-
-
-def _parts(items: list[T], size: int) -> list[list[T]]:
-    """As few runs of at most ``size`` items as there can be, about equally long."""
-    count = -(-len(items) // size)
-    bounds = [len(items) * i // count for i in range(count + 1)]
-    return [items[start:end] for start, end in pairwise(bounds)]
 
 
 def _known(

@@ -59,7 +59,10 @@ def test_a_tensor_that_quantizes_without_error_costs_nothing():
     assert set(interpolated(dict.fromkeys(PACKINGS, 0.0), {}).values()) == {0.0}
 
 
-@given(st.dictionaries(st.sampled_from(["q_proj", "experts.0.up", "experts.1.up"]), st.sets(st.integers(0, 90))))
+KINDS = ["q_proj", "experts.0.up", "experts.1.up"]
+
+
+@given(st.dictionaries(st.sampled_from(KINDS), st.sets(st.integers(0, 90))))
 def test_each_tensor_follows_one_of_its_kind_that_is_near(kinds):
     layers = {f"model.layers.{i}.{kind}": i for kind, found in kinds.items() for i in found}
     tensors = [Tensor(path, (64, 64), 16, (Packing(4, 64),)) for path in ["embed_tokens", *layers]]

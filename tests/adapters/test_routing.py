@@ -149,8 +149,9 @@ def test_row_order_survives_arrivals_and_cancellations(served, data):
     assert in_use(model) == 0
 
 
-def test_many_requests_at_random_answer_as_alone(served):
-    model, _, alone = served
+@either
+def test_many_requests_at_random_answer_as_alone(which, request):
+    model, _, alone = request.getfixturevalue(which)
     generator = BatchGenerator(model, completion_batch_size=32, prefill_batch_size=16)
     chance, said, asked, cancelled = random.Random(5), {}, {}, set()
     while len(asked) < REQUESTS:

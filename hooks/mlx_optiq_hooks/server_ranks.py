@@ -65,9 +65,11 @@ def _serve_single(wrapped, instance, args, kwargs):
     own = answers.failure or "the other ranks did not finish a request"
     try:
         with ranks.within(ranks.LIMIT, lambda: f"rank {ranks.rank()} stops serving: {own}"):
-            # mlx-lm is one token ahead, before 0.32 on a stream of its own.
+            # mlx-lm is one token ahead, before 0.32 on a stream of its own. Before that release
+            # synchronize keeps Python's other threads from running, so something is awaited there.
             generate = sys.modules["mlx_lm.generate"]
-            generate.mx.synchronize(call.get("stream", generate.generation_stream))
+            stream = call.get("stream", generate.generation_stream)
+            generate.mx.eval(generate.mx.zeros((), stream=stream))
             failures = ranks.gathered(answers.failure)
     except ranks.RankError as error:
         raise ranks.RankError(answers.failure or str(error)) from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .reduced import Reduced, leading, residual
 from .taps import Use
 
 
@@ -53,12 +54,12 @@ class Factors:
         """Those that there are, by name."""
         return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}
 
-    def cost(self, error: mx.array, left: "Residual | None" = None) -> float:
+    def cost(self, error: mx.array, forms: "Forms | None" = None) -> float:
         """KL in nats per token that an error ``(..., out, in)`` in the weight adds.
 
         Args:
             error: What a packing changes, in float32.
-            left: What error feedback leaves of the moments, see `residuals`; None without it.
+            forms: What stands for the moments, see `reduced` and `residuals`; None for themselves.
         """
         total = mx.array(0.0)
         if self.inputs is not None and self.outputs is not None:
@@ -67,27 +68,33 @@ class Factors:
                 energy = (mx.square(error) @ self.inputs[..., None])[..., 0]
                 # Means over each expert's own tokens.
                 energy = energy * (self.tokens / mx.maximum(self.uses, 1))[:, None]
-            elif left is not None and left.inputs is not None:
-                energy = mx.square(error) @ left.inputs
-                outputs = outputs if left.outputs is None else left.outputs
+            elif forms is not None and forms.inputs is not None:
+                energy = forms.inputs.energy(error)
+                outputs = outputs if forms.outputs is None else forms.outputs
             else:
                 energy = ((error @ self.inputs) * error).sum(axis=-1)
             total = total + (outputs * energy).sum()
         if self.lookups is not None and self.columns is not None:
-            if left is not None and left.columns is not None:
-                energy = mx.square(error) @ left.columns
+            if forms is not None and forms.columns is not None:
+                energy = forms.columns.energy(error)
             else:
                 energy = ((error @ self.columns) * error).sum(axis=-1)
             total = total + (self.lookups * energy).sum()
         # Both factors are sums over tokens, and the divergence is a mean of their products.
         return 0.5 * float(total) / max(self.tokens, 1) ** 2
 
-    def residuals(self) -> "Residual":
+    def reduced(self) -> "Forms":
+        """The moments in little."""
+        inputs = None if self.inputs is None or self.uses is not None else leading(self.inputs)
+        return Forms(inputs, None, None if self.columns is None else leading(self.columns))
+
+    def residuals(self) -> "Forms":
         """What error feedback along both sides leaves of the moments."""
         if self.uses is not None:
-            return Residual()
+            return Forms()
         parts = (self.inputs, self.across, self.columns)
-        return Residual(*(None if part is None else residual(part) for part in parts))
+        inputs, across, columns = (None if part is None else residual(part) for part in parts)
+        return Forms(inputs, None if across is None else across.diagonal, columns)
 
     def add(
         self, use: Use, gradient: mx.array, shape: tuple[int, ...], *, across: bool = False
@@ -120,32 +127,19 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Residual:
-    """Diagonals in place of moments, each in the units of its moment; None where there is none."""
+class Forms:
+    """What stands for a tensor's moments, each in its own units; None where there is none.
 
-    inputs: mx.array | None = None
+    Attributes:
+        inputs: Of the inputs.
+        outputs: Squared gradients at the outputs, (out,), where they are not the factors' own.
+        columns: Of the gradients at what was looked up.
+    """
+
+    inputs: Reduced | None = None
     outputs: mx.array | None = None
-    columns: mx.array | None = None
+    columns: Reduced | None = None
 
 
 def _plus(total: mx.array | None, more: mx.array) -> mx.array:
     return more if total is None else total + more
-
-
-def residual(moment: mx.array, damping: float = 0.02) -> mx.array:
-    """What error feedback leaves of each input's second moment.
-
-    With ``H = U^T D U`` and ``U`` unit upper triangular in the order of rounding, feedback leaves
-    an error of ``tr(D noise)`` (QuIP, Chee et al., arXiv 2307.13304).
-
-    Args:
-        moment: (in, in), symmetric.
-        damping: Share of the mean diagonal that is added to the diagonal.
-
-    Returns:
-        The diagonal of ``D``, (in,).
-    """
-    damped = moment + damping * mx.mean(mx.diag(moment)) * mx.eye(moment.shape[0])
-    with mx.stream(mx.cpu):  # MLX factorises on the CPU only
-        lower = mx.linalg.cholesky(damped[::-1, ::-1])
-    return mx.square(mx.diag(lower))[::-1]

@@ -203,9 +203,9 @@ def costs(
     """
     weight = problem.weights[tensor.path]
     exact = weight.astype(mx.float32)
-    left = found.residuals() if problem.refine and feedback else None
+    forms = found.residuals() if problem.refine and feedback else found.reduced()
     return {
-        p: found.cost(dequantized(weight, p, mx.float32) - exact, left) if p.packed else 0.0
+        p: found.cost(dequantized(weight, p, mx.float32) - exact, forms) if p.packed else 0.0
         for p in packings or tensor.packings
     }
 

@@ -1,0 +1,70 @@
+"""Second moments in forms that many candidates are costed against in little time."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+#: Leading directions that are kept of a moment.
+RANK = 32
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A second moment (in, in) as ``diag(diagonal) + vectors vectors^T``.
+
+    Attributes:
+        diagonal: (in,).
+        vectors: (in, rank); None for the diagonal alone.
+    """
+
+    diagonal: mx.array
+    vectors: mx.array | None = None
+
+    def energy(self, error: mx.array) -> mx.array:
+        """The quadratic form of each row: (..., in) to (...)."""
+        energy = mx.square(error) @ self.diagonal
+        if self.vectors is not None:
+            energy = energy + mx.square(error @ self.vectors).sum(axis=-1)
+        return energy
+
+
+def leading(moment: mx.array, rank: int = RANK) -> Reduced:
+    """A moment's leading directions, with its own diagonal.
+
+    Inputs share a few strong directions, in which the errors of a row add up. What is left off the
+    diagonal is small, and rounding errors meet it with either sign alike. The directions come from
+    the Nystrom approximation behind one subspace iteration (Halko et al., arXiv 0909.4061).
+
+    Args:
+        moment: (in, in), symmetric and positive semidefinite.
+        rank: Directions to keep. A moment of twice that at most is factored exactly.
+    """
+    size = moment.shape[0]
+    if size <= 2 * rank:
+        values, directions = mx.linalg.eigh(moment, stream=mx.cpu)
+        return Reduced(mx.zeros(size), directions * mx.sqrt(mx.maximum(values, 0)))
+    start = mx.random.normal((size, rank), key=mx.random.key(0))
+    basis = mx.linalg.qr(moment @ start, stream=mx.cpu)[0]
+    seen = moment @ basis
+    values, turn = mx.linalg.eigh(basis.T @ seen, stream=mx.cpu)
+    # What rounding makes of a direction without energy must not be blown up.
+    inverse = mx.where(values > 1e-6 * values[-1], mx.rsqrt(mx.maximum(values, 1e-30)), 0)
+    vectors = (seen @ turn) * inverse
+    left = mx.diag(moment) - mx.square(vectors).sum(axis=-1)
+    return Reduced(mx.maximum(left, 0), vectors)
+
+
+def residual(moment: mx.array, damping: float = 0.02) -> Reduced:
+    """What error feedback leaves of each input's second moment.
+
+    With ``H = U^T D U`` and ``U`` unit upper triangular in the order of rounding, feedback leaves
+    an error of ``tr(D noise)`` (QuIP, Chee et al., arXiv 2307.13304).
+
+    Args:
+        moment: (in, in), symmetric.
+        damping: Share of the mean diagonal that is added to the diagonal.
+    """
+    damped = moment + damping * mx.mean(mx.diag(moment)) * mx.eye(moment.shape[0])
+    with mx.stream(mx.cpu):  # MLX factorises on the CPU only
+        lower = mx.linalg.cholesky(damped[::-1, ::-1])
+    return Reduced(mx.square(mx.diag(lower))[::-1])

@@ -65,7 +65,7 @@ def _ratios(
                 if packing is not None and packing.packed and before > 0:
                     weight = problem.weights[path]
                     left = dequantized(weight, packing, mx.float32) - weight.astype(mx.float32)
-                    after = block[path].cost(left)
+                    after = block[path].curvature().cost(left)
                     if after > 0:
                         own[path] = after / before
             found = {path: ratio for part in ranks.gathered(own) for path, ratio in part.items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .reduced import Reduced, leading, residual
+from .curvature import Curvature, Reduced, leading, residual
 from .taps import Use
 
 
@@ -54,47 +54,26 @@ class Factors:
         """Those that there are, by name."""
         return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}
 
-    def cost(self, error: mx.array, forms: "Forms | None" = None) -> float:
-        """KL in nats per token that an error ``(..., out, in)`` in the weight adds.
+    def curvature(self, *, feedback: bool = False) -> Curvature:
+        """What errors in the weight are costed against.
 
         Args:
-            error: What a packing changes, in float32.
-            forms: What stands for the moments, see `reduced` and `residuals`; None for themselves.
+            feedback: Cost what error feedback along both sides leaves of an error. That of stacked
+                experts is not known here.
         """
-        total = mx.array(0.0)
-        if self.inputs is not None and self.outputs is not None:
-            outputs = self.outputs
+        reduce = residual if feedback else leading
+        inputs, outputs = None, self.outputs
+        if self.inputs is not None and outputs is not None:
             if self.uses is not None:
-                energy = (mx.square(error) @ self.inputs[..., None])[..., 0]
                 # Means over each expert's own tokens.
-                energy = energy * (self.tokens / mx.maximum(self.uses, 1))[:, None]
-            elif forms is not None and forms.inputs is not None:
-                energy = forms.inputs.energy(error)
-                outputs = outputs if forms.outputs is None else forms.outputs
+                outputs = outputs * (self.tokens / mx.maximum(self.uses, 1))[:, None]
+                inputs = Reduced(self.inputs)
             else:
-                energy = ((error @ self.inputs) * error).sum(axis=-1)
-            total = total + (outputs * energy).sum()
-        if self.lookups is not None and self.columns is not None:
-            if forms is not None and forms.columns is not None:
-                energy = forms.columns.energy(error)
-            else:
-                energy = ((error @ self.columns) * error).sum(axis=-1)
-            total = total + (self.lookups * energy).sum()
-        # Both factors are sums over tokens, and the divergence is a mean of their products.
-        return 0.5 * float(total) / max(self.tokens, 1) ** 2
-
-    def reduced(self) -> "Forms":
-        """The moments in little."""
-        inputs = None if self.inputs is None or self.uses is not None else leading(self.inputs)
-        return Forms(inputs, None, None if self.columns is None else leading(self.columns))
-
-    def residuals(self) -> "Forms":
-        """What error feedback along both sides leaves of the moments."""
-        if self.uses is not None:
-            return Forms()
-        parts = (self.inputs, self.across, self.columns)
-        inputs, across, columns = (None if part is None else residual(part) for part in parts)
-        return Forms(inputs, None if across is None else across.diagonal, columns)
+                inputs = reduce(self.inputs)
+                if feedback and self.across is not None:
+                    outputs = residual(self.across).diagonal
+        columns = None if self.columns is None else reduce(self.columns)
+        return Curvature(inputs, outputs, columns, self.lookups, self.tokens)
 
     def add(
         self, use: Use, gradient: mx.array, shape: tuple[int, ...], *, across: bool = False
@@ -124,21 +103,6 @@ class Factors:
             if across:
                 self.across = _plus(self.across, gradients.T @ gradients)
         mx.eval(self.arrays())
-
-
-@dataclass(frozen=True)
-class Forms:
-    """What stands for a tensor's moments, each in its own units; None where there is none.
-
-    Attributes:
-        inputs: Of the inputs.
-        outputs: Squared gradients at the outputs, (out,), where they are not the factors' own.
-        columns: Of the gradients at what was looked up.
-    """
-
-    inputs: Reduced | None = None
-    outputs: mx.array | None = None
-    columns: Reduced | None = None
 
 
 def _plus(total: mx.array | None, more: mx.array) -> mx.array:

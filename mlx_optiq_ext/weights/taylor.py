@@ -203,9 +203,9 @@ def costs(
     """
     weight = problem.weights[tensor.path]
     exact = weight.astype(mx.float32)
-    forms = found.residuals() if problem.refine and feedback else found.reduced()
+    curvature = found.curvature(feedback=problem.refine and feedback)
     return {
-        p: found.cost(dequantized(weight, p, mx.float32) - exact, forms) if p.packed else 0.0
+        p: curvature.cost(dequantized(weight, p, mx.float32) - exact) if p.packed else 0.0
         for p in packings or tensor.packings
     }
 

@@ -1,4 +1,4 @@
-"""Second moments in forms that many candidates are costed against in little time."""
+"""Second moments in a form that many candidates are costed against in little time."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Reduced:
     """A second moment (in, in) as ``diag(diagonal) + vectors vectors^T``.
 
     Attributes:
-        diagonal: (in,).
+        diagonal: (in,), or (experts, in) for one of each expert.
         vectors: (in, rank); None for the diagonal alone.
     """
 
@@ -22,10 +22,39 @@ class Reduced:
 
     def energy(self, error: mx.array) -> mx.array:
         """The quadratic form of each row: (..., in) to (...)."""
-        energy = mx.square(error) @ self.diagonal
+        energy = (mx.square(error) @ self.diagonal[..., None])[..., 0]
         if self.vectors is not None:
             energy = energy + mx.square(error @ self.vectors).sum(axis=-1)
         return energy
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The factored Hessian of the KL divergence in one tensor ``(..., out, in)``; sums over tokens.
+
+    Attributes:
+        inputs: Second moment of the inputs; None where the tensor is not multiplied with.
+        outputs: Squared gradients at the outputs, (out,) or (experts, out).
+        columns: Second moment of the gradients at what was looked up; embeddings only.
+        lookups: How often each row was looked up, (out,); embeddings only.
+        tokens: Number of tokens, once for each draw.
+    """
+
+    inputs: Reduced | None
+    outputs: mx.array | None
+    columns: Reduced | None
+    lookups: mx.array | None
+    tokens: int
+
+    def cost(self, error: mx.array) -> float:
+        """KL in nats per token that an error ``(..., out, in)`` in the weight adds."""
+        total = mx.array(0.0)
+        if self.inputs is not None and self.outputs is not None:
+            total = total + (self.outputs * self.inputs.energy(error)).sum()
+        if self.columns is not None and self.lookups is not None:
+            total = total + (self.lookups * self.columns.energy(error)).sum()
+        # Both factors are sums over tokens, and the divergence is a mean of their products.
+        return 0.5 * float(total) / max(self.tokens, 1) ** 2
 
 
 def leading(moment: mx.array, rank: int = RANK) -> Reduced:

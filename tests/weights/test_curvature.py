@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_optiq_ext.weights.curvature import leading, residual
 from mlx_optiq_ext.weights.moments import Factors
 from mlx_optiq_ext.weights.packing import Packing, dequantized
-from mlx_optiq_ext.weights.reduced import leading, residual
 
 
 def drawn(rows: int, size: int, seed: int, directions: int | None = None) -> np.ndarray:
@@ -60,13 +60,14 @@ def test_costs_of_a_packing_are_the_exact_ones(bits):
     x = drawn(400, 256, seed=bits)
     weight = mx.random.normal((192, 256), key=mx.random.key(bits))
     error = dequantized(weight, Packing(bits, 64), mx.float32) - weight
-    found = Factors(second_moment(x), mx.random.uniform(shape=(192,)), tokens=400)
-    exact = found.cost(error)
-    assert found.cost(error, found.reduced()) == pytest.approx(exact, rel=0.03)
-    looked_up = Factors(lookups=mx.ones((192,)), columns=second_moment(x), tokens=400)
-    assert looked_up.cost(error, looked_up.reduced()) == pytest.approx(
-        looked_up.cost(error), rel=0.03
-    )
+    moment, shares = second_moment(x), mx.random.uniform(shape=(192,))
+    exact = 0.5 * float((np.array(shares) * forms(error, moment)).sum()) / 400**2
+    multiplied = Factors(moment, shares, tokens=400).curvature()
+    assert multiplied.cost(error) == pytest.approx(exact, rel=0.03)
+    looked_up = Factors(lookups=shares, columns=moment, tokens=400).curvature()
+    assert looked_up.cost(error) == pytest.approx(exact, rel=0.03)
+    feedback = Factors(moment, shares, tokens=400).curvature(feedback=True)
+    assert feedback.cost(error) < exact
 
 
 def test_an_error_along_a_strong_direction_is_seen():

@@ -83,6 +83,7 @@ def _read(path: Path) -> Any:
 
 def _weights(folder: Path) -> Iterator[tuple[str, str]]:
     import mlx.core as mx
+    import numpy as np
 
     for path in sorted(folder.glob("*.safetensors")):
         arrays = mx.load(str(path))
@@ -90,7 +91,7 @@ def _weights(folder: Path) -> Iterator[tuple[str, str]]:
         for name, array in sorted(arrays.items()):
             kind = f"{array.dtype} {array.shape}"
             stored = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-            yield name, f"{kind} {hashlib.sha256(bytes(memoryview(stored))).hexdigest()[:16]}"
+            yield name, f"{kind} {hashlib.sha256(np.array(stored).tobytes()).hexdigest()[:16]}"
 
 
 def _words(page: str) -> str:

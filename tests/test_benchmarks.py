@@ -18,7 +18,7 @@ from rivals import generated, methods, mlx_lm_quant, mlx_optiq, rows, sweep
 from rivals.process import Cost, last_line, measure, others
 
 from mlx_optiq_ext import weights
-from mlx_optiq_ext.weights.sensitivity import end_to_end
+from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
 
 COST = Cost(seconds=2.0, processor=1.0, resident_gib=0.5, mlx_gib=0.25, others=0.0)
 

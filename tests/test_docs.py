@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 def own_flags() -> dict[str, set[str]]:
     """Every --optiq option by command."""
     builtin = importlib.import_module("mlx_optiq_hooks.builtin")
-    flags = importlib.import_module("mlx_optiq_hooks.flags")
+    flags = importlib.import_module("mlx_optiq_hooks.engine.flags")
     found = {}
     for command in flags.COMMANDS:
         group = argparse.ArgumentParser().add_argument_group()

@@ -4,17 +4,31 @@ from typing import Any
 
 from mlx_optiq_ext.plugins import hookimpl
 
-from . import (
-    adapter_options,
-    convert_options,
-    evaluate_options,
-    kv_options,
-    latency_options,
-    lora_options,
-    rank_options,
-    session,
-    yolo_options,
+from .commands import (
+    benchmark as latency_options,
 )
+from .commands import (
+    convert as convert_options,
+)
+from .commands import (
+    convert_yolo as yolo_options,
+)
+from .commands import (
+    distributed as rank_options,
+)
+from .commands import (
+    evaluate as evaluate_options,
+)
+from .commands import (
+    kv as kv_options,
+)
+from .commands import (
+    lora as lora_options,
+)
+from .commands import (
+    server as adapter_options,
+)
+from .engine import session
 
 _OPTIONS: dict[str, tuple[Any, ...]] = {
     "convert": (convert_options, yolo_options),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.nn as nn
 
-from .. import ranks
+from .. import distributed
 from ..errors import OptiqError
 from ..lora import read_adapter
 from .activation import MountedAdapter
@@ -102,15 +102,15 @@ class Catalogue:
         mounts = prepare_model_for_mounted_lora(model)
         if mounts is self._mounts:
             return
-        with ranks.together():
+        with distributed.together():
             for entry in list(self._entries.values())[: self._limit]:
                 entry.adapter = mounts.mount(entry.offer.name, read_adapter(entry.offer.folder))
-            ranks.gathered(None)  # nobody goes on before all have read theirs
+            distributed.gathered(None)  # nobody goes on before all have read theirs
         mounted = [each.adapter for each in self._entries.values() if each.adapter]
-        ranks.agree(**{f"weights of adapter {each.name}": each.version for each in mounted})
+        distributed.agree(**{f"weights of adapter {each.name}": each.version for each in mounted})
         for adapter in mounted:
             self._prove(mounts, adapter)
-        self.routable = all(ranks.gathered(self.routable))
+        self.routable = all(distributed.gathered(self.routable))
         with self._changed:
             self._mounts = mounts
             self._changed.notify_all()
@@ -152,7 +152,8 @@ class Catalogue:
         assert self._mounts is not None
         own = self._mounts.resolve(adapter) or self._mounts.names.get(adapter.name)
         if own is None or own.version != adapter.version:
-            raise ranks.RankError(f"rank {ranks.rank()} has no such adapter {adapter.name!r}")
+            number = distributed.rank()
+            raise distributed.RankError(f"rank {number} has no such adapter {adapter.name!r}")
         return own
 
     def load(self, offer: Offer, *, replace: bool = False) -> MountedAdapter:

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ranks
+from .. import distributed
 from ..errors import OptiqError
 from .activation import AdapterActivation, MountedAdapter, Rows
 from .mounting import Mounts
@@ -20,7 +20,7 @@ def rows_apart(mounts: Mounts, adapter: MountedAdapter) -> bool:
     tokens = mx.stack([mx.arange(TOKENS) % 7 + shift for shift in (1, 3)])
     try:
         # A rank with layers of its own finds out about those.
-        with ranks.apart(mounts.model):
+        with distributed.apart(mounts.model):
             return _apart(mounts.model, adapter, tokens)
     except OptiqError:
         return False

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..kv import make_caches
-from ..weights.divergence import Reference
+from ..planning.divergence import Reference
 from .journal import Journal
 from .models import Subject
 from .statistics import clustered_error

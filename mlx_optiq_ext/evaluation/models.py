@@ -13,8 +13,7 @@ from mlx.utils import tree_map
 from ..errors import InputError
 from ..kv import KVPlan, mount
 from ..latency import read_layout
-from ..weights.journal import model_digest
-from ..weights.planning import load, local_folder, to_compute_dtype
+from ..model.loading import load, local_folder, model_digest, to_compute_dtype
 
 
 @dataclass(frozen=True)

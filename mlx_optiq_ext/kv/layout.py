@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ranks
+from .. import distributed
 from ..errors import InputError, OptiqError, UnsupportedError
-from ..weights.blocks import calls_replaced, decoder_layers
+from ..model.layers import calls_replaced, decoder_layers
 from .cache import PackedKVCache
 from .plan import KVPlan, LayerFormat, check_layers
 
@@ -54,14 +54,16 @@ def mount(model: nn.Module, plan: KVPlan, *, mergeable: bool = True) -> Mounted:
         InputError: The plan names a layer that does not exist or keeps no keys and values.
         UnsupportedError: The model cannot work with packed keys and values.
     """
-    stage = ranks.stage_of(model)
+    stage = distributed.stage_of(model)
     if stage is None:
         mounted = _mounted(model, plan, mergeable)
     else:
-        with ranks.together(), ranks.apart(model):
+        with distributed.together(), distributed.apart(model):
             check_layers(plan, _layer_count(stage))
             mounted = _mounted(model, plan, mergeable)
-            packs, merges = zip(*ranks.gathered((mounted.owners, mounted.mergeable)), strict=True)
+            packs, merges = zip(
+                *distributed.gathered((mounted.owners, mounted.mergeable)), strict=True
+            )
             if not any(packs):
                 raise _nothing_kept(model)
             # All ranks batch, or none does.
@@ -97,9 +99,9 @@ def _mounted(model: nn.Module, plan: KVPlan, mergeable: bool) -> Mounted:
     )
 
 
-def _layer_count(own: ranks.Stage) -> int:
+def _layer_count(own: distributed.Stage) -> int:
     """Layers of a pipelined model, each of which must be in the stage of one rank."""
-    stages = sorted((each.start, each.end) for each in ranks.gathered(own))
+    stages = sorted((each.start, each.end) for each in distributed.gathered(own))
     ends = [0, *(end for _, end in stages)]
     if [start for start, _ in stages] != ends[:-1]:
         raise UnsupportedError(
@@ -158,7 +160,7 @@ def owners(model: nn.Module) -> dict[Slot, int]:
     caches = stock_caches(model)
     layers = decoder_layers(model)
     users: dict[int, int] = {}
-    stage = ranks.stage_of(model)
+    stage = distributed.stage_of(model)
     first = 0 if stage is None else stage.start
 
     def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
@@ -200,11 +202,11 @@ def _keeps(cache: Any) -> bool:
 
 
 def _formats(model: nn.Module, plan: KVPlan, found: Mapping[Slot, int]) -> dict[Slot, LayerFormat]:
-    stage = ranks.stage_of(model)
+    stage = distributed.stage_of(model)
     if stage is None:
         if not found:
             raise _nothing_kept(model)
-        stage = ranks.Stage(0, len(decoder_layers(model)))
+        stage = distributed.Stage(0, len(decoder_layers(model)))
         check_layers(plan, stage.end)
     if plan.everywhere is not None:
         return dict.fromkeys(found, plan.everywhere)

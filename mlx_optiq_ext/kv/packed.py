@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 
 from ..errors import UnsupportedError
-from ..hadamard import rotatable, rotate, rotate_back
 from ..turboquant.format import TurboFormat
+from ..turboquant.hadamard import rotatable, rotate, rotate_back
 from .rounding import pack
 
 BITS = (2, 3, 4, 5, 6, 8)

@@ -1,8 +1,8 @@
 """Latency: what a model will do on a chip, predicted from its config and tensor headers."""
 
+from ..model.headers import Header, read_headers
 from .chips import Chip, detect, find_chip, known_chips, read_chip, write_chip
 from .efficiency import FITTED, Efficiency, fit
-from .headers import Header, read_headers
 from .layout import Layout, Operator, layout_of, read_layout
 from .roofline import Demand, Prediction, Workload, demand, predict
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model.headers import Header, Headers, read_file, read_headers
 from .caches import LayerCache, layer_caches, layer_count
-from .headers import Header, Headers, read_file, read_headers
 
 #: Modules that text generation never runs.
 _UNUSED = (

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ranks as processes
+from .. import distributed
 
 #: ``(model, *batch)`` to the mean loss of a batch's tokens and their number.
 Loss = Callable[..., tuple[mx.array, mx.array]]
@@ -20,22 +20,22 @@ def over_all_tokens(loss: Loss) -> Loss:
     mlx-lm gives every rank's mean the same weight, however many tokens it is of. When the model
     does not train, the loss is as it was: mlx-lm weights that one itself.
     """
-    if processes.size() == 1:
+    if distributed.size() == 1:
         return loss
 
     def weighted(model: nn.Module, *batch: Any) -> tuple[mx.array, mx.array]:
         value, tokens = loss(model, *batch)
         if not model.training:
             return value, tokens
-        every = mx.distributed.all_sum(tokens, group=processes.group(), stream=mx.cpu)
-        return value * (tokens * processes.size() / every), tokens
+        every = mx.distributed.all_sum(tokens, group=distributed.group(), stream=mx.cpu)
+        return value * (tokens * distributed.size() / every), tokens
 
     return weighted
 
 
 def hand_out_start(model: nn.Module) -> None:
     """Give all ranks the trainable parameters of rank 0."""
-    model.update(processes.handed(model.trainable_parameters(), 0))
+    model.update(distributed.handed(model.trainable_parameters(), 0))
 
 
 def digest(examples: Iterable[Any]) -> str:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import InputError
-from ..weights.taps import Use, tapped
+from ..model.taps import Use, tapped
 from .fitting import place
 from .geometry import EMBEDDING, EXPERTS, geometry
 from .layers import base_of

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from .. import ranks as processes
+from .. import distributed
 from ..errors import InputError
 from . import ranks as allocation
 from .averaging import hand_out_start
@@ -98,9 +98,9 @@ def prepare(
     }
     model.update_modules(tree_unflatten(list(changed.items())))
     layers = adapted_layers(model)
-    processes.compare(ranks=str(ranks))
+    distributed.compare(ranks=str(ranks))
     # Only its host needs the original model and the file to go on from.
-    if processes.leads():
+    if distributed.leads():
         if request.original is not None:
             start_from_residual(model, layers, request.original(), request.samples())
         if request.resume is not None:

@@ -6,7 +6,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from ..hadamard import rotatable, rotate, rotate_back
+from .hadamard import rotatable, rotate, rotate_back
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """Weights: candidates, sensitivity, allocation, refinement, and the plan for mlx-lm to apply."""
 
-from .allocation import allocate
-from .calibration import Calibration
-from .conversion import Conversion, Request, prepare, put
-from .distillation import distill
-from .journal import model_digest
+from ..model.loading import local_folder, model_digest
+from ..planning.allocation import allocate
+from ..planning.calibration import Calibration
 from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, tensors
+from .pipeline import Conversion, Request, prepare, put
 from .plan import Plan, check_written
 from .plan_file import read_plan
-from .planning import METHODS, local_folder, plan_folder, plan_model, study_model
-from .refinement import refine
-from .search import Study, search
-from .sensitivity import Problem, Sensitivity
+from .plan_search import Study, search
+from .rounding.distillation import distill
+from .rounding.refinement import refine
+from .sensitivity.problem import Problem, Sensitivity
+from .study import METHODS, plan_folder, plan_model, study_model
 
 __all__ = [
     "BITS",

@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..model.layers import leaves, quantizable
+
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
@@ -107,17 +109,6 @@ def dequantized(weight: mx.array, packing: Packing, dtype: mx.Dtype) -> mx.array
     )
 
 
-def quantizable(model: nn.Module) -> list[tuple[str, Any]]:
-    """``(path, module)`` of every module that ``nn.quantize`` would offer to a predicate."""
-    return [(path, module) for path, module in _leaves(model) if hasattr(module, "to_quantized")]
-
-
-def _leaves(model: nn.Module) -> list[tuple[str, Any]]:
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    assert isinstance(leaves, list)
-    return leaves
-
-
 def tensors(
     model: nn.Module,
     bits: Iterable[int] = BITS,
@@ -178,7 +169,7 @@ class Size:
         """Count a model. Nothing is evaluated."""
         # mlx-lm divides by the parameters of leaf modules only: not by those that a block holds
         # itself, such as a router's bias.
-        own = [leaf.parameters() for _, leaf in _leaves(model)]
+        own = [leaf.parameters() for _, leaf in leaves(model)]
         parameters = sum(array.size for _, array in _arrays(own))
         # mlx-lm counts the bytes of every array in the module tree, private ones included.
         total = reduce(lambda n, entry: n + entry[1].nbytes * 8, _arrays(model), 0)

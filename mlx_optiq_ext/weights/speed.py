@@ -12,10 +12,10 @@ from mlx.utils import tree_flatten
 from .. import files
 from ..errors import BudgetError
 from ..latency import Chip, Header, Workload, find_chip, layout_of, predict
+from ..model.loading import local_folder
 from .packing import Packing, Tensor
 from .plan import Plan
-from .planning import local_folder
-from .search import Packings, Study, search, stored, variants
+from .plan_search import Packings, Study, search, stored, variants
 
 #: How close to the largest budget to come, in bits per weight.
 STEP = 0.005

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import BudgetError
-from ..weights.allocation import allocate
+from ..planning.allocation import allocate
 from . import archive
 from .codes import RULES, channel_steps, packed
 from .divergence import Divergence, divergence, mean

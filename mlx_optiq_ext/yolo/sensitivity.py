@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..weights.taps import Use, tapped
+from ..model.taps import Use, tapped
 from .divergence import EDGE, confidence, scale
 from .images import Picture
 from .network import Layer, Outputs, outputs

@@ -20,10 +20,10 @@ import numpy as np
 from mlx_lm.utils import dequantize_model
 
 from mlx_optiq_ext.kv import LayerFormat, parse_spec
-from mlx_optiq_ext.kv.conversion import plan_kv
 from mlx_optiq_ext.kv.layout import Mounted, Slot, packed, stock_caches
-from mlx_optiq_ext.kv.search import search
-from mlx_optiq_ext.kv.sensitivity import Costs, choose, judged
+from mlx_optiq_ext.kv.planning.measurement import Costs, choose, judged
+from mlx_optiq_ext.kv.planning.pipeline import plan_kv
+from mlx_optiq_ext.kv.planning.plan_search import search
 
 
 def mean_loss(

@@ -49,7 +49,7 @@ def main() -> None:
     import mlx_lm
 
     from mlx_optiq_ext import kv
-    from mlx_optiq_ext.kv.replay import Replay
+    from mlx_optiq_ext.kv.planning.replay import Replay
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")

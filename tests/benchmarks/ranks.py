@@ -1,6 +1,6 @@
 """How ranks of ``mlx.launch`` on this machine share a sweep, and how long it takes them.
 
-    python tests/benchmarks/ranks.py --calibration FILE [--model tests/data/tiny-qwen3]
+    python tests/benchmarks/distributed.py --calibration FILE [--model tests/data/tiny-qwen3]
         [--ranks 1 2 4] [--methods taylor kl] [--report FILE.json]
 
 Each run measures every candidate with nothing known beforehand. Printed are its wall time, from
@@ -33,9 +33,11 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     """One rank's part; rank 0 prints what all of them did."""
     import mlx.core as mx
 
-    from mlx_optiq_ext import ranks
-    from mlx_optiq_ext.ranks import exchange
-    from mlx_optiq_ext.weights import METHODS, fisher, kl, planning, taylor
+    from mlx_optiq_ext import distributed
+    from mlx_optiq_ext.distributed import exchange
+    from mlx_optiq_ext.weights import METHODS
+    from mlx_optiq_ext.weights import study as planning
+    from mlx_optiq_ext.weights.sensitivity import fisher, kl, taylor
 
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     waited = 0.0
@@ -69,7 +71,7 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     evaluated, exchange._evaluated = exchange._evaluated, waiting
     loaded, tokenizer, _ = planning.load_unquantized(model)
     mx.eval(loaded.parameters())
-    ranks.agree()
+    distributed.agree()
     waited, started, processor = 0.0, time.perf_counter(), time.process_time()
     planning.study_model(
         loaded,
@@ -82,8 +84,8 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     )
     seconds = time.perf_counter() - started
     worked = time.process_time() - processor - waited
-    rows = ranks.gathered({**counts, "processor": worked, "waiting": waited})
-    if ranks.leads():
+    rows = distributed.gathered({**counts, "processor": worked, "waiting": waited})
+    if distributed.leads():
         print(json.dumps({"seconds": seconds, "ranks": rows}))
 
 

@@ -15,8 +15,10 @@ from typing import Any
 
 os.environ["MLX_OPTIQ_EXT"] = "0"  # the real patches stay off; the engine is measured by itself
 
-from mlx_optiq_hooks import plugin_manager, session, utils
-from mlx_optiq_hooks.patch import Engine, Patch, bind
+from mlx_optiq_hooks import plugin_manager
+from mlx_optiq_hooks.engine import session
+from mlx_optiq_hooks.engine.patch import Engine, Patch, bind
+from mlx_optiq_hooks.patches import utils
 
 REPEATS = 7
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlx_optiq_hooks import lm_eval
+from mlx_optiq_hooks.patches import lm_eval
 
 #: Runs the command in a process where lm-eval cannot be imported, if asked to.
 MAIN = """

@@ -83,7 +83,7 @@ def test_long_windows_go_through_the_cache_in_pieces(tiny, packed, tokens, monke
 def test_a_large_vocabulary_is_a_lower_bound(tiny, packed, tokens, monkeypatch):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
     exact = kl.compare(model, reference, tokens[:1], progress=False)
-    monkeypatch.setattr("mlx_optiq_ext.weights.divergence.TOP", 64)
+    monkeypatch.setattr("mlx_optiq_ext.planning.divergence.TOP", 64)
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(packed.parent / "third-cache"))
     bound = kl.compare(model, reference, tokens[:1], progress=False)
     assert 0.5 * exact["mean"] < bound["mean"] <= exact["mean"] + 1e-7

@@ -9,7 +9,7 @@ import pytest
 from mlx_optiq_compat import feature, rows
 from mlx_optiq_compat.signature import of_release
 from mlx_optiq_hooks import tables
-from mlx_optiq_hooks.gate import FEATURES
+from mlx_optiq_hooks.engine.gate import FEATURES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {

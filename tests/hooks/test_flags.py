@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_optiq_hooks import flags, main_module, session
+from mlx_optiq_hooks.engine import flags, main_module, session
 
 #: Adds --optiq-demo N to convert and server and hands N to mlx-lm as the predicate.
 DEMO = """

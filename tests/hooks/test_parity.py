@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from mlx_optiq_hooks import kv_options
+from mlx_optiq_hooks.commands import kv as kv_options
 
 STOCK = {"MLX_OPTIQ_EXT": "0"}
 

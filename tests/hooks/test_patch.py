@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import wrapt
 
-from mlx_optiq_hooks.patch import Engine, Patch, bind
+from mlx_optiq_hooks.engine.patch import Engine, Patch, bind
 
 # wrapt's list of post-import hooks is global, so every module of every test has its own name.
 _numbers = itertools.count()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mlx_optiq_ext import plugins
-from mlx_optiq_hooks import builtin, spec
+from mlx_optiq_hooks import builtin
+from mlx_optiq_hooks.engine import spec
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("\n## Writing a plugin\n")[2].partition("\n## ")[0]

@@ -7,7 +7,7 @@ import pytest
 import mlx_optiq_compat as compat
 import mlx_optiq_hooks
 from mlx_optiq_ext.errors import UnsupportedError
-from mlx_optiq_hooks.gate import FEATURES, Gate
+from mlx_optiq_hooks.engine.gate import FEATURES, Gate
 
 ASK = ("python", "-m", "mlx_lm", "convert", "--hf-path", "no/such-model", "--optiq-budget", "4")
 

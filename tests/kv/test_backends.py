@@ -5,7 +5,8 @@ import pytest
 
 from mlx_optiq_ext import hookimpl
 from mlx_optiq_ext.kv import Format, Packed, attention
-from mlx_optiq_hooks import base, plugin_manager
+from mlx_optiq_hooks import plugin_manager
+from mlx_optiq_hooks.patches.models import base
 
 FORMAT = Format(8, 64, rotated=True)
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import BudgetError
-from mlx_optiq_ext.kv import conversion, read_plan
-from mlx_optiq_ext.kv.replay import Replay
-from mlx_optiq_ext.kv.sensitivity import choose, judged, measure
+from mlx_optiq_ext.kv import read_plan
+from mlx_optiq_ext.kv.planning import pipeline as conversion
+from mlx_optiq_ext.kv.planning.measurement import choose, judged, measure
+from mlx_optiq_ext.kv.planning.replay import Replay
 
 
 @pytest.fixture(scope="module")

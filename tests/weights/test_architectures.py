@@ -14,10 +14,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import compute_bits_per_weight, load_model, quantize_model, save_model
 from toy_models import FAMILIES, NO_METAL, TOYS, UNSAFE, UNSUPPORTED, build, config
 
-from mlx_optiq_ext.weights import METHODS, Packing, Plan, calibration, fisher, plan_model, tensors
-from mlx_optiq_ext.weights.blocks import decoder_layers, record, resume
-from mlx_optiq_ext.weights.packing import Size, quantizable
-from mlx_optiq_ext.weights.stream import Stream, runs_whole
+from mlx_optiq_ext.model.layers import decoder_layers, quantizable
+from mlx_optiq_ext.model.replay import record, resume
+from mlx_optiq_ext.model.stream import Stream, runs_whole
+from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.weights import METHODS, Packing, Plan, plan_model, tensors
+from mlx_optiq_ext.weights.packing import Size
+from mlx_optiq_ext.weights.sensitivity import fisher
 
 BITS, GROUP_SIZES = (2, 4, 8), (32, 64)
 TOKENS = mx.array([[5, 9, 20, 31, 7, 44, 81, 3], [8, 8, 60, 2, 64, 12, 90, 77]])
@@ -212,7 +215,7 @@ def test_a_model_without_gradients_is_measured_directly_and_says_so(text, monkey
         raise ValueError("[gather] Cannot calculate VJP\nwith respect to indices")
         yield {}  # a generator, as the original
 
-    monkeypatch.setattr("mlx_optiq_ext.weights.taylor.factors", refuse)
+    monkeypatch.setattr("mlx_optiq_ext.weights.sensitivity.taylor.factors", refuse)
     lines: list[str] = []
     settings: dict[str, Any] = {"calibration": text, "progress": False, "say": lines.append}
     direct = plan_model(build("qwen3"), Letters(), 9.0, **settings)

@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_qwen3 import write_toy
 
 from mlx_optiq_ext import files
 from mlx_optiq_ext.errors import InputError
-
-from .conftest import write_toy
 
 LOAD = """
 import sys, mlx_lm

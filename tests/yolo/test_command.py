@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_optiq_ext.errors import OptiqError
-from mlx_optiq_hooks import builtin, yolo_options
+from mlx_optiq_hooks import builtin
+from mlx_optiq_hooks.commands import convert_yolo as yolo_options
 
 NAMES = [
     "model_type",

@@ -8,12 +8,12 @@ from functools import cached_property
 from itertools import pairwise
 
 from ...errors import InputError
-from ..blocks import layer_index
-from ..calibration import HELD_OUT
+from ...model.layers import layer_index
+from ...planning.calibration import HELD_OUT
 from ..packing import Packing, Size, Tensor
 from ..plan import Plan
-from ..search import Study, stored, uniformly
-from ..sensitivity import Problem, Sensitivity, end_to_end
+from ..plan_search import Study, stored, uniformly
+from ..sensitivity.problem import Problem, Sensitivity, end_to_end
 
 #: Widths of the uniform packings that a plan is shown against.
 UNIFORM_BITS = (3, 4, 5, 6)

@@ -17,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_optiq_ext import weights
-from mlx_optiq_ext.weights.divergence import Reference
-from mlx_optiq_ext.weights.planning import load_unquantized
-from mlx_optiq_ext.weights.sensitivity import batches
+from mlx_optiq_ext.model.loading import load_unquantized
+from mlx_optiq_ext.planning.divergence import Reference
+from mlx_optiq_ext.weights.sensitivity.problem import batches
 
 sys.path.append(str(Path(__file__).parent.parent))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from mlx_lm.utils import load_tokenizer
 
-from mlx_optiq_ext.weights.calibration import from_texts, read_texts
+from mlx_optiq_ext.planning.calibration import from_texts, read_texts
 
 
 def main() -> None:

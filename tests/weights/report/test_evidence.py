@@ -7,10 +7,10 @@ import pytest
 
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.weights import Packing
+from mlx_optiq_ext.weights.plan_search import uniformly
 from mlx_optiq_ext.weights.report import gather, uniforms
 from mlx_optiq_ext.weights.report.evidence import UNIFORM_BITS
-from mlx_optiq_ext.weights.search import uniformly
-from mlx_optiq_ext.weights.sensitivity import end_to_end
+from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
 
 
 def test_the_uniform_packings_are_judged_end_to_end_as_the_plan_is(study, evidence):

@@ -1,0 +1,83 @@
+"""``--optiq-task`` of ``mlx_lm.evaluate``: our tasks in place of lm-eval's, against baselines."""
+
+from pathlib import Path
+
+from mlx_optiq_ext.errors import InputError
+
+#: As in ``mlx_optiq_ext.evaluation.TASKS``, which a parser need not import.
+TASKS = ("kl", "perplexity", "gsm8k", "ai2d", "wer")
+
+
+def add_arguments(group):
+    group.add_argument(
+        "--optiq-task",
+        choices=TASKS,
+        help="In place of --tasks: KL divergence from a baseline, perplexity, GSM8K, AI2D through "
+        "mlx-vlm, or word error rate through mlx-whisper. Interrupted runs go on where they "
+        "stopped; a Markdown and a JSON file are written to --output-dir.",
+    )
+    group.add_argument(
+        "--optiq-baseline",
+        metavar="MODEL",
+        action="append",
+        help="Compare with this model (repeatable).",
+    )
+    group.add_argument(
+        "--optiq-data",
+        metavar="FILE",
+        type=Path,
+        help="Data of the task: text (.txt or .jsonl), GSM8K's test.jsonl, or a .jsonl file with "
+        "question, options, answer and image, or audio and text, on each line.",
+    )
+    group.add_argument(
+        "--optiq-context",
+        metavar="N",
+        type=int,
+        help="Tokens of a window for kl (default 512) and perplexity (default 2048).",
+    )
+
+
+def check(options, args):
+    from ..installation import gate
+
+    if options.task is None:
+        for name in ("baseline", "data", "context"):
+            if getattr(options, name) is not None:
+                raise InputError(f"--optiq-{name} needs --optiq-task, such as --optiq-task kl")
+        return None
+    gate().require("evaluation")
+    if args.tasks:
+        raise InputError(
+            "--optiq-task and --tasks both say what to evaluate: leave one of them out"
+        )
+    if options.data is not None and not options.data.is_file():
+        raise InputError(f"--optiq-data {options.data}: there is no such file")
+    if options.context is not None and options.context < 2:
+        raise InputError(f"--optiq-context {options.context} is too short: give 2 tokens or more")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit} leaves nothing to evaluate: give 1 or more")
+    return lambda: run(options, args)
+
+
+def run(options, args) -> None:
+    """In place of lm-eval's run."""
+    from mlx_optiq_ext import evaluation
+
+    settings = evaluation.Settings(
+        data=options.data,
+        limit=args.limit,
+        context=options.context,
+        shots=args.num_shots,
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        chat_template=args.apply_chat_template,
+        fewshot_as_multiturn=args.fewshot_as_multiturn,
+        seed=args.seed,
+    )
+    model = evaluation.subject(args.model, getattr(options, "kv_plan", None))
+    baselines = [evaluation.subject(name) for name in options.baseline or ()]
+    report = evaluation.TASKS[options.task](model, baselines, settings)
+    name = f"optiq_{options.task}_{args.model.strip('/').replace('/', '_')}"
+    table, data = report.write(Path(args.output_dir), name)
+    print(report.markdown())
+    print(f"[optiq] Written to {table} and {data}")

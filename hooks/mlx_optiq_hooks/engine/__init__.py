@@ -1,0 +1,1 @@
+"""How stock commands are patched: patches as data, the gate, flags, the running session."""

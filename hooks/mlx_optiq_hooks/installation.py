@@ -1,0 +1,74 @@
+"""What of ours is on in this process: the patches, the verdict on mlx-lm, the plugins."""
+
+import functools
+from typing import Any
+
+import pluggy
+
+from mlx_optiq_ext import plugins
+
+from .engine.gate import Gate
+from .engine.patch import Engine, Patch
+
+
+def tables() -> tuple[Patch, ...]:
+    """Every patch, from one table per target module."""
+    from .engine import flags
+    from .patches import convert, generate, lora, perplexity, utils
+    from .patches.models import base, cache
+    from .patches.server import (
+        adapters as server_adapters,
+    )
+    from .patches.server import (
+        distributed as server_ranks,
+    )
+    from .patches.server import (
+        model as server,
+    )
+    from .patches.tuner import trainer
+    from .patches.tuner import utils as tuner_utils
+
+    return (
+        *flags.PATCHES,
+        *convert.PATCHES,
+        *utils.PATCHES,
+        *base.PATCHES,
+        *cache.PATCHES,
+        *generate.PATCHES,
+        *server.PATCHES,
+        *server_adapters.PATCHES,
+        *server_ranks.PATCHES,
+        *perplexity.PATCHES,
+        *tuner_utils.PATCHES,
+        *lora.PATCHES,
+        *trainer.PATCHES,
+    )
+
+
+@functools.cache
+def gate() -> Gate:
+    """Which features are on for the installed mlx-lm."""
+    return Gate.for_installed(tables())
+
+
+@functools.cache
+def patch_engine() -> Engine:
+    """The engine over the patches of the features that are on."""
+    return Engine(tuple(patch for patch in tables() if gate().state(patch.feature).on))
+
+
+@functools.cache
+def plugin_manager() -> pluggy.PluginManager:
+    """The plugin manager, loaded when a command or a hook first needs it."""
+    from . import builtin
+    from .engine import spec
+
+    return plugins.load(spec, [("optiq", builtin)])
+
+
+def sensitivity_methods() -> dict[str, Any]:
+    """Every method of ``--optiq-sensitivity``: ours and the plugins', who may replace ours."""
+    methods: dict[str, Any] = {}
+    for offered in reversed(plugin_manager().hook.optiq_sensitivity_methods()):
+        methods.update(offered)
+    return methods

@@ -1,0 +1,1 @@
+"""Patches of mlx-lm, one file a target module, in the shape of its own tree."""

@@ -1,0 +1,48 @@
+"""``mlx_lm.models.base``: attention over packed keys and values."""
+
+import functools
+from typing import Any
+
+from ...engine.patch import Patch
+
+
+@functools.cache
+def attention_backends() -> tuple[Any, ...]:
+    """The plugins' functions, that of the plugin registered last first."""
+    from ...installation import plugin_manager
+
+    found = plugin_manager().hook.optiq_attention_backends()
+    return tuple(backend for backends in found for backend in backends)
+
+
+@functools.cache
+def _names(function: Any) -> tuple[str, ...]:
+    """Of its parameters: to bind them anew at every layer of every token would take longer."""
+    import inspect
+
+    return tuple(inspect.signature(function).parameters)
+
+
+def scaled_dot_product_attention(wrapped, instance, args, kwargs):
+    # The hottest of all wrappers: two look-ups decide for everyone who has no KV plan.
+    keys = args[1] if len(args) > 1 else kwargs["keys"]
+    values = args[2] if len(args) > 2 else kwargs["values"]
+    if not (hasattr(keys, "format") or hasattr(values, "format")):
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext.kv import attention
+
+    call = dict(zip(_names(wrapped), args, strict=False)) | kwargs
+    # Which cache it came from does not matter: what is packed knows its own format.
+    call.pop("cache", None)
+    return attention(**call, backends=attention_backends())
+
+
+PATCHES = (
+    Patch(
+        "mlx_lm.models.base:scaled_dot_product_attention",
+        feature="kv",
+        why="computes attention over keys and values of their own precision",
+        upstream="none: one width for a cache, no sinks, no shared keys (base.py)",
+        wrapper=scaled_dot_product_attention,
+    ),
+)

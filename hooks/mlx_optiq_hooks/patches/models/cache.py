@@ -1,0 +1,47 @@
+"""``mlx_lm.models.cache``: lets plugins build the prompt cache."""
+
+import sys
+
+from ...engine import session
+from ...engine.patch import Patch, bind
+
+
+def make_prompt_cache(wrapped, instance, args, kwargs):
+    from ...installation import plugin_manager
+
+    hook = plugin_manager().hook.optiq_prompt_cache
+    if not hook.get_hookimpls():
+        return wrapped(*args, **kwargs)
+    call, running = bind(wrapped, args, kwargs), session.current()
+    caches = hook(
+        model=call["model"],
+        max_kv_size=call.get("max_kv_size"),
+        options=running.options if running else None,
+    )
+    return wrapped(*args, **kwargs) if caches is None else caches
+
+
+def load_prompt_cache(wrapped, instance, args, kwargs):
+    from mlx_optiq_ext.kv import PackedKVCache
+
+    # mlx-lm looks the classes in a file up by name in its own module.
+    sys.modules["mlx_lm.models.cache"].__dict__.setdefault("PackedKVCache", PackedKVCache)
+    return wrapped(*args, **kwargs)
+
+
+PATCHES = (
+    Patch(
+        "mlx_lm.models.cache:make_prompt_cache",
+        feature="plugins",
+        why="asks plugins for the per-layer caches",
+        upstream="mlx-lm #1578 (plugin registration)",
+        wrapper=make_prompt_cache,
+    ),
+    Patch(
+        "mlx_lm.models.cache:load_prompt_cache",
+        feature="kv",
+        why="reads saved prompt caches with packed layers",
+        upstream="none: cache classes are looked up in globals() (cache.py)",
+        wrapper=load_prompt_cache,
+    ),
+)

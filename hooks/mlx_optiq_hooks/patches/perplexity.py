@@ -1,0 +1,26 @@
+"""``mlx_lm.perplexity``: keys and values go through the cache that the plan makes."""
+
+from ..commands import kv as kv_options
+from ..engine.patch import Patch, bind
+
+
+def eval_ppl(wrapped, instance, args, kwargs):
+    call = bind(wrapped, args, kwargs)
+    model = call["model"]
+    if not kv_options.mounted(model):
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import kv
+
+    call["model"] = lambda tokens: model(tokens, cache=kv.make_caches(model))
+    return wrapped(**call)
+
+
+PATCHES = (
+    Patch(
+        "mlx_lm.perplexity:eval_ppl",
+        feature="kv",
+        why="measures perplexity with packed keys and values",
+        upstream="none: it runs the model without a cache (perplexity.py)",
+        wrapper=eval_ppl,
+    ),
+)

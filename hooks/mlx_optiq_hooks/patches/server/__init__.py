@@ -1,0 +1,1 @@
+"""Patches of ``mlx_lm.server``, one file a feature."""

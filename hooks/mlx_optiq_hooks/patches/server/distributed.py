@@ -1,0 +1,111 @@
+"""``mlx_lm.server`` on several ranks: what ends one of them ends all, with the reason.
+
+Stock's other ranks wait for a generation thread that died; its HTTP server stays up.
+"""
+
+import sys
+from typing import Any
+
+from mlx_optiq_ext import distributed
+
+from ...engine import session
+from ...engine.patch import Patch, bind
+
+
+def _on_several_ranks() -> bool:
+    """Whether the running server was given our options and runs on several ranks."""
+    running = session.current()
+    return running is not None and running.command == "server" and distributed.size() > 1
+
+
+def _generate(wrapped, instance, args, kwargs):
+    if not _on_several_ranks():
+        return wrapped(*args, **kwargs)
+    try:
+        return wrapped(*args, **kwargs)
+    except Exception as error:
+        kind = "" if isinstance(error, distributed.RankError) else f"{type(error).__name__}: "
+        distributed.leave(f"rank {distributed.rank()} stops serving: {kind}{error}")
+
+
+class _Answers:
+    """The queue that a request's answers go to.
+
+    A client cannot stop them: the other ranks would go on.
+
+    Attributes:
+        failure: What the request ended with here; empty if it did not fail.
+    """
+
+    def __init__(self, queue: Any):
+        self.failure = ""
+        self._queue = queue
+
+    def put(self, item: Any) -> None:
+        """As ``Queue.put``."""
+        if isinstance(item, Exception):
+            self.failure = f"{type(item).__name__}: {item}"
+        elif hasattr(item, "_should_stop"):
+            item.stop = lambda: None
+        self._queue.put(item)
+
+
+def _serve_single(wrapped, instance, args, kwargs):
+    if not _on_several_ranks():
+        return wrapped(*args, **kwargs)
+    call = bind(wrapped, args, kwargs)
+    queue, *request = call["request"]
+    answers = _Answers(queue)
+    wrapped(**{**call, "request": (answers, *request)})
+    # Stock answers with the error and goes on, while ranks without it still wait for this one.
+    own = answers.failure or "the other ranks did not finish a request"
+    try:
+        with distributed.within(
+            distributed.LIMIT, lambda: f"rank {distributed.rank()} stops serving: {own}"
+        ):
+            # mlx-lm is one token ahead, before 0.32 on a stream of its own. Before that release
+            # synchronize keeps Python's other threads from running, so something is awaited there.
+            generate = sys.modules["mlx_lm.generate"]
+            stream = call.get("stream", generate.generation_stream)
+            generate.mx.eval(generate.mx.zeros((), stream=stream))
+            failures = distributed.gathered(answers.failure)
+    except distributed.RankError as error:
+        raise distributed.RankError(answers.failure or str(error)) from error
+    if any(failures) and not all(failures):
+        raise distributed.Failed(failures)
+
+
+def _next_request(wrapped, instance, args, kwargs):
+    # Without a timeout a batch runs: another rank may be busy for as long as a step takes.
+    if not _on_several_ranks() or bind(wrapped, args, kwargs).get("timeout") is None:
+        return wrapped(*args, **kwargs)
+    late = f"rank {distributed.rank()} heard nothing of the others for {distributed.LIMIT:.0f} s"
+    with distributed.within(distributed.LIMIT, lambda: late):
+        return wrapped(*args, **kwargs)
+
+
+_UPSTREAM = "none: the other ranks wait for ever (server.py)"
+
+PATCHES = (
+    Patch(
+        "mlx_lm.server:ResponseGenerator._generate",
+        feature="sharded",
+        why="ends all ranks when one cannot go on",
+        upstream=_UPSTREAM,
+        wrapper=_generate,
+    ),
+    Patch(
+        "mlx_lm.server:ResponseGenerator._serve_single",
+        feature="sharded",
+        why="ends all ranks when one fails at a request, and none when a client leaves",
+        upstream=_UPSTREAM,
+        wrapper=_serve_single,
+    ),
+    Patch(
+        "mlx_lm.server:ResponseGenerator._next_request",
+        feature="sharded",
+        why="ends an idle rank when the others are gone",
+        upstream=_UPSTREAM,
+        wrapper=_next_request,
+    ),
+)

@@ -1,0 +1,104 @@
+"""``mlx_lm.server``: the model it serves, and its KV plan.
+
+It loads its model in the thread that generates. Stock logs an error there and goes on without one;
+what the command line asks for and cannot be done ends it instead.
+"""
+
+import _thread
+import functools
+import os
+import signal
+import sys
+import threading
+
+from mlx_optiq_ext.errors import OptiqError
+
+from ...commands import kv as kv_options
+from ...engine import session
+from ...engine.patch import Patch
+
+
+def ending(load):
+    """``ModelProvider.load`` that ends the command if our part of its first run fails.
+
+    Each feature has its own; the outermost one acts.
+    """
+
+    @functools.wraps(load)
+    def ended(wrapped, instance, args, kwargs):
+        running = session.running()
+        if running is None or "loading" in running.results:
+            return load(wrapped, instance, args, kwargs)
+        running.results["loading"] = True
+        try:
+            result = load(wrapped, instance, args, kwargs)
+        except OptiqError as error:
+            instance.model, instance.model_key = None, None
+            if "serving" not in running.results and instance.cli_args.model is not None:
+                _end(running, error)
+            raise
+        finally:
+            del running.results["loading"]
+        running.results["serving"] = True
+        return result
+
+    return ended
+
+
+def _end(running: session.Session, error: OptiqError) -> None:
+    """End the command on the main thread with an error of the generation thread."""
+    if threading.current_thread() is threading.main_thread():
+        return
+    from mlx_optiq_ext import distributed
+
+    if distributed.size() > 1:
+        # All leave at once, and the launcher ends those that are late: each says why.
+        distributed.leave(f"mlx_lm.server: {error}")
+    running.results["fatal"] = error
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        _thread.interrupt_main()
+    else:  # a background job ignores interrupts
+        print(f"mlx_lm.server: error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    # mlx-lm logs any Exception with its traceback.
+    raise SystemExit(2) from error
+
+
+@ending
+def load(wrapped, instance, args, kwargs):
+    return wrapped(*args, **kwargs)
+
+
+@ending
+def load_with_plan(wrapped, instance, args, kwargs):
+    result = wrapped(*args, **kwargs)
+    running, model = session.current(), instance.model
+    if running is None or session.kv_plan(running) is None or model is None:
+        return result
+    from mlx_optiq_ext import kv
+
+    if kv.mounted_on(model) is None:
+        kv_options.mount(model, running)
+    mounted = kv.mounted_on(model)
+    if mounted is not None:
+        # A CacheList says that it merges, whatever is in it.
+        instance.is_batchable = instance.is_batchable and mounted.mergeable
+    return result
+
+
+PATCHES = (
+    Patch(
+        "mlx_lm.server:ModelProvider.load",
+        feature="lora",
+        why="ends the server when its adapter cannot be loaded",
+        upstream="none: stock serves without a model then (server.py)",
+        wrapper=load,
+    ),
+    Patch(
+        "mlx_lm.server:ModelProvider.load",
+        feature="kv",
+        why="gives the served model its KV plan",
+        upstream="none: --kv-bits is one width, sequential only (server.py)",
+        wrapper=load_with_plan,
+    ),
+)

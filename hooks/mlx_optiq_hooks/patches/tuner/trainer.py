@@ -1,0 +1,55 @@
+"""``mlx_lm.tuner.trainer``: checkpoints that are whole, and a step that need not be compiled."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ...engine import session
+from ...engine.patch import Patch, bind
+
+
+class _View(ModuleType):
+    """``mlx.core`` as the trainer sees it while it trains for us."""
+
+    def __init__(self, real: Any, checkpoint: Any, compiled: bool):
+        super().__init__("mlx.core", real.__doc__)
+        self._real = real
+        self._checkpoint = checkpoint
+        if not compiled:
+            self.compile = lambda function, *args, **kwargs: function
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def save_safetensors(self, file, arrays, metadata=None):
+        self._checkpoint.write(Path(file), arrays)
+
+
+def train(wrapped, instance, args, kwargs):
+    running = session.current()
+    checkpoint = running.results.get("checkpoint") if running is not None else None
+    if running is None or checkpoint is None:
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import lora
+
+    module: Any = importlib.import_module("mlx_lm.tuner.trainer")
+    real, call = module.mx, bind(wrapped, args, kwargs)
+    call["loss"] = lora.over_all_tokens(call.get("loss", module.default_loss))
+    # The trainer looks up mx.compile and mx.save_safetensors each time it trains.
+    module.mx = _View(real, checkpoint, running.results["training"].compiled)
+    try:
+        return wrapped(**call)
+    finally:
+        module.mx = real
+
+
+PATCHES = (
+    Patch(
+        "mlx_lm.tuner.trainer:train",
+        feature="lora",
+        why="saves what stock mlx-lm and PEFT load, and weights all ranks' tokens alike",
+        upstream="none: checkpoints are written in place; every rank's mean loss counts the same",
+        wrapper=train,
+    ),
+)

@@ -1,0 +1,130 @@
+"""``mlx_lm.utils``: text models, the predicate that quantizes by plan, adapter configs."""
+
+import sys
+
+from ..engine import session
+from ..engine.patch import Patch, bind
+
+
+def load(wrapped, instance, args, kwargs):
+    running = session.current()
+    if running is None or not session.text_only(running):
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import modalities
+
+    call = bind(wrapped, args, kwargs)
+    return_config = call.pop("return_config", False)
+    loaded = modalities.load_text(wrapped, **call)
+    running.results["modalities"] = loaded.report
+    return loaded[:3] if return_config else loaded[:2]
+
+
+def sharded_load(wrapped, instance, args, kwargs):
+    loaded, running = wrapped(*args, **kwargs), session.running()
+    if running is not None and running.options is None:
+        return loaded
+    from mlx_optiq_ext.adapters import Split, note_split
+
+    call, utils = bind(wrapped, args, kwargs), sys.modules[wrapped.__module__]
+    options = {k: v for k, v in call.items() if k == "trust_remote_code"}
+    model = loaded[0]
+
+    def whole():
+        folder = utils._download(call["repo"], allow_patterns=["*.json"])
+        return utils.load_model(folder, lazy=True, strict=False, **options)[0]
+
+    # As mlx-lm decides: by heads if it is not told.
+    group = call.get("tensor_group")
+    if group is None and call.get("pipeline_group") is None and hasattr(model, "shard"):
+        group = utils.mx.distributed.init()
+    split = None if group is None else lambda other: other.shard(group)
+    note_split(model, Split(whole, split))
+    return loaded
+
+
+def quantize_model(wrapped, instance, args, kwargs):
+    running = session.current()
+    if running is None:
+        return wrapped(*args, **kwargs)
+    from ..installation import plugin_manager
+
+    call = bind(wrapped, args, kwargs)
+    if call.get("quant_predicate") is None:
+        predicate = plugin_manager().hook.optiq_quant_predicate(
+            model=call["model"], config=call["config"], options=running.options
+        )
+        if predicate is not None:
+            call["quant_predicate"] = predicate
+    result = wrapped(**call)
+    conversion = running.results.get("conversion")
+    if conversion is not None and conversion.refined:
+        from mlx_optiq_ext.weights import put
+
+        model, _ = result
+        put(model, conversion.refined)
+    return result
+
+
+def make_shards(wrapped, instance, args, kwargs):
+    running = session.current()
+    conversion = running.results.get("conversion") if running is not None else None
+    if conversion is None or conversion.block_bytes is None:
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext.weights import shards
+
+    weights = bind(wrapped, args, kwargs)["weights"]
+    return shards.by_source(weights, conversion.plan.packings, conversion.block_bytes)
+
+
+def save_config(wrapped, instance, args, kwargs):
+    running = session.current()
+    checkpoint = running.results.get("checkpoint") if running is not None else None
+    call = bind(wrapped, args, kwargs)
+    if running is None or checkpoint is None:
+        return wrapped(*args, **kwargs)
+    from mlx_optiq_ext import distributed
+
+    if not distributed.leads():
+        return None  # stock writes it on every rank
+    resumed = running.results["training"].resume
+    config = {**call["config"], "resume_adapter_file": resumed and str(resumed)}
+    return checkpoint.write_config(config)
+
+
+PATCHES = (
+    Patch(
+        "mlx_lm.utils:load",
+        feature="modalities",
+        why="hands the convert command the text model of a multimodal checkpoint",
+        upstream="none: mlx-lm keeps the wrapper and its config keys",
+        wrapper=load,
+    ),
+    Patch(
+        "mlx_lm.utils:sharded_load",
+        feature="sharded",
+        why="keeps how a model was split, for adapters to be split the same way",
+        upstream="none: adapters are refused on several ranks (server.py)",
+        wrapper=sharded_load,
+    ),
+    Patch(
+        "mlx_lm.utils:quantize_model",
+        feature="weights",
+        why="hands the plan over as quant_predicate, by name",
+        upstream="none: no stock command takes a predicate by flag",
+        wrapper=quantize_model,
+    ),
+    Patch(
+        "mlx_lm.utils:make_shards",
+        feature="weights",
+        why="keeps shards of a model larger than memory as small as one of its layers",
+        upstream="none: stock evaluates up to 5 GB at once when it writes",
+        wrapper=make_shards,
+    ),
+    Patch(
+        "mlx_lm.utils:save_config",
+        feature="lora",
+        why="adds PEFT's keys to a trained adapter's config, written whole",
+        upstream="none: mlx-lm knows its own keys only",
+        wrapper=save_config,
+    ),
+)

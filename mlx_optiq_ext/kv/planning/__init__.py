@@ -1,0 +1,1 @@
+"""From a model and a KV budget to a plan for its caches."""

@@ -1,0 +1,136 @@
+"""From a model folder and a KV budget to the files beside the weights."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+
+from ... import distributed, files
+from ...errors import InputError
+from ...model.loading import load, local_folder, model_digest, to_compute_dtype
+from ...planning import calibration as calibrations
+from ..plan import FILE, entries
+from .measurement import Costs, measure
+from .plan_search import Found, search
+
+#: File beside the plan that holds what was measured.
+SENSITIVITY = "kv_sensitivity.json"
+#: Tokens of a window, and how many to measure and to judge on.
+LENGTH, MEASURED, HELD_OUT = 2048, 2, 2
+
+
+def plan_kv(
+    path_or_repo: str,
+    budget: float,
+    *,
+    calibration: Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> tuple[Found, Costs]:
+    """Measure a model's keys and values and plan them within a budget.
+
+    The ranks of ``mlx.launch`` share the work, and all get the same plan.
+
+    Args:
+        path_or_repo: An MLX model, quantized or not.
+        budget: Stored bits per element of the caches, scales and biases included.
+        calibration: A text or JSON-lines file, or None for mlx-lm's own text.
+        revision: Of the repository.
+        trust_remote_code: As in mlx-lm.
+        progress: Whether to show a progress bar.
+        say: Receives one-line messages.
+
+    Raises:
+        OptiqError: The model or the budget is not usable; the message says what to change.
+    """
+    if not distributed.leads():
+        say, progress = distributed.silent, False
+
+    model, tokenizer, _ = load(path_or_repo, revision, trust_remote_code)
+    if mx.default_device() == mx.Device(mx.cpu):
+        from mlx_lm.utils import dequantize_model
+
+        # Products with packed weights are slow there.
+        model = dequantize_model(model)
+    model.update(tree_map(to_compute_dtype, model.parameters()))
+    tokens, source = _tokens(model, tokenizer, calibration, say)
+    windows, held_out = _windows(tokens)
+    say(
+        f"[optiq] Measuring keys and values at {windows.shape[1]} tokens of context on "
+        f"{windows.size} tokens ({source})"
+    )
+    digest = model_digest(local_folder(path_or_repo))
+    tokens_digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    distributed.compare(**{"model": digest, "calibration data": tokens_digest})
+    key = {"model": digest, "device": str(mx.default_device())}
+    found = measure(model, windows, held_out, key=key, progress=progress)
+    return search(found, budget), found
+
+
+def write(folder: Path, found: Found, costs: Costs, *, model: str, budget: float) -> None:
+    """Write the plan and what was measured of it into a folder."""
+    files.write_json(folder / SENSITIVITY, _record(found, costs, model, budget))
+    files.write_json(folder / FILE, entries(found.layers))
+
+
+def _record(found: Found, costs: Costs, model: str, budget: float) -> dict[str, Any]:
+    layers = []
+    for (layer, side), measured in costs.costs.items():
+        shape = costs.shapes[layer, side][0]
+        layers.append(
+            {
+                "layer_idx": layer,
+                "layer_name": f"model.layers.{layer}",
+                "side": side,
+                "n_kv_heads": shape[1],
+                "head_dim": shape[3],
+                "sensitivities": [{**asdict(f), "kl": kl} for f, kl in measured.items()],
+            }
+        )
+    return {
+        "model": model,
+        "target_bits": budget,
+        "achieved_bits": found.bits_per_element,
+        "kl": found.kl,
+        "plans": {name: {"bits": b, "kl": kl} for name, (b, kl) in found.tried.items()},
+        "layers": layers,
+    }
+
+
+def _tokens(
+    model: Any, tokenizer: Any, path: Path | None, say: Callable[[str], None]
+) -> tuple[np.ndarray, str]:
+    """Calibration tokens in one row, and where they come from."""
+    if path is not None:
+        return calibrations.tokenized(calibrations.read_texts(path), tokenizer), path.name
+    text = distributed.first(calibrations.stock_text)
+    if text is not None:
+        return calibrations.tokenized([text], tokenizer), "mlx-lm"
+    say(
+        "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
+        "sampled from the model itself (--optiq-calibration FILE gives better plans)"
+    )
+    found = distributed.first(lambda: calibrations.sampled(model, tokenizer))
+    return found.tokens.ravel(), found.source
+
+
+def _windows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Windows to measure on and to judge on, spread over the text."""
+    wanted = MEASURED + HELD_OUT
+    length = min(LENGTH, len(tokens) // wanted)
+    if length < 16:
+        raise InputError(
+            f"the calibration data has {len(tokens)} tokens, too few to measure keys and values: "
+            "give a longer text with --optiq-calibration"
+        )
+    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
+    spread = np.linspace(0, len(windows) - 1, wanted).round().astype(int)
+    chosen = windows[spread]
+    return chosen[::2], chosen[1::2]

@@ -1,0 +1,102 @@
+"""The KV plan that is best end to end within a budget."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from ... import distributed
+from ...errors import BudgetError
+from ..packed import BITS, GROUP_SIZES, Format
+from ..plan import LayerFormat
+from .measurement import Costs, Side, as_layers, choose, judged
+
+
+@dataclass(frozen=True)
+class Found:
+    """A KV plan and what was measured of it.
+
+    Attributes:
+        choice: Side of a layer -> its format.
+        bits_per_element: Stored bits with scales and biases, over all numbers that the caches hold.
+        kl: Of the whole plan on held-out windows, in nats per token.
+        name: Which of the plans that were tried it is.
+        tried: Name -> (bits per element, held-out KL) of all of them.
+        uniform: Name, bits per element and KL of the best uniform plan that fits, if one does.
+    """
+
+    choice: Mapping[Side, Format]
+    bits_per_element: float
+    kl: float
+    name: str
+    tried: Mapping[str, tuple[float, float]]
+    uniform: tuple[str, float, float] | None
+
+    @property
+    def layers(self) -> dict[int, LayerFormat]:
+        """Decoder layer -> formats."""
+        return as_layers(self.choice)
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        text = (
+            f"[optiq] KV plan: {self.bits_per_element:.3f} bits per element ({self.name}), "
+            f"held-out KL {self.kl:.5f} nats per token"
+        )
+        if self.uniform is not None:
+            name, bits, kl = self.uniform
+            text += f"; uniform {name}: {bits:.3f} bits, KL {kl:.5f}"
+        return text
+
+
+def search(found: Costs, budget: float) -> Found:
+    """Try a few plans on the held-out windows and keep the best.
+
+    Raises:
+        BudgetError: No plan fits; the message names the range.
+    """
+    plans = {
+        "allocated": choose(found, budget),
+        "allocated, not rotated": choose(found, budget, allow=lambda f: not f.rotated),
+    }
+    for floor in (3, 4):
+        try:
+            plans[f"allocated, {floor} bits or more"] = choose(
+                found, budget, allow=lambda f, floor=floor: f.bits >= floor
+            )
+        except BudgetError:
+            break
+    with suppress(BudgetError):
+        plans["allocated, K and V alike"] = choose(found, budget, alike=True)
+    plans |= _uniform(found, budget)
+    distinct: dict[str, Mapping[Side, Format]] = {}
+    for name, plan in plans.items():
+        if plan not in distinct.values():
+            distinct[name] = plan
+    own = {name: judged(found, distinct[name]) for name in distributed.share(list(distinct))}
+    measured = {name: kl for part in distributed.gathered(own) for name, kl in part.items()}
+    tried = {name: (found.bits_per_element(p), measured[name]) for name, p in distinct.items()}
+    best = min(tried, key=lambda name: tried[name][1])
+    uniform = min(
+        ((name, *tried[name]) for name in tried if name.startswith("k")),
+        key=lambda entry: entry[2],
+        default=None,
+    )
+    return Found(distinct[best], *tried[best], best, tried, uniform)
+
+
+def _uniform(found: Costs, budget: float) -> dict[str, dict[Side, Format]]:
+    """The finest uniform plan that fits, plain and rotated."""
+    result = {}
+    for rotated in (False, True):
+        fitting = [
+            dict.fromkeys(found.costs, Format(bits, size, rotated))
+            for bits in BITS
+            for size in GROUP_SIZES
+            if all(Format(bits, size, rotated) in costs for costs in found.costs.values())
+        ]
+        fitting = [plan for plan in fitting if found.bits_per_element(plan) <= budget + 1e-9]
+        if fitting:
+            plan = max(fitting, key=found.bits_per_element)
+            format = next(iter(plan.values()))
+            result[f"k{format}v{format}"] = plan
+    return result

@@ -1,0 +1,93 @@
+"""Recording many batches at once: each decoder layer runs on all of them before the next one."""
+
+from contextlib import ExitStack
+from itertools import count
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import arrays, calls_replaced, copied, decoder_layers, plain
+from .replay import Call, Recording, record
+from .spill import SpilledRecording
+from .stream import Stream
+
+
+class _Reached(Exception):
+    """Leaves a forward pass at the call that it was run for."""
+
+    def __init__(self, call: Call):
+        self.call = call
+
+
+def recordings(
+    model: nn.Module, batches: list[mx.array], stream: Stream | None = None
+) -> list[Recording]:
+    """What `record` keeps of each batch.
+
+    Args:
+        model: An mlx-lm model.
+        batches: Token batches, int32 (batch, length).
+        stream: Of the model, if its layers are on disk. Each is then read once for all batches, and
+            what it took and returned goes to disk.
+
+    Returns:
+        One recording a batch; all are empty if that of any is, as `record` says.
+    """
+    if stream is None:
+        kept = [record(model, tokens)[1] for tokens in batches]
+        return kept if all(kept) else [[] for _ in batches]
+    found = [SpilledRecording(stream.spill) for _ in batches]
+    for _ in count():
+        with ExitStack() as held:
+            for tokens, recording in zip(batches, found, strict=True):
+                call = _next(model, tokens, recording, stream, held)
+                if call is None:
+                    return list(found)
+                parts = (call.args, *call.kwargs.values(), call.output)
+                if not all(plain(part) for part in parts):
+                    return [[] for _ in batches]
+                recording.append(call)
+    return []
+
+
+def entry(model: nn.Module, tokens: mx.array) -> mx.array:
+    """The hidden state (batch, length, dim) that the first decoder layer is handed."""
+
+    def call(index: int, _: Any, args: tuple, kwargs: dict) -> Any:
+        raise _Reached(Call(copied(args), kwargs, None, index))
+
+    try:
+        with calls_replaced(decoder_layers(model), call):
+            model(tokens)
+    except _Reached as reached:
+        return reached.call.hidden
+    raise ValueError("the model runs none of its layers")
+
+
+def _next(
+    model: nn.Module, tokens: mx.array, recording: Recording, stream: Stream, held: ExitStack
+) -> Call | None:
+    """The call after those recorded; None if there is none."""
+    replayed, returned = iter(recording), None
+
+    def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        nonlocal returned
+        known = next(replayed, None)
+        if known is not None:
+            output = copied(known.output)
+            returned = output[0] if isinstance(output, tuple) and output else output
+            return output
+        follows = not recording or (bool(args) and args[0] is returned)
+        kept = copied(args), copied(kwargs)
+        held.enter_context(stream.layer(index))
+        reached = Call(*kept, copied(original(*args, **kwargs)), index, follows)
+        mx.eval([arrays(part) for part in (*kept, reached.output)])
+        raise _Reached(reached)
+
+    try:
+        with calls_replaced(decoder_layers(model), call):
+            model(tokens)
+    except _Reached as reached:
+        return reached.call
+    return None

@@ -1,0 +1,122 @@
+"""Loading a model as mlx-lm does, casting it, and telling models apart."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..errors import InputError
+
+
+def to_compute_dtype(array: mx.array) -> mx.array:
+    """On a CPU, float32 in place of other floating-point types: half precision is emulated."""
+    if mx.default_device() == mx.Device(mx.cpu) and mx.issubdtype(array.dtype, mx.floating):
+        return array.astype(mx.float32)
+    return array
+
+
+def load_unquantized(
+    path_or_repo: str,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any, str]:
+    """Load a model as ``mlx_lm.convert`` does before it quantizes.
+
+    Args:
+        path_or_repo: A folder or a Hub repository.
+        dtype: As ``mlx_lm.convert --dtype``.
+        revision: Of the repository.
+        trust_remote_code: As in mlx-lm.
+
+    Returns:
+        The model, not evaluated; its tokenizer; and a hash of its files and dtype.
+
+    Raises:
+        InputError: The model is quantized already.
+    """
+    model, tokenizer, config = load(path_or_repo, revision, trust_remote_code)
+    if "quantization" in config or "quantization_config" in config:
+        raise InputError(
+            f"{path_or_repo} is quantized already: convert from its unquantized original"
+        )
+    cast(model, config, dtype)
+    return model, tokenizer, f"{model_digest(local_folder(path_or_repo))}-{dtype}"
+
+
+def reload(
+    path_or_repo: str,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of `load_unquantized` once more, not evaluated."""
+    model, _, config = load(path_or_repo, revision, trust_remote_code)
+    cast(model, config, dtype)
+    return model
+
+
+def load(path_or_repo: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any, dict]:
+    """``mlx_lm.load``, lazily, with its config."""
+    import inspect
+
+    import mlx_lm
+
+    extra: dict[str, Any] = {}
+    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
+        extra["trust_remote_code"] = trust_remote_code
+    loaded: Any = mlx_lm.load(
+        path_or_repo,
+        tokenizer_config={"trust_remote_code": trust_remote_code},
+        lazy=True,
+        return_config=True,
+        revision=revision,
+        **extra,
+    )
+    return loaded
+
+
+def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
+    """Cast a loaded model's parameters as ``mlx_lm.convert`` does before it quantizes."""
+    from mlx.utils import tree_map_with_path
+
+    dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    if dtype not in ("float16", "bfloat16", "float32"):
+        return
+    keep: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)
+    target = getattr(mx, dtype)
+
+    def to_dtype(path: str, value: mx.array) -> mx.array:
+        if keep(path) and mx.issubdtype(value.dtype, mx.floating):
+            return value.astype(target)
+        return value
+
+    model.update(tree_map_with_path(to_dtype, model.parameters()))
+
+
+def local_folder(path_or_repo: str) -> Path:
+    """Where a model's files are after loading."""
+    path = Path(path_or_repo)
+    if path.exists():
+        return path
+    from mlx_lm.utils import hf_repo_to_path
+
+    return Path(hf_repo_to_path(path_or_repo))
+
+
+def model_digest(folder: Path) -> str:
+    """Hash of a model folder's config and weights.
+
+    Every byte counts: a fine-tune may keep names, sizes and dates.
+    """
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
+        if path.exists():
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,158 @@
+"""Run a model from one of its decoder layers on, with the layers before it replayed.
+
+A change in layer ``i`` leaves the outputs of the layers before it as they were. They are recorded
+once, and a run that starts at layer ``i`` hands them out instead of computing them. The model's own
+forward pass is used, so masks, norms, shared keys and the head need no knowledge of the
+architecture.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import arrays, calls_replaced, copied, decoder_layers, plain, with_arrays
+
+
+@dataclass
+class Call:
+    """What one decoder layer was called with, and what it returned.
+
+    Attributes:
+        args: Positional arguments; the hidden state (batch, length, dim) comes first.
+        kwargs: The others, such as mask and cache.
+        output: The hidden state, or a tuple that starts with it.
+        index: Of the layer; a model may run its layers more than once.
+        follows: Whether the hidden state came in just as the layer before returned it.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    index: int = 0
+    follows: bool = True
+
+    @property
+    def hidden(self) -> Any:
+        """The hidden state that came in."""
+        return self.args[0] if self.args else None
+
+    @property
+    def hidden_out(self) -> Any:
+        """The hidden state that came out."""
+        return self.output[0] if isinstance(self.output, tuple) else self.output
+
+
+Recording = Sequence[Call]
+
+
+def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
+    """Run a batch and keep each decoder layer's call.
+
+    Args:
+        model: An mlx-lm model.
+        tokens: int32 of shape (batch, length).
+
+    Returns:
+        Logits (batch, length, vocabulary) and the recording, one entry a call. It is empty if the
+        layers hand each other more than arrays, such as a cache that they write to: their outputs
+        then do not tell what they did.
+    """
+    recording: list[Call] = []
+    returned: Any = None
+
+    def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        nonlocal returned
+        follows = not recording or (bool(args) and args[0] is returned)
+        kept = copied(args), copied(kwargs)
+        output = original(*args, **kwargs)
+        returned = output[0] if isinstance(output, tuple) and output else output
+        recording.append(Call(*kept, copied(output), index, follows))
+        return output
+
+    with calls_replaced(decoder_layers(model), call):
+        logits = model(tokens)
+    parts = [part for c in recording for part in (c.args, *c.kwargs.values(), c.output)]
+    if not all(plain(part) for part in parts):
+        recording = []
+    mx.eval(logits, [arrays(part) for part in parts])
+    return logits, recording
+
+
+def resume(model: nn.Module, tokens: mx.array, recording: Recording, start: int) -> mx.array:
+    """Run a batch with the layers before ``start`` replayed.
+
+    Args:
+        model: The model that was recorded, changed in layer ``start`` or later only.
+        tokens: The recorded batch, int32 (batch, length).
+        recording: From `record`; without one the whole model is computed.
+        start: Index of the first layer to compute; the number of layers computes the head only.
+
+    Returns:
+        Logits (batch, length, vocabulary), not evaluated.
+    """
+    later = (n for n, call in enumerate(recording) if call.index >= start)
+    replayed = iter(recording[: next(later, len(recording))])
+
+    def call(_: int, original: Any, args: tuple, kwargs: dict) -> Any:
+        known = next(replayed, None)
+        return original(*args, **kwargs) if known is None else copied(known.output)
+
+    with calls_replaced(decoder_layers(model), call):
+        return model(tokens)
+
+
+def joined(
+    model: nn.Module,
+    tokens: mx.array,
+    recording: Recording,
+    outputs: Mapping[int, list[mx.array]],
+) -> tuple[list[list[mx.array]], mx.array]:
+    """What a model does around its decoder layers, with their outputs replayed.
+
+    Args:
+        model: The model that was recorded.
+        tokens: The recorded batch, int32 (batch, length).
+        recording: From `record`, not empty.
+        outputs: Number of a call -> other `arrays` for it to return.
+
+    Returns:
+        The `arrays` that each call was handed, and the logits; not evaluated.
+    """
+    handed: list[list[mx.array]] = []
+
+    def call(_: int, __: Any, args: tuple, kwargs: dict) -> Any:
+        number = len(handed)
+        # A sum is an array of its own: what is handed on twice would count once in a gradient.
+        handed.append([array + 0 for array in arrays((args, kwargs))])
+        output = copied(recording[number].output)
+        return with_arrays(output, outputs[number]) if number in outputs else output
+
+    with calls_replaced(decoder_layers(model), call):
+        logits = model(tokens)
+    return handed, logits
+
+
+def finish(model: nn.Module, tokens: mx.array, recording: Recording, hidden: mx.array) -> mx.array:
+    """Logits when the last decoder layer's hidden state is ``hidden``; not evaluated."""
+    last = len(recording) - 1
+    others = arrays(recording[last].output)[1:]
+    return joined(model, tokens, recording, {last: [hidden, *others]})[1]
+
+
+def chained(recording: Recording) -> bool:
+    """Whether each layer runs once and takes the hidden state just as the one before returned it.
+
+    Other arrays may be handed on beside it, such as shared keys and values.
+    """
+    return (
+        bool(recording)
+        and [call.index for call in recording] == list(range(len(recording)))
+        and all(call.follows for call in recording)
+        and all(
+            isinstance(call.hidden, mx.array) and isinstance(call.hidden_out, mx.array)
+            for call in recording
+        )
+    )

@@ -1,0 +1,1 @@
+"""What every plan is made with: calibration text, divergence, measurements kept, allocation."""

@@ -1,0 +1,188 @@
+"""Plans for one budget, judged end to end; the best one is kept.
+
+Sensitivities add up well at medium bits and less so below (IMPQ, arXiv 2509.15455). So a few plans
+that differ in how far they trust them are tried on calibration windows kept apart for that; below
+`REMEASURED` bits per weight also plans from a second round around the best of them.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from ..errors import BudgetError
+from ..model.layers import decoder_layers, layer_index
+from ..planning.allocation import allocate
+from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor
+from .plan import Plan, versions
+from .sensitivity.interaction import SHARES, around
+from .sensitivity.problem import Problem, Sensitivity, end_to_end
+
+Packings = dict[str, Packing]
+#: Whether a variant may give a tensor a packing.
+Rule = Callable[[Tensor, Packing], bool]
+
+PROTECTED = "protected"
+#: Bits per weight below which a second round is measured around the first plan.
+REMEASURED = 4.0
+
+
+@dataclass(frozen=True)
+class Study:
+    """A measured model, from which a plan for any budget follows in moments.
+
+    Attributes:
+        problem: The model, its weights and its calibration windows.
+        size: What it stores.
+        sensitivity: Costs of every candidate of every tensor.
+        method: Name of the method that measured them.
+    """
+
+    problem: Problem
+    size: Size
+    sensitivity: Sensitivity
+    method: str
+
+
+def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
+    """Allocate a budget over measured tensors.
+
+    Args:
+        study: The measured model.
+        budget: Bits per weight.
+        protect: Whether the plan must keep the tensors at both ends at 8 bits or more.
+
+    Returns:
+        Of the plans in `variants` and those re-measured around the best of them, the one with the
+        least KL on the held-out windows. Before a refinement that KL says little, since plain
+        rounding spoils the coarsest bits most and refinement mends them most: then the plan with
+        the least expected cost.
+
+    Raises:
+        BudgetError: No plan fits, or none that protects both ends.
+    """
+    problem, size = study.problem, study.size
+    plans = variants(study, budget)
+    if protect:
+        if PROTECTED not in plans:
+            raise BudgetError(
+                f"a budget of {budget:g} bits per weight is too small to keep the first and last "
+                "layer, embeddings and head at 8 bits: raise it or leave out --optiq-protect"
+            )
+        plans = {PROTECTED: plans[PROTECTED]}
+    elif problem.refine:
+        plans = {"allocated": plans["allocated"]}
+    uniform = best_uniform(problem.tensors, size, budget)
+    judged = list(plans.values())
+    if uniform is not None:
+        judged.append(uniformly(problem.tensors, uniform))
+    divergences = end_to_end(problem, judged)
+    measured = dict(zip(plans, divergences, strict=False))
+    if budget < REMEASURED and not problem.refine:
+        more = remeasured(study, budget, min(measured, key=lambda n: measured[n]), plans)
+        plans |= more
+        measured |= dict(zip(more, end_to_end(problem, list(more.values())), strict=True))
+    name = min(measured, key=lambda n: measured[n])
+    packings, data = plans[name], problem.calibration
+    costs = study.sensitivity
+    return Plan(
+        packings=packings,
+        costs={path: costs[path].get(packing, 0.0) for path, packing in packings.items()},
+        method=study.method,
+        target_bpw=budget,
+        achieved_bpw=size.bits_per_weight(stored(problem.tensors, packings)),
+        kl=measured[name],
+        variant=name,
+        uniform=uniform,
+        uniform_kl=divergences[-1] if uniform else None,
+        calibration={
+            "source": data.source,
+            "windows": len(data.tokens),
+            "length": data.tokens.shape[1],
+            "sha256": data.digest,
+        },
+        versions=versions(),
+    )
+
+
+def remeasured(
+    study: Study, budget: float, name: str, plans: dict[str, Packings]
+) -> dict[str, Packings]:
+    """Plans by the rule of one of them, from sensitivities measured around it; new ones only."""
+    known, more = list(plans.values()), {}
+    rule = rules(study.problem)[name]
+    for share, costs in zip(
+        SHARES, around(study.problem, study.sensitivity, plans[name]), strict=False
+    ):
+        plan = _allocated(replace(study, sensitivity=costs), rule, budget)
+        if plan not in known:
+            known.append(plan)
+            more[f"{name}, re-measured by {share:g}"] = plan
+    return more
+
+
+def stored(tensors: Iterable[Tensor], packings: Packings) -> int:
+    """Stored bits of a plan's tensors."""
+    return sum(t.stored_bits(packings[t.path]) for t in tensors)
+
+
+def variants(study: Study, budget: float) -> dict[str, Packings]:
+    """Plans by name: over all candidates, without the coarsest bits, and with both ends protected.
+
+    A variant that the budget does not allow is left out.
+
+    Raises:
+        BudgetError: Not even the first one fits.
+    """
+    plans: dict[str, Packings] = {}
+    for name, rule in rules(study.problem).items():
+        try:
+            plans[name] = _allocated(study, rule, budget)
+        except BudgetError:
+            if name == "allocated":
+                raise
+    return plans
+
+
+def rules(problem: Problem) -> dict[str, Rule]:
+    """What each variant allows."""
+    coarsest = min(p.bits for t in problem.tensors for p in t.packings)
+    ends = protected(problem)
+    return {
+        "allocated": lambda tensor, packing: True,
+        f"above {coarsest} bits": lambda tensor, packing: packing.bits > coarsest,
+        PROTECTED: lambda tensor, packing: tensor.path not in ends or packing.bits >= 8,
+    }
+
+
+def protected(problem: Problem) -> set[str]:
+    """Tensors outside the decoder layers, and those of the first and last layer."""
+    index, last = layer_index(problem.model), len(decoder_layers(problem.model)) - 1
+    return {t.path for t in problem.tensors if index.get(t.path) in (None, 0, last)}
+
+
+def _allocated(study: Study, rule: Rule, budget: float) -> Packings:
+    tensors, costs = study.problem.tensors, study.sensitivity
+    # A tensor that a rule leaves nothing to choose from keeps all its candidates.
+    allowed = {t.path: [p for p in t.packings if rule(t, p)] or list(t.packings) for t in tensors}
+    choice = allocate(
+        [[costs[t.path][p] for p in allowed[t.path]] for t in tensors],
+        [[t.stored_bits(p) for p in allowed[t.path]] for t in tensors],
+        study.size.room(budget),
+    )
+    return {t.path: allowed[t.path][c] for t, c in zip(tensors, choice, strict=True)}
+
+
+def best_uniform(tensors: Iterable[Tensor], size: Size, budget: float) -> Packing | None:
+    """The packing that ``mlx_lm.convert -q`` would use most of a budget with, if any fits."""
+    tensors, room = list(tensors), size.room(budget)
+    sizes = {
+        p: stored(tensors, uniformly(tensors, p))
+        for p in (Packing(b, g) for b in BITS for g in GROUP_SIZES)
+        if all(t.own or p.fits(t.shape) for t in tensors)
+    }
+    fitting = [p for p, bits in sizes.items() if bits <= room]
+    return max(fitting, key=lambda p: (sizes[p], p.bits), default=None)
+
+
+def uniformly(tensors: Iterable[Tensor], packing: Packing) -> Packings:
+    """Stock's uniform quantization, which follows the model's own predicate where it asks."""
+    return {t.path: t.own or packing for t in tensors}

@@ -1,0 +1,260 @@
+"""Refinement of a plan: rounding that makes up for its own error, behind the quantized prefix.
+
+Every tensor keeps the plan's bits and group size, so the result is a plain MLX model. Decoder
+layers go in order. Each tensor's second moment comes from the inputs it will really see, those
+behind the layers that are quantized already; its target leans towards the reference's output on the
+reference's own inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form). Stacked experts
+are rounded one by one, each against the tokens that the quantized model routes to it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from tqdm import tqdm
+
+from ...model.layers import decoder_layers, layer_index, quantizable
+from ...model.layerwise import entry, recordings
+from ...model.replay import Call, Recording, chained, finish
+from ...model.spill import SpilledPacked
+from ...planning.divergence import Reference
+from ..packing import Packing, quantize
+from ..sensitivity.moments import Factors
+from ..sensitivity.problem import Problem, batches
+from ..sensitivity.taylor import differentiated
+from .feedback import Packed, round_weight
+from .inputs import Fed, Moments, inputs, stages
+
+#: How far targets make up for the error of the layers before, from 0 to 1.
+SHARE = 0.5
+#: Ridge of that solution, as a share of the mean diagonal.
+RIDGE = 0.05
+
+#: Tensor path -> (packed, scales, biases).
+Refined = Mapping[str, Packed]
+
+
+def refine(problem: Problem, packings: dict[str, Packing]) -> Refined:
+    """Round every planned tensor anew.
+
+    Args:
+        problem: The problem that was planned; its model is left as it was.
+        packings: The plan's packing of each tensor.
+
+    Returns:
+        What to store for each packed tensor. Models whose layers do not pass a hidden state on
+        plainly, and stacks of one matrix per head, are rounded as MLX does it.
+    """
+    refiner, index = _Refiner(problem, packings), layer_index(problem.model)
+    with refiner.originals([path for path in refiner.modules if path not in index]):
+        refiner.run()
+    return refiner.result
+
+
+def judge(problem: Problem, packings: dict[str, Packing], refined: Refined) -> float:
+    """KL(reference || refined) on the held-out windows, in nats per token."""
+    references = [
+        (tokens, Reference.of(problem.model(tokens)))
+        for tokens in batches(problem.calibration.held_out)
+    ]
+    dtype = problem.dtype
+    with problem.replaced(refined, lambda p: restored(refined[p], packings[p], dtype)):
+        total = sum(
+            float(reference.divergence(problem.model(tokens)).sum())
+            for tokens, reference in references
+        )
+    return total / problem.calibration.held_out.size
+
+
+def restored(packed: Packed, packing: Packing, dtype: mx.Dtype) -> mx.array:
+    """The weight (..., out, in) that a packed one stands for, computed in ``dtype``."""
+    return mx.dequantize(
+        packed[0],
+        packed[1].astype(dtype),
+        packed[2].astype(dtype),
+        group_size=packing.group_size,
+        bits=packing.bits,
+    )
+
+
+class _Refiner:
+    def __init__(self, problem: Problem, packings: dict[str, Packing]):
+        self.problem = problem
+        self.modules = dict(quantizable(problem.model))
+        self.plan = {path: p for path, p in packings.items() if p.packed}
+        self.result: dict[str, Packed] | SpilledPacked = {}
+        if problem.stream is not None:
+            self.result = SpilledPacked(problem.stream.spill)
+        self.block: dict[str, Packed] = {}
+        self.factors: Mapping[str, Factors] = {}
+
+    def run(self) -> None:
+        model, data = self.problem.model, batches(self.problem.calibration.refining)
+        layers = decoder_layers(model)
+        inside = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
+        own: list[list[str]] = [[] for _ in layers]
+        outer = []
+        for path in self.plan:
+            index = inside.get(id(self.modules[path]))
+            (outer if index is None else own[index]).append(path)
+        recorded = recordings(model, data, self.problem.stream)
+        if not layers or not all(chained(r) for r in recorded):
+            for paths in (outer, *own):
+                plain = {path: self.plain(path) for path in paths}
+                mx.eval(plain)
+                self.result.update(plain)
+            return
+        found = self.factors = differentiated(self.problem)
+        lookups = [path for path in outer if found[path].columns is not None]
+        for path in lookups:
+            self.store(path, self.embedding(path, found[path]))
+        self.flush()
+        # With the embedding rounded, the first layer sees other inputs than the reference's.
+        hidden = [
+            entry(model, t) if lookups else r[0].hidden for t, r in zip(data, recorded, strict=True)
+        ]
+        mx.eval(hidden)
+        for index in tqdm(range(len(layers)), desc="Refining", disable=not self.problem.progress):
+            calls = [r[index] for r in recorded]
+            with self.problem.layer(index), self.originals(own[index]):
+                hidden = self.layer(layers[index], own[index], calls, hidden)
+            self.flush()
+        rest = [path for path in outer if path not in lookups]
+        self.head(rest, data, recorded, hidden)
+        self.flush()
+
+    @contextmanager
+    def originals(self, paths: list[str]) -> Iterator[None]:
+        """Puts the weights of some tensors back afterwards."""
+        kept = {path: self.modules[path].weight for path in paths}
+        try:
+            yield
+        finally:
+            for path, weight in kept.items():
+                self.modules[path].weight = weight
+
+    def store(self, path: str, packed: Packed) -> None:
+        """Keep a tensor's result and put what it stands for into the model."""
+        weight = restored(packed, self.plan[path], self.problem.dtype)
+        mx.eval(packed, weight)
+        self.block[path], self.modules[path].weight = packed, weight
+
+    def flush(self) -> None:
+        """Hand over what was stored."""
+        self.result.update(self.block)
+        self.block = {}
+
+    def plain(self, path: str) -> Packed:
+        """MLX's own rounding."""
+        return quantize(self.problem.weights[path], self.plan[path])
+
+    def rounded(self, path: str, moment: mx.array, cross: mx.array | None = None) -> Packed:
+        """Error-feedback rounding against a second moment."""
+        weight = self.problem.weights[path]
+        target = weight.astype(mx.float32)
+        if cross is not None:
+            target = compensated(target, moment, cross)
+        across = self.factors[path].across
+        return round_weight(target, moment, self.plan[path], weight.dtype, outputs=across)
+
+    def experts(self, path: str, moments: Moments) -> Packed:
+        """Each expert of a stack rounded against the tokens routed to it."""
+        weight = self.problem.weights[path]
+        parts = [
+            round_weight(w.astype(mx.float32), moments.expert(e), self.plan[path], weight.dtype)
+            for e, w in enumerate(weight)
+        ]
+        packed, scales, biases = (mx.stack(list(same)) for same in zip(*parts, strict=True))
+        return packed, scales, biases
+
+    def embedding(self, path: str, found: Factors) -> Packed:
+        """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
+        assert found.columns is not None
+        assert found.lookups is not None
+        moment = found.columns * mx.mean(found.lookups)
+        if found.inputs is not None and found.outputs is not None:
+            moment = moment + found.inputs * mx.mean(found.outputs)
+        return self.rounded(path, moment)
+
+    def layer(
+        self, layer: nn.Module, paths: list[str], calls: list[Call], hidden: list[mx.array]
+    ) -> list[mx.array]:
+        """Refine one decoder layer; returns the hidden states behind it."""
+        modules = {path: self.modules[path] for path in paths}
+
+        def run(call: Call, state: mx.array) -> mx.array:
+            output = layer(state, *call.args[1:], **call.kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        reference = [inputs(modules, lambda c=c: run(c, c.hidden)) for c in calls]
+        groups = stages(reference[0]) if reference else []
+        for path in set(paths) - {path for group in groups for path in group}:
+            self.store(path, self.plain(path))
+        for group in groups:
+            moments = self.moments(group[0], reference, calls, hidden, run)
+            for path in group:
+                if moments.uses is not None:
+                    self.store(path, self.experts(path, moments))
+                else:
+                    self.store(path, self.rounded(path, moments.own, moments.cross))
+        result = [run(c, h) for c, h in zip(calls, hidden, strict=True)]
+        mx.eval(result)
+        return result
+
+    def moments(
+        self,
+        path: str,
+        reference: list[dict[str, Fed]],
+        calls: list[Call],
+        hidden: list[mx.array],
+        run: Callable[[Call, mx.array], mx.array],
+    ) -> Moments:
+        """Second moments of a layer's inputs behind the quantized prefix."""
+        own, total = {path: self.modules[path]}, None
+        for seen, call, state in zip(reference, calls, hidden, strict=True):
+            # Lazy: of this run only what leads to the layer's inputs is computed.
+            fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
+            batch = Moments.of(fed, len(own[path]["weight"]), seen[path])
+            total = batch if total is None else total + batch
+            mx.eval(total.arrays())
+        assert total is not None
+        return total
+
+    def head(
+        self,
+        paths: list[str],
+        data: list[mx.array],
+        recorded: list[Recording],
+        hidden: list[mx.array],
+    ) -> None:
+        """Refine what comes behind the last decoder layer, such as an untied lm_head."""
+        modules = {path: self.modules[path] for path in paths}
+        totals: dict[str, mx.array] = {}
+        for tokens, recording, state in zip(data, recorded, hidden, strict=True):
+            found = inputs(
+                modules,
+                lambda t=tokens, r=recording, h=state: finish(self.problem.model, t, r, h),
+                evaluate=False,
+            )
+            for path, fed in found.items():
+                moment = fed.rows().T @ fed.rows()
+                totals[path] = totals[path] + moment if path in totals else moment
+            mx.eval(totals)
+        for path in paths:
+            packed = self.rounded(path, totals[path]) if path in totals else self.plain(path)
+            self.store(path, packed)
+
+
+def compensated(weight: mx.array, moment: mx.array, cross: mx.array) -> mx.array:
+    """A target that maps the quantized prefix's inputs nearer to the reference's outputs.
+
+    Args:
+        weight: (out, in) float32.
+        moment: Sum of ``x_q x_q^T``, (in, in).
+        cross: Sum of ``x_ref x_q^T``, (in, in).
+    """
+    ridge = RIDGE * mx.mean(mx.diag(moment)) * mx.eye(moment.shape[0])
+    with mx.stream(mx.cpu):  # MLX factorises on the CPU only
+        inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(moment + ridge))
+    return weight + SHARE * (weight @ ((cross - moment) @ inverse))

@@ -1,0 +1,1 @@
+"""How much each tensor's quantization costs the whole model's output."""

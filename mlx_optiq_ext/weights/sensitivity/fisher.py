@@ -1,0 +1,288 @@
+"""Backward passes that gather every tensor's `Factors`, one decoder layer at a time."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ... import distributed
+from ...model.layers import arrays, decoder_layers, quantizable, with_arrays
+from ...model.layerwise import recordings
+from ...model.replay import Recording, joined
+from ...model.stream import Stream
+from ...model.taps import Use, tapped
+from .draws import Window, score, windows
+from .moments import Factors
+from .relay import Block, once, relayed
+
+#: Bytes of gradients at the logits that are kept rather than computed twice.
+KEPT = 2**28
+
+
+def factors(
+    model: nn.Module,
+    batches: list[mx.array],
+    *,
+    draws: int = 1,
+    across: Collection[str] = (),
+    stream: Stream | None = None,
+) -> Iterator[dict[str, Factors]]:
+    """Measure the factors of every quantizable tensor with one backward pass a window.
+
+    The decoder layers' inputs are stored and one layer at a time is run again and differentiated,
+    for all windows before the layer before it, so that memory holds the model, the hidden states,
+    and one layer's activations and moments. A model whose layers cannot be replayed is
+    differentiated as a whole.
+
+    The ranks of ``mlx.launch`` each take consecutive windows, and add what they see in a layer to
+    what the rank before handed on, while that one is at the next layer. So the sums are those of
+    one process, bit for bit. A model whose layers cannot be replayed, or that runs some of them
+    more than once, is differentiated by every rank.
+
+    Args:
+        model: An mlx-lm model; left as it was.
+        batches: Token batches, int32 (batch, length).
+        draws: How many gradients are drawn at the logits of each batch.
+        across: Paths whose whole output moment is wanted.
+        stream: Of the model, if its layers are on disk.
+
+    Yields:
+        The factors of each decoder layer, the last one first, then of what is around them; the
+        same on all ranks.
+
+    Raises:
+        ValueError: The layers are on disk and cannot be replayed.
+    """
+    modules = dict(quantizable(model))
+    every, tokens = windows(batches), draws * sum(batch.size for batch in batches)
+    own = distributed.span(every)
+    parted = 0 < min(distributed.gathered(len(own))) < len(every)
+    training = getattr(model, "training", False)  # recurrent_gemma skips nn.Module's set-up
+    model.train()  # where a fused kernel has no gradient, mlx-lm trains without it
+    try:
+        own = own if parted else every
+        recorded = recordings(model, [window.tokens for window in own], stream)
+        if parted and not (all(recorded) and once(recorded[0])):
+            parted, own = False, every
+            recorded = recordings(model, [window.tokens for window in own], stream)
+        if all(recorded):
+            walk = _Walk(model, own, recorded, draws, across, stream)
+            blocks = walk.blocks(modules)
+            yield from relayed(blocks, tokens) if parted else walk.run(blocks, tokens)
+        elif stream is not None:
+            raise ValueError("its layers do not run one by one")
+        else:
+            found = {path: Factors(tokens=tokens) for path in modules}
+            for number, batch in enumerate(batches):
+                logits = model(batch)
+                for draw in range(draws):
+                    cotangent = score(logits, mx.random.key(number * draws + draw))
+                    for window, pulled in zip(batch[:, None], cotangent[:, None], strict=True):
+                        _gather(modules, lambda t=window: [model(t)], [], [pulled], found, across)
+            yield found
+    finally:
+        model.train(training)
+
+
+class _Walk:
+    """Layers from the last to the first, and for each all windows and draws."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: list[Window],
+        recorded: list[Recording],
+        draws: int,
+        across: Collection[str],
+        stream: Stream | None,
+    ):
+        self.model, self.windows, self.recorded = model, windows, recorded
+        self.draws, self.across, self.stream = draws, across, stream
+        # For each window and draw: gradients at what each call was handed, as far as known.
+        calls = len(recorded[0])
+        self.pulled: dict[tuple[int, int], list[list[mx.array]]] = {
+            (window, draw): [[] for _ in range(calls)]
+            for window in range(len(windows))
+            for draw in range(draws)
+        }
+        self.scores: dict[tuple[int, int], mx.array] = {}
+
+    def run(self, blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
+        """The factors of each block, once all its calls are differentiated."""
+        ran = [call.index for call in self.recorded[0]]
+        numbers = [*reversed(range(len(ran))), None]
+        found: dict[int | None, dict[str, Factors]] = {}
+        for number, (paths, add) in zip(numbers, blocks, strict=True):
+            index = None if number is None else ran[number]
+            if index not in found:
+                found[index] = {path: Factors(tokens=tokens) for path in paths}
+            add(found[index])
+            if index not in ran[:number]:  # a model may run its layers more than once
+                yield found.pop(index)
+
+    def blocks(self, modules: Mapping[str, nn.Module]) -> list[Block]:
+        """Each call, the last one first, and what is around the layers.
+
+        They must be differentiated in this order.
+        """
+        layers = decoder_layers(self.model)
+        inside = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
+        ran = [call.index for call in self.recorded[0]]
+        found: list[Block] = []
+        for number in reversed(range(len(ran))):
+            index = ran[number]
+            own = {path: m for path, m in modules.items() if inside.get(id(m)) == index}
+            found.append((list(own), partial(self.layer, number, layers[index], own)))
+        outer = {path: m for path, m in modules.items() if id(m) not in inside}
+        # Layers that never ran had no gradient.
+        idle = {path: i for path, m in modules.items() if (i := inside.get(id(m))) is not None}
+        rest = [*outer, *(path for path, i in idle.items() if i not in ran)]
+        return [*found, (rest, partial(self.around, outer))]
+
+    def layer(
+        self,
+        number: int,
+        layer: nn.Module,
+        own: dict[str, nn.Module],
+        found: dict[str, Factors],
+    ) -> None:
+        """Differentiate one call for all windows."""
+        index = self.recorded[0][number].index
+        with self.stream.layer(index) if self.stream else nullcontext():
+            for window in range(len(self.windows)):
+                self.call(number, layer, own, window, found)
+
+    def call(
+        self,
+        number: int,
+        layer: nn.Module,
+        own: dict[str, nn.Module],
+        window: int,
+        found: dict[str, Factors],
+    ) -> None:
+        """Differentiate one call for one window and all its draws."""
+        model, tokens, recording = self.model, self.windows[window].tokens, self.recorded[window]
+        call = recording[number]
+
+        def after(*outputs: mx.array) -> list[mx.array]:
+            handed, logits = joined(model, tokens, recording, {number: list(outputs)})
+            return [logits, *_flat(handed[number + 1 :])]
+
+        def run(*inputs: mx.array) -> list[mx.array]:
+            args, kwargs = with_arrays((call.args, call.kwargs), list(inputs))
+            return [array + 0 for array in arrays(layer(*args, **kwargs))]
+
+        inputs = arrays((call.args, call.kwargs))
+        for draw, cotangent in enumerate(self.cotangents(window)):
+            pulled = self.pulled[window, draw]
+            later = [cotangent, *_flat(pulled[number + 1 :])]
+            _, gradients = mx.vjp(after, arrays(call.output), later)
+            pulled[number] = _gather(own, run, inputs, gradients, found, self.across)
+            following = number + 1
+            if following < len(pulled) and recording[following].follows:
+                # Only this call's output led there. Zeros take no memory until they are used.
+                hidden = pulled[following][0]
+                pulled[following][0] = mx.zeros(hidden.shape, hidden.dtype)
+
+    def around(self, outer: dict[str, nn.Module], found: dict[str, Factors]) -> None:
+        """Differentiate what is around the layers."""
+        for number, window in enumerate(self.windows):
+            self.outside(outer, number, window.tokens, found)
+
+    def outside(
+        self,
+        outer: dict[str, nn.Module],
+        window: int,
+        tokens: mx.array,
+        found: dict[str, Factors],
+    ) -> None:
+        """What is around the layers, for one window and all its draws."""
+        model, recording = self.model, self.recorded[window]
+
+        def run() -> list[mx.array]:
+            handed, logits = joined(model, tokens, recording, {})
+            return [logits, *_flat(handed)]
+
+        for draw, cotangent in enumerate(self.cotangents(window)):
+            cotangents = [cotangent, *_flat(self.pulled[window, draw])]
+            _gather(outer, run, [], cotangents, found, self.across)
+
+    def cotangents(self, window: int) -> list[mx.array]:
+        """Gradients at the logits for each draw, not evaluated: most layers have no need of them.
+
+        They are as wide as the vocabulary, so that few are kept.
+        """
+        keys = [(window, draw) for draw in range(self.draws)]
+        if keys[0] in self.scores:
+            return [self.scores[key] for key in keys]
+        own = self.windows[window]
+        _, logits = joined(self.model, own.tokens, self.recorded[window], {})
+        seeds = [mx.random.key(own.batch * self.draws + draw) for draw in range(self.draws)]
+        found = [own.score(logits, seed) for seed in seeds]
+        if self.stream is None and logits.nbytes * len(self.pulled) <= KEPT:
+            self.scores |= dict(zip(keys, found, strict=True))
+        return found
+
+
+def _flat(lists: Iterable[list[mx.array]]) -> list[mx.array]:
+    return [array for part in lists for array in part]
+
+
+def _gather(
+    modules: Mapping[str, nn.Module],
+    run: Callable[..., list[mx.array]],
+    inputs: list[mx.array],
+    cotangents: list[mx.array],
+    found: dict[str, Factors],
+    across: Collection[str],
+) -> list[mx.array]:
+    """Differentiate one stretch, add what its layers saw, and return the gradients at its inputs.
+
+    Args:
+        modules: Layer path -> quantizable layer of this stretch.
+        run: Computes the stretch.
+        inputs: What ``run`` takes.
+        cotangents: Gradients at what ``run`` returns.
+        found: Is added to.
+        across: Paths whose whole output moment is wanted.
+    """
+    uses: list[Use] = []
+
+    def see(use: Use) -> mx.array:
+        uses.append(use)
+        return use.outputs
+
+    with tapped(modules, see):
+        run(*inputs)  # only traced, for the shapes: nothing of it is evaluated
+    if not uses and not inputs:
+        return []
+
+    def probed(*primals: mx.array) -> list[mx.array]:
+        again: list[Use] = []
+        given, offsets = primals[: len(inputs)], primals[len(inputs) :]
+
+        def shift(use: Use) -> mx.array:
+            again.append(use)
+            return use.outputs + offsets[len(again) - 1]
+
+        with tapped(modules, shift):
+            results = run(*given)
+        return [*results, *(use.inputs for use in again if not use.lookup)]
+
+    offsets = [mx.zeros(use.outputs.shape, use.outputs.dtype) for use in uses]
+    seen = [use.inputs for use in uses if not use.lookup]
+    zeros = [mx.zeros(i.shape, i.dtype) for i in seen]
+    values, gradients = mx.vjp(probed, [*inputs, *offsets], [*cotangents, *zeros])
+    products = iter(values[len(cotangents) :])
+    for use, gradient in zip(uses, gradients[len(inputs) :], strict=True):
+        met = use if use.lookup else Use(use.path, next(products), use.indices, gradient)
+        # A layer that also runs elsewhere, out of this stretch's reach, shows no gradient here;
+        # where gradients overflow, the tensor is better measured directly.
+        if 0 < float(mx.abs(gradient.astype(mx.float32)).sum()) < math.inf:
+            shape = tuple(modules[use.path]["weight"].shape)
+            found[use.path].add(met, gradient, shape, across=use.path in across)
+    mx.eval(gradients[: len(inputs)])
+    return gradients[: len(inputs)]

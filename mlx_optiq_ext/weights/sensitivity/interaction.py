@@ -1,0 +1,89 @@
+"""Sensitivities where a low-bit plan stands, rather than at the unquantized model.
+
+At few bits tensors no longer add up as if each were packed alone (IMPQ, arXiv 2509.15455). The
+Fisher information of the packed model tells how much each one matters beside the others.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import mlx.core as mx
+import numpy as np
+
+from ... import distributed
+from ...model.layers import quantizable
+from ..packing import Packing, dequantized
+from .fisher import factors
+from .problem import Problem, Sensitivity, batches
+
+#: How far to trust the packed model, from 0 to 1: of each a plan is made.
+SHARES = (0.5, 1.0)
+
+
+def around(
+    problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
+) -> list[Sensitivity]:
+    """Sensitivities re-measured around a plan, one for each of `SHARES`.
+
+    Each tensor's costs are scaled by what the packed model's Fisher information says about its
+    planned packing against what the sensitivity said, to the power of the share.
+
+    Args:
+        problem: The problem that was planned; its model is left as it was.
+        sensitivity: From which the plan was made.
+        packings: The plan.
+
+    Returns:
+        None of them if MLX cannot differentiate the model, or if its layers are on disk.
+    """
+    if problem.stream is not None:
+        return []
+    try:
+        ratios = _ratios(problem, sensitivity, packings)
+    except (ValueError, RuntimeError):  # an operation or kernel without a gradient
+        return []
+    if not ratios:
+        return []
+    middle = float(np.median(list(ratios.values())))
+    factor = {path: ratios.get(path, middle) / middle for path in sensitivity}
+    return [_scaled(sensitivity, {k: f**share for k, f in factor.items()}) for share in SHARES]
+
+
+def _scaled(sensitivity: Sensitivity, factor: Mapping[str, float]) -> Sensitivity:
+    return {k: {p: cost * factor[k] for p, cost in row.items()} for k, row in sensitivity.items()}
+
+
+def _ratios(
+    problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
+) -> dict[str, float]:
+    ratios: dict[str, float] = {}
+    with _packed(problem, packings):
+        for block in factors(problem.model, batches(problem.calibration.measured)):
+            own = {}
+            for path in distributed.share(list(block)):
+                packing = packings.get(path)
+                before = sensitivity[path].get(packing, 0.0) if packing is not None else 0.0
+                if packing is not None and packing.packed and before > 0:
+                    weight = problem.weights[path]
+                    left = dequantized(weight, packing, mx.float32) - weight.astype(mx.float32)
+                    after = block[path].curvature().cost(left)
+                    if after > 0:
+                        own[path] = after / before
+            found = {
+                path: ratio for part in distributed.gathered(own) for path, ratio in part.items()
+            }
+            ratios |= {path: found[path] for path in block if path in found}
+    return ratios
+
+
+@contextmanager
+def _packed(problem: Problem, packings: Mapping[str, Packing]) -> Iterator[None]:
+    """The packed model, without a copy of the unpacked weights beside it."""
+    modules, dtype = dict(quantizable(problem.model)), problem.dtype
+    try:
+        for path, packing in packings.items():
+            modules[path].weight = dequantized(problem.weights[path], packing, dtype)
+        yield
+    finally:
+        for path in packings:
+            modules[path].weight = problem.weights[path].astype(dtype)

@@ -1,0 +1,269 @@
+"""Sensitivity by direct measurement of the final logits' KL divergence."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from ... import distributed
+from ...model.layers import decoder_layers, layer_index
+from ...model.layerwise import recordings
+from ...model.replay import Recording, record, resume
+from ...planning.divergence import Reference
+from ...planning.journal import Journal
+from ..packing import Packing, Tensor
+from .problem import BATCH, Problem, Sensitivity, error
+
+T = TypeVar("T")
+
+#: Tensors that each rank measures before it hands over what it found.
+ROUND = 8
+#: Nats per token that count as no measured effect; keeps finer packings preferred even then.
+LEAST = 1e-9
+#: Nats per token below which rounding in the forward pass shows.
+NOISE = 1e-6
+#: Bits of the packings that are measured first.
+FIRST = (2, 3, 4)
+#: Layers of which one has its tensors measured at several packings.
+APART = 12
+#: Natural logarithm by which two measurements may stray from proportion to their squared errors
+#: before one between them is measured too.
+TOLERANCE = 0.2
+#: Bytes of logits that may be computed at once; a larger batch keeps a GPU busier.
+LOGITS = 2**28
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    tokens: mx.array
+    recording: Recording
+    reference: Reference
+
+    @classmethod
+    def of(cls, problem: Problem, tokens: mx.array) -> "_Recorded":
+        model = problem.model
+        if problem.stream is None:
+            logits, recording = record(model, tokens)
+        else:
+            (recording,) = recordings(model, [tokens], problem.stream)
+            logits = resume(model, tokens, recording, len(decoder_layers(model)))
+        return cls(tokens, recording, Reference.of(logits))
+
+    def divergence(self, model: nn.Module, start: int) -> float:
+        logits = resume(model, self.tokens, self.recording, start)
+        return float(self.reference.divergence(logits).sum())
+
+
+class _Probes:
+    """Measures single tensors, with the layers before them replayed; what is known is not measured.
+
+    A change in a layer's experts leaves the routing in that layer as the reference took it; later
+    layers route anew, as they will in the packed model.
+    """
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.journal: Journal = problem.journal("kl")
+
+    @cached_property
+    def _data(self) -> list[_Recorded]:
+        model, tokens = self.problem.model, self.problem.calibration.measured
+        vocabulary = model(mx.array(tokens[:1, :1])).shape[-1]  # not evaluated
+        rows = max(BATCH, LOGITS // (4 * tokens.shape[1] * vocabulary))
+        starts = range(0, len(tokens), rows)
+        return [_Recorded.of(self.problem, mx.array(tokens[i : i + rows])) for i in starts]
+
+    @cached_property
+    def _layers(self) -> dict[str, int]:
+        return layer_index(self.problem.model)
+
+    def __call__(self, tensor: Tensor, packing: Packing) -> float:
+        """KL in nats per token with one tensor packed, at least `LEAST`."""
+        known = self.journal.get(tensor.path, packing)
+        if known is None:
+            data, start = self._data, self._layers.get(tensor.path, 0)
+            with self.problem.packed({tensor.path: packing}):
+                total = sum(d.divergence(self.problem.model, start) for d in data)
+            known = total / sum(d.tokens.size for d in data)
+            self.journal.add(tensor.path, packing, known)
+        return max(known, LEAST)
+
+
+def anchor(tensor: Tensor, bits: int = 3) -> Packing:
+    """A packing to measure: 3 bits stand out of the noise and are near to linear."""
+    return _nearest((p for p in tensor.packings if p.packed), bits)
+
+
+def _nearest(packings: Iterable[Packing], bits: int = 3) -> Packing:
+    return min(packings, key=lambda p: (abs(p.bits - bits), abs(p.group_size - 64), p.bits))
+
+
+def probe(problem: Problem, tensors: Iterable[Tensor]) -> dict[str, float]:
+    """KL in nats per token with one tensor packed at a time, at the packing of `anchor`.
+
+    Measurements are kept in the problem's journal.
+    """
+    measure = _Probes(problem)
+    return _shared(problem, measure, tensors, lambda tensor: measure(tensor, anchor(tensor)))
+
+
+def _shared(
+    problem: Problem,
+    measure: _Probes,
+    tensors: Iterable[Tensor],
+    work: Callable[[Tensor], T],
+) -> dict[str, T]:
+    """What is measured of each tensor; the ranks of ``mlx.launch`` take some each."""
+    every, found = list(tensors), dict[str, T]()
+    rounds = [
+        every[i : i + ROUND * distributed.size()]
+        for i in range(0, len(every), ROUND * distributed.size())
+    ]
+    bar = tqdm(total=len(every), desc="Measuring", disable=not problem.progress)
+    with bar:
+        for tensors in rounds:
+            own = {}
+            for tensor in distributed.share(tensors):
+                own[tensor.path] = work(tensor)
+                bar.update(distributed.size())
+            measure.journal.exchange()
+            for part in distributed.gathered(own):
+                found.update(part)
+    return {tensor.path: found[tensor.path] for tensor in every}
+
+
+def kl(problem: Problem) -> Sensitivity:
+    """Measure every tensor with `measured`."""
+    return measured(problem, problem.tensors)
+
+
+def measured(problem: Problem, tensors: Iterable[Tensor]) -> Sensitivity:
+    """Measure each tensor alone, a few of them at several packings.
+
+    The divergence grows with a packing's squared error, and in proportion to it at medium bits
+    (HIGGS, arXiv 2411.17525). How it strays from that is measured on one tensor in `APART` layers
+    of each kind, at as many packings as it takes for neighbours to agree; the others of that kind
+    follow the nearest, from one measurement of their own.
+    """
+    every, measure = list(tensors), _Probes(problem)
+    guides = guided(every, layer_index(problem.model))
+
+    def errors_of(tensor: Tensor) -> dict[Packing, float]:
+        weight = problem.weights[tensor.path]
+        return {p: error(weight, p) for p in tensor.packings}
+
+    def lead(tensor: Tensor) -> _Curve:
+        errors = errors_of(tensor)
+        return _Curve(errors, _known(tensor, errors, measure))
+
+    def follow(tensor: Tensor) -> _Curve:
+        errors, at = errors_of(tensor), anchor(tensor)
+        if errors[at] == 0:
+            return _Curve(errors, {})
+        each = measure(tensor, at) / errors[at]
+        shape = {**curves[guides[tensor.path]].strays(), at: 1.0}
+        return _Curve(errors, {p: each * errors[p] * f for p, f in shape.items() if errors.get(p)})
+
+    leading = [tensor for tensor in every if guides[tensor.path] == tensor.path]
+    curves = _shared(problem, measure, leading, lead)
+    rest = [tensor for tensor in every if tensor.path not in curves]
+    curves |= _shared(problem, measure, rest, follow)
+    return {t.path: interpolated(curves[t.path].errors, curves[t.path].known) for t in every}
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Squared errors of a tensor's packings, and divergences in nats of those that are known."""
+
+    errors: dict[Packing, float]
+    known: dict[Packing, float]
+
+    def strays(self) -> dict[Packing, float]:
+        """What each known divergence is, by its squared error, of what 3 bits give."""
+        if not self.known:
+            return {}
+        at = _nearest(self.known)
+        each = self.known[at] / self.errors[at]
+        return {p: found / self.errors[p] / each for p, found in self.known.items()}
+
+
+def guided(tensors: Iterable[Tensor], layers: Mapping[str, int]) -> dict[str, str]:
+    """Tensor path -> path of the tensor whose curve it follows, itself for those that lead.
+
+    Args:
+        tensors: Those to measure.
+        layers: Path -> decoder layer, without what is in none.
+    """
+    kinds: dict[str, dict[int, str]] = {}
+    found = {tensor.path: tensor.path for tensor in tensors}
+    for path in found:
+        if path in layers:
+            kind = re.sub(r"\.\d+\.", ".", path, count=1)  # experts apart are kinds of their own
+            kinds.setdefault(kind, {})[layers[path]] = path
+    for members in kinds.values():
+        parts = np.array_split(sorted(members), -(-len(members) // APART))
+        leading = [int(part[len(part) // 2]) for part in parts]
+        for layer, path in members.items():
+            found[path] = members[min(leading, key=lambda other: abs(other - layer))]
+    return found
+
+
+def _known(
+    tensor: Tensor, errors: Mapping[Packing, float], measure: _Probes
+) -> dict[Packing, float]:
+    known: dict[Packing, float] = {}
+    wanted: Packing | None = anchor(tensor, FIRST[0])
+    while wanted is not None:
+        if errors[wanted] > 0:
+            known[wanted] = measure(tensor, wanted)
+        ends = (anchor(tensor, bits) for bits in FIRST)
+        unknown = (p for p in ends if errors[p] > 0 and p not in known)
+        wanted = next(unknown, None) or doubtful(errors, known)
+    return known
+
+
+def doubtful(errors: Mapping[Packing, float], known: Mapping[Packing, float]) -> Packing | None:
+    """The packing to measure next, or None when neighbours among the known agree.
+
+    Args:
+        errors: Packing -> its squared error.
+        known: Packing -> measured divergence, positive; packings with an error only.
+    """
+    order = sorted(known, key=lambda p: errors[p])
+    for less, more in pairwise(order):
+        between = [p for p in errors if errors[less] < errors[p] < errors[more]]
+        stray = np.log(known[more] / known[less]) - np.log(errors[more] / errors[less])
+        if between and abs(stray) > TOLERANCE and known[more] > NOISE:
+            middle = np.sqrt(errors[less] * errors[more])
+            return min(between, key=lambda p: abs(np.log(errors[p] / middle)))
+    return None
+
+
+def interpolated(
+    errors: Mapping[Packing, float], known: Mapping[Packing, float]
+) -> dict[Packing, float]:
+    """Costs of all packings: between measured ones on log scales, in proportion beyond them.
+
+    They never fall with a larger error, however noisy the measurements.
+    """
+    order = sorted(known, key=lambda p: errors[p])
+    if not order:
+        return dict.fromkeys(errors, 0.0)
+    x = np.log([errors[p] for p in order])
+    y = np.maximum.accumulate(np.log([known[p] for p in order]))
+    costs: dict[Packing, float] = {}
+    for packing, size in errors.items():
+        if size > 0:
+            at = np.log(size)
+            beyond = min(at - x[0], 0.0) + max(at - x[-1], 0.0)
+            costs[packing] = float(np.exp(np.interp(at, x, y) + beyond))
+        else:
+            costs[packing] = 0.0
+    return costs

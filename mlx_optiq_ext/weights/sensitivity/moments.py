@@ -1,0 +1,109 @@
+"""Second moments of one tensor's inputs and output gradients: its factored Fisher information.
+
+Gradients whose covariance at the logits is the Hessian of KL(reference || model) there have that of
+every weight as their covariance, but for the model's own curvature (Martens, arXiv 1412.1193). For
+one layer it factors into the second moments of its inputs and of the gradients at its outputs
+(K-FAC, Martens and Grosse, arXiv 1503.05671); of the latter costing needs the diagonal only,
+rounding uses it whole.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ...model.taps import Use
+from .curvature import Curvature, Reduced, leading, residual
+
+
+@dataclass
+class Factors:
+    """Sums over the tokens seen, for one tensor ``(..., out, in)``.
+
+    Attributes:
+        inputs: Second moment of the inputs, (in, in); for stacked experts its diagonal,
+            (experts, in), over the tokens of each.
+        outputs: Squared gradients at the outputs, (out,) or (experts, out).
+        uses: Tokens that each expert saw, (experts,); stacked experts only.
+        lookups: How often each row was looked up, (vocabulary,); embeddings only.
+        columns: Second moment of the gradients at what was looked up, (dim, dim); embeddings only.
+        across: Second moment of the gradients at the outputs, (out, out), where it was asked for.
+        tokens: Number of tokens in the batches, once for each draw.
+    """
+
+    inputs: mx.array | None = None
+    outputs: mx.array | None = None
+    uses: mx.array | None = None
+    lookups: mx.array | None = None
+    columns: mx.array | None = None
+    across: mx.array | None = None
+    tokens: int = 0
+
+    @property
+    def seen(self) -> bool:
+        """Whether any gradient reached the tensor."""
+        return self.inputs is not None or self.columns is not None
+
+    @property
+    def kept(self) -> "Factors":
+        """What rounding needs later, without the moments that costing alone uses."""
+        if self.columns is not None:
+            return self
+        return Factors(across=self.across, tokens=self.tokens)
+
+    def arrays(self) -> dict[str, mx.array]:
+        """Those that there are, by name."""
+        return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}
+
+    def curvature(self, *, feedback: bool = False) -> Curvature:
+        """What errors in the weight are costed against.
+
+        Args:
+            feedback: Cost what error feedback along both sides leaves of an error. That of stacked
+                experts is not known here.
+        """
+        reduce = residual if feedback else leading
+        inputs, outputs = None, self.outputs
+        if self.inputs is not None and outputs is not None:
+            if self.uses is not None:
+                # Means over each expert's own tokens.
+                outputs = outputs * (self.tokens / mx.maximum(self.uses, 1))[:, None]
+                inputs = Reduced(self.inputs)
+            else:
+                inputs = reduce(self.inputs)
+                if feedback and self.across is not None:
+                    outputs = residual(self.across).diagonal
+        columns = None if self.columns is None else reduce(self.columns)
+        return Curvature(inputs, outputs, columns, self.lookups, self.tokens)
+
+    def add(
+        self, use: Use, gradient: mx.array, shape: tuple[int, ...], *, across: bool = False
+    ) -> None:
+        """Add one use of a weight of this shape, with the gradient at its outputs.
+
+        Stacked weights that take no expert indices (one matrix per head) are not factored.
+        """
+        gradients = gradient.astype(mx.float32).reshape(-1, gradient.shape[-1])
+        squares = mx.square(gradients)
+        if use.lookup:
+            counts = mx.zeros(shape[:1]).at[use.inputs.reshape(-1)].add(1.0)
+            self.lookups = _plus(self.lookups, counts)
+            self.columns = _plus(self.columns, gradients.T @ gradients)
+        elif use.indices is not None:
+            lead = use.outputs.shape[:-1]
+            rows = mx.broadcast_to(use.inputs, (*lead, use.inputs.shape[-1]))
+            rows = mx.square(rows.astype(mx.float32)).reshape(-1, use.inputs.shape[-1])
+            expert = mx.broadcast_to(use.indices[..., None], lead).reshape(-1)
+            self.inputs = _plus(self.inputs, mx.zeros((shape[0], shape[2])).at[expert].add(rows))
+            self.outputs = _plus(self.outputs, mx.zeros(shape[:2]).at[expert].add(squares))
+            self.uses = _plus(self.uses, mx.zeros(shape[:1]).at[expert].add(1.0))
+        elif len(shape) == 2:
+            rows = use.inputs.astype(mx.float32).reshape(-1, use.inputs.shape[-1])
+            self.inputs = _plus(self.inputs, rows.T @ rows)
+            self.outputs = _plus(self.outputs, squares.sum(axis=0))
+            if across:
+                self.across = _plus(self.across, gradients.T @ gradients)
+        mx.eval(self.arrays())
+
+
+def _plus(total: mx.array | None, more: mx.array) -> mx.array:
+    return more if total is None else total + more

@@ -1,0 +1,162 @@
+"""How much each tensor costs in each packing, measured on the model itself."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ... import distributed
+from ...model.layers import arrays, calls_replaced, decoder_layers, layer_index, quantizable
+from ...model.stream import Stream
+from ...planning.calibration import Calibration
+from ...planning.divergence import Reference
+from ...planning.journal import Journal
+from ..packing import Packing, Tensor, dequantized
+
+#: Tensor path -> packing -> expected KL in nats per token when only that tensor is packed.
+Sensitivity = dict[str, dict[Packing, float]]
+
+#: Counted up when a method measures anew what an older version kept.
+VERSION = 6
+
+#: Windows run at once.
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model whose tensors are to be measured.
+
+    Attributes:
+        model: The model, with every parameter in the dtype to compute in.
+        weights: Tensor path -> weight ``(..., out, in)`` in the dtype it is stored in.
+        tensors: The tensors to measure, with their candidates.
+        calibration: Token windows.
+        key: What identifies the model and the device, under which measurements are kept on disk;
+            None keeps none.
+        progress: Whether to show a progress bar.
+        refine: Whether the packed weights will be refined, which leaves less error.
+        say: Receives one-line messages.
+        results: What one step leaves for another.
+        stream: Of the model, if its layers are on disk; it is then ``weights`` too.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, mx.array]
+    tensors: tuple[Tensor, ...]
+    calibration: Calibration
+    key: dict[str, Any] | None = None
+    progress: bool = True
+    refine: bool = False
+    say: Callable[[str], None] = print
+    results: dict[str, Any] = field(default_factory=dict)
+    stream: Stream | None = None
+
+    def journal(self, method: str) -> Journal:
+        """The measurements kept for this problem under one method."""
+        return Journal(
+            self.key
+            and {
+                **self.key,
+                "method": method,
+                "tokens": self.calibration.digest,
+                "version": VERSION,
+            }
+        )
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype that products are computed in."""
+        modules = dict(quantizable(self.model))
+        return modules[self.tensors[0].path].weight.dtype
+
+    def layer(self, index: int) -> AbstractContextManager[None]:
+        """Keeps a decoder layer in memory while inside, if the model is on disk."""
+        return nullcontext() if self.stream is None else self.stream.layer(index)
+
+    def packed(self, choice: dict[str, Packing]) -> AbstractContextManager[None]:
+        """The model with some tensors replaced by what a packing leaves of them."""
+        dtype = self.dtype
+        return self.replaced(choice, lambda p: dequantized(self.weights[p], choice[p], dtype))
+
+    @contextmanager
+    def replaced(self, paths: Iterable[str], weight: Callable[[str], mx.array]) -> Iterator[None]:
+        """The model with other weights.
+
+        Those of several decoder layers are put in as each layer runs, and taken out after: there
+        never is a second model in memory.
+
+        Args:
+            paths: Of the tensors to replace.
+            weight: Makes a tensor's weight (..., out, in), in the dtype to compute in.
+        """
+        modules, index = dict(quantizable(self.model)), layer_index(self.model)
+        inner: dict[int, list[str]] = {}
+        outer = []
+        for path in paths:
+            (outer if path not in index else inner.setdefault(index[path], [])).append(path)
+        if self.stream is None and len(inner) < 2:
+            outer, inner = [*outer, *(path for own in inner.values() for path in own)], {}
+
+        @contextmanager
+        def swapped(paths: list[str]) -> Iterator[None]:
+            originals = {path: modules[path].weight for path in paths}
+            try:
+                for path in paths:
+                    modules[path].weight = made = weight(path)
+                    mx.eval(made)  # one at a time, for what is needed on the way
+                    del made
+                yield
+            finally:
+                for path, original in originals.items():
+                    modules[path].weight = original
+
+        def call(number: int, original: Any, args: tuple, kwargs: dict) -> Any:
+            if number not in inner:
+                return original(*args, **kwargs)
+            with self.layer(number), swapped(inner[number]):
+                output = original(*args, **kwargs)
+                mx.eval(arrays(output))
+            return output
+
+        with swapped(outer), calls_replaced(decoder_layers(self.model) if inner else [], call):
+            yield
+
+
+Method = Callable[[Problem], Sensitivity]
+
+
+def batches(tokens: np.ndarray) -> list[mx.array]:
+    """Windows (n, length) as batches of at most `BATCH`."""
+    return [mx.array(tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)]
+
+
+def end_to_end(problem: Problem, choices: list[dict[str, Packing]]) -> list[float]:
+    """KL(reference || plan) of whole plans on the held-out windows, in nats per token.
+
+    The ranks of ``mlx.launch`` judge some plans each, of which all get all.
+    """
+    own = distributed.share(range(len(choices)))
+    totals, count = dict.fromkeys(own, 0.0), 0
+    for batch in batches(problem.calibration.held_out) if own else ():
+        reference = Reference.of(problem.model(batch))
+        for index in own:
+            with problem.packed(choices[index]):
+                divergence = reference.divergence(problem.model(batch))
+                totals[index] += float(divergence.sum())
+        count += batch.size
+    parts = distributed.gathered({index: total / count for index, total in totals.items()})
+    found = {index: kl for part in parts for index, kl in part.items()}
+    return [found[index] for index in range(len(choices))]
+
+
+def error(weight: mx.array, packing: Packing) -> float:
+    """Summed squared error that a packing leaves in a weight ``(..., out, in)``."""
+    if not packing.packed:
+        return 0.0
+    difference = weight.astype(mx.float32) - dequantized(weight, packing, mx.float32)
+    return float(mx.square(difference).sum())

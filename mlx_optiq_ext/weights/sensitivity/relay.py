@@ -1,0 +1,60 @@
+"""Sums over windows that several ranks see, in the order of one process.
+
+Floating-point sums depend on their order. So a rank adds the windows it has to what the rank before
+hands on, and works one block of the model behind it meanwhile.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ... import distributed
+from ...model.replay import Recording
+from .moments import Factors
+
+#: Paths of a stretch of the model, and what adds the windows' share to their factors.
+Block = tuple[list[str], Callable[[dict[str, Factors]], None]]
+
+
+def once(recording: Recording) -> bool:
+    """Whether no layer runs twice."""
+    ran = [call.index for call in recording]
+    return len(set(ran)) == len(ran)
+
+
+def relayed(blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
+    """Blocks that each rank adds to in turn, one block behind the rank before it."""
+    found: dict[str, Factors] = {}
+    for tick in range(len(blocks) + distributed.size() - 1):
+        position, trouble = tick - distributed.rank(), ""
+        if 0 <= position < len(blocks):
+            paths, add = blocks[position]
+            found = found or {path: Factors(tokens=tokens) for path in paths}
+            try:
+                add(found)
+            except (ValueError, RuntimeError) as error:  # the others have not come to it yet
+                trouble = str(error) or type(error).__name__
+        else:
+            found = {}
+        troubles = distributed.gathered(trouble)
+        if any(troubles):
+            raise ValueError(max(troubles))
+        before, last = distributed.passed(*_packed(found))
+        found = _unpacked(*before)
+        if tick >= distributed.size() - 1:
+            yield _unpacked(*last)
+
+
+def _packed(found: Mapping[str, Factors]) -> tuple[Any, list[mx.array]]:
+    parts = {path: factor.arrays() for path, factor in found.items()}
+    layout = [(path, found[path].tokens, list(part)) for path, part in parts.items()]
+    return layout, [array for part in parts.values() for array in part.values()]
+
+
+def _unpacked(layout: Any, given: list[mx.array]) -> dict[str, Factors]:
+    arrays = iter(given)
+    return {
+        path: Factors(**{name: next(arrays) for name in names}, tokens=tokens)
+        for path, tokens, names in layout or ()
+    }

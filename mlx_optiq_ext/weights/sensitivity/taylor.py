@@ -1,0 +1,229 @@
+"""Sensitivity from one backward pass: the second-order term of the KL divergence's expansion."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ... import distributed
+from ...model.layers import decoder_layers
+from ...model.spill import Spill, Spilled
+from ...planning.journal import Journal
+from ..packing import Packing, Tensor, dequantized
+from .fisher import factors
+from .kl import anchor, measured, probe
+from .moments import Factors
+from .problem import Problem, Sensitivity, batches
+
+#: Tensors measured directly, to fit the scale of the expansion.
+DIRECT = 4
+#: Gradients drawn for each batch where whole output moments are wanted, which fewer leave noisy.
+DRAWS = 2
+#: Bytes for whole output moments together, and outputs beyond which a tensor's is never kept.
+ACROSS, WIDEST = 2**30, 4096
+
+
+def taylor(problem: Problem) -> Sensitivity:
+    """Cost every candidate of every tensor with its Fisher factors.
+
+    The expansion knows which tensors matter and which errors do, per row and input; one scale for
+    all of them is fitted to a few direct measurements. A tensor that no gradient reached is
+    measured directly.
+    """
+    ledger = _Ledger.of(problem)
+    missing = {t.path: t for t in problem.tensors if not ledger.has(t)}
+    if missing:
+
+        def visit(block: Mapping[str, Factors]) -> None:
+            seen = {path: f for path, f in block.items() if path in missing and f.seen}
+            ledger.write(problem, [missing.pop(path) for path in seen], seen)
+
+        problem.results["factors"] = differentiate(problem, visit)
+        for path, direct in measured(problem, missing.values()).items():
+            ledger.direct.add_all(path, direct)
+        ledger.direct.exchange()
+    expanded = [t for t in problem.tensors if not ledger.was_measured(t)]
+    scale = fit(problem, expanded, {t.path: ledger.plain.get(t.path, anchor(t)) for t in expanded})
+    result: Sensitivity = {}
+    for tensor in problem.tensors:
+        by, factor = (ledger.direct, 1.0) if ledger.was_measured(tensor) else (ledger.costs, scale)
+        result[tensor.path] = {p: factor * (by.get(tensor.path, p) or 0.0) for p in tensor.packings}
+    return result
+
+
+@dataclass(frozen=True)
+class _Ledger:
+    """What is kept on disk.
+
+    Attributes:
+        costs: Of the expansion, not yet scaled.
+        plain: The same at the packing of `anchor` and without error feedback, which probes measure.
+        direct: Of tensors that no gradient reached.
+    """
+
+    costs: Journal
+    plain: Journal
+    direct: Journal
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Ledger":
+        name = "taylor refined" if problem.refine else "taylor"
+        return cls(*(problem.journal(n) for n in (name, f"{name} anchors", "taylor direct")))
+
+    def was_measured(self, tensor: Tensor) -> bool:
+        return all(self.direct.get(tensor.path, p) is not None for p in tensor.packings)
+
+    def has(self, tensor: Tensor) -> bool:
+        known = all(self.costs.get(tensor.path, p) is not None for p in tensor.packings)
+        anchored = self.plain.get(tensor.path, anchor(tensor)) is not None
+        return (known and anchored) or self.was_measured(tensor)
+
+    def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
+        """Cost some tensors; the ranks of ``mlx.launch`` take some of their candidates each."""
+        every = [(tensor, packing) for tensor in tensors for packing in tensor.packings]
+        mine = distributed.share(every)
+        if (
+            problem.refine
+        ):  # what feedback leaves of a tensor's moments is dear, and best found once
+            mine = distributed.span(every, [math.prod(tensor.shape) for tensor, _ in every])
+        own: dict[str, list[Packing]] = {}
+        for tensor, packing in mine:
+            own.setdefault(tensor.path, []).append(packing)
+        for tensor in tensors:
+            packings, at = own.get(tensor.path, []), anchor(tensor)
+            if not packings:
+                continue
+            these = costs(problem, tensor, found[tensor.path], packings)
+            self.costs.add_all(tensor.path, these)
+            if at in packings:
+                if problem.refine:
+                    these = costs(problem, tensor, found[tensor.path], [at], feedback=False)
+                self.plain.add(tensor.path, at, these[at])
+        self.costs.exchange()
+        self.plain.exchange()
+
+
+def differentiated(problem: Problem) -> Mapping[str, Factors]:
+    """What rounding needs of every tensor's factors; empty ones if MLX cannot differentiate.
+
+    For a problem that will be refined, more windows and draws are used, and output
+    moments are kept whole as far as `widest` allows. Computed once a problem.
+    """
+    if "factors" not in problem.results:
+        problem.results["factors"] = differentiate(problem)
+    return problem.results["factors"]
+
+
+def differentiate(
+    problem: Problem, visit: Callable[[Mapping[str, Factors]], None] = lambda found: None
+) -> Mapping[str, Factors]:
+    """Show each block's factors to ``visit``, and return what rounding needs of them."""
+    tokens, draws, across = problem.calibration.measured, 1, set()
+    if problem.refine:
+        tokens, draws = problem.calibration.refining, DRAWS
+        across = widest(problem.tensors)
+    kept: dict[str, Factors] | SpilledFactors = {}
+    if problem.stream is not None:
+        kept = SpilledFactors(problem.stream.spill)
+    blocks = _tried(
+        problem,
+        factors(problem.model, batches(tokens), draws=draws, across=across, stream=problem.stream),
+    )
+    total = len(decoder_layers(problem.model)) + 1
+    for found in tqdm(blocks, desc="Costing", total=total, disable=not problem.progress):
+        visit(found)
+        kept.update({path: factor.kept for path, factor in found.items()})
+        found.clear()  # one block's moments at a time
+    return kept
+
+
+def _tried(problem: Problem, blocks: Iterator[dict[str, Factors]]) -> Iterator[dict[str, Factors]]:
+    try:
+        yield from blocks
+    except (ValueError, RuntimeError) as error:  # an operation or kernel without a gradient
+        reason = str(error).strip().partition("\n")[0]
+        problem.say(
+            f"[optiq] This model cannot be differentiated ({reason}): measuring each tensor "
+            "directly, which takes longer"
+        )
+        yield {tensor.path: Factors() for tensor in problem.tensors}
+
+
+class SpilledFactors(Mapping[str, Factors]):
+    """Factors on disk: each look-up reads them anew."""
+
+    def __init__(self, spill: Spill):
+        self._arrays, self._tokens = Spilled(spill), {}
+
+    def update(self, found: Mapping[str, Factors]) -> None:
+        """Keep some."""
+        self._tokens.update({path: factor.tokens for path, factor in found.items()})
+        parts = {path: factor.arrays() for path, factor in found.items()}
+        self._arrays.add({path: part for path, part in parts.items() if part})
+
+    def __getitem__(self, path: str) -> Factors:
+        found = self._arrays.get(path, {})
+        return Factors(**found, tokens=self._tokens[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+
+def widest(tensors: Iterable[Tensor]) -> set[str]:
+    """Paths whose output moments fit `ACROSS` together, the narrowest first.
+
+    A head as wide as the vocabulary is left out.
+    """
+    chosen, total = set(), 0
+    for tensor in sorted(tensors, key=lambda t: t.shape[-2]):
+        total += 4 * tensor.shape[-2] ** 2
+        if total > ACROSS or tensor.shape[-2] > WIDEST:
+            break
+        chosen.add(tensor.path)
+    return chosen
+
+
+def costs(
+    problem: Problem,
+    tensor: Tensor,
+    found: Factors,
+    packings: Iterable[Packing] | None = None,
+    *,
+    feedback: bool = True,
+) -> dict[Packing, float]:
+    """KL in nats per token of some candidates of one tensor, or of all; not yet scaled.
+
+    For a problem that will be refined, of what error ``feedback`` leaves.
+    """
+    weight = problem.weights[tensor.path]
+    exact = weight.astype(mx.float32)
+    curvature = found.curvature(feedback=problem.refine and feedback)
+    return {
+        p: curvature.cost(dequantized(weight, p, mx.float32) - exact) if p.packed else 0.0
+        for p in packings or tensor.packings
+    }
+
+
+def fit(problem: Problem, tensors: list[Tensor], predicted: Mapping[str, float | None]) -> float:
+    """The factor that brings the expansion to a few directly measured divergences.
+
+    Args:
+        problem: To measure.
+        tensors: Those that were expanded.
+        predicted: KL of each at the packing of `anchor`, not yet scaled.
+    """
+    costs = {path: cost for path, cost in predicted.items() if cost is not None and cost > 0}
+    ordered = sorted((t for t in tensors if t.path in costs), key=lambda t: costs[t.path])
+    if not ordered:
+        return 1.0
+    # Spread over the upper half: what matters little stands out of the noise least.
+    positions = np.linspace(len(ordered) // 2, len(ordered) - 1, DIRECT).round().astype(int)
+    probes = probe(problem, [ordered[i] for i in np.unique(positions)])
+    ratios = [np.log(kl / costs[path]) for path, kl in probes.items()]
+    return float(np.exp(np.mean(ratios)))

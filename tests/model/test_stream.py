@@ -1,0 +1,287 @@
+"""Models larger than memory: the same result, with one layer resident."""
+
+import json
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from mlx_lm.models import qwen3
+from toy_qwen3 import moe, toy_config, write_toy
+
+from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.model import layerwise as lockstep
+from mlx_optiq_ext.model import memory
+from mlx_optiq_ext.model.layers import quantizable
+from mlx_optiq_ext.model.replay import record
+from mlx_optiq_ext.model.stream import Stream, parameters, runs_whole
+from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.weights import (
+    Packing,
+    Request,
+    plan_folder,
+    prepare,
+    refine,
+    study_model,
+)
+from mlx_optiq_ext.weights import (
+    study as planning,
+)
+from mlx_optiq_ext.weights.rounding.refinement import judge
+from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
+from mlx_optiq_ext.weights.shards import by_source
+
+TOKENS = mx.array([[5, 9, 200, 31, 7, 44, 81, 3], [8, 8, 100, 2, 64, 12, 900, 77]])
+
+
+def dense() -> qwen3.Model:
+    """A random two-layer model, the same each time."""
+    mx.random.seed(0)
+    return qwen3.Model(qwen3.ModelArgs.from_dict(toy_config()))
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A few short windows of calibration text."""
+    monkeypatch.setattr(calibration, "WINDOW", 32)
+    monkeypatch.setattr(calibration, "COUNT", 8)
+    monkeypatch.setattr(calibration, "REFINING", 12)
+
+
+def study(folder, text, monkeypatch, *, streaming: bool, **settings):
+    monkeypatch.setenv(memory.SWITCH, str(int(streaming)))
+    model, tokenizer, _ = planning.load_unquantized(str(folder))
+    return study_model(
+        model,
+        tokenizer,
+        calibration=text,
+        load=lambda: planning.reload(str(folder)),
+        progress=False,
+        say=lambda line: None,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("method", ["taylor", "kl"])
+def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, short, tmp_path, monkeypatch, method):
+    plans = {}
+    for switch in "01":
+        monkeypatch.setenv(memory.SWITCH, switch)
+        monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / switch))
+        settings = {"method": planning.METHODS[method], "method_name": method, "progress": False}
+        plan = plan_folder(str(toy), 4.0, calibration=text, **settings)
+        plans[switch] = (plan.packings, plan.costs, plan.kl, plan.uniform_kl, plan.variant)
+    assert plans["0"] == plans["1"]
+
+
+def test_refined_values_are_the_same_bit_for_bit(toy, text, short, monkeypatch):
+    results = []
+    for streaming in (False, True):
+        found = study(toy, text, monkeypatch, streaming=streaming, refine=True, method=nothing)
+        problem = found.problem
+        assert (problem.stream is not None) == streaming
+        packings = {t.path: Packing(3, 32) for t in problem.tensors[::3]}
+        refined = refine(problem, packings)
+        results.append((refined, judge(problem, packings, refined)))
+    (one, kl), (other, streamed_kl) = results
+    assert set(one) == set(other)
+    assert kl == streamed_kl
+    for path, packed in other.items():
+        assert all(mx.array_equal(a, b) for a, b in zip(one[path], packed, strict=True)), path
+
+
+def nothing(problem) -> dict:
+    """A method that measures nothing."""
+    return {}
+
+
+def test_the_command_writes_the_same_weights_in_small_shards(run, toy, text, tmp_path):
+    written = {}
+    for switch in "01":
+        out = tmp_path / f"out{switch}"
+        source = ("--hf-path", toy, "--mlx-path", out, "--optiq-calibration", text)
+        environment = {memory.SWITCH: switch, "MLX_OPTIQ_EXT_CACHE": str(tmp_path / switch)}
+        options = ("--optiq-budget", "4.0", "--optiq-refine")
+        done = run("mlx_lm.convert", *source, *options, env=environment, check=True)
+        assert ("layer by layer" in done.stdout) == (switch == "1")
+        shards = sorted(out.glob("model*.safetensors"))
+        written[switch] = shards, {}
+        for shard in shards:
+            written[switch][1].update(mx.load(str(shard)))
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == set(written[switch][1])
+        assert set(index["weight_map"].values()) == {path.name for path in shards}
+    (whole, plain), (shards, streamed) = written["0"], written["1"]
+    assert len(whole) == 1
+    assert len(shards) > 2
+    assert set(plain) == set(streamed)
+    assert all(mx.array_equal(plain[name], streamed[name]) for name in plain)
+    metadata = [(tmp_path / f"out{s}" / "optiq_metadata.json").read_text() for s in "01"]
+    assert metadata[0] == metadata[1]
+    left = [path.name for path in tmp_path.iterdir() if "spill" in path.name]
+    assert left == []
+    mlx_lm.load(str(tmp_path / "out1"))
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """A model of 200 MB in bfloat16, in 40 layers of 5 MB."""
+    return write_toy(
+        tmp_path_factory.mktemp("models") / "deep",
+        layers=40,
+        hidden_size=512,
+        intermediate_size=1280,
+        head_dim=64,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+
+
+@pytest.mark.newest
+def test_memory_holds_one_layer_not_the_model(deep, text, short, monkeypatch):
+    stored = sum(path.stat().st_size for path in deep.glob("model*.safetensors"))
+    assert stored > 200e6
+    monkeypatch.setattr(calibration, "COUNT", 2)
+    monkeypatch.setenv(memory.SWITCH, "1")
+    request = Request(budget=4.6, bits=(4,), group_sizes=(64,), calibration=text)
+    prepare(str(deep), request, progress=False, say=lambda line: None)
+    # A layer takes 10 MB in float32, its moments and what is computed with them some more.
+    assert mx.get_peak_memory() < stored / 4
+    mx.reset_peak_memory()
+    resident = study(deep, text, monkeypatch, streaming=False, method=nothing)
+    end_to_end(resident.problem, [{}])
+    assert mx.get_peak_memory() > stored
+
+
+def test_between_calls_no_layer_is_resident(toy, tmp_path):
+    model: Any = planning.reload(str(toy))
+    plain: Any = planning.reload(str(toy))
+    expected = plain(TOKENS)
+    mx.eval(expected)
+    stream = Stream(model, lambda: planning.reload(str(toy)), lambda a: a, tmp_path)
+    weight = parameters(plain)["model.layers.1.mlp.up_proj.weight"]
+    for _ in range(3):
+        assert mx.array_equal(model(TOKENS), expected)
+        assert model.layers[1].mlp.up_proj.weight.size == 0
+    with stream.layer(1), stream.layer(1):
+        assert mx.array_equal(model.layers[1].mlp.up_proj.weight, weight)
+        assert model.layers[0].mlp.up_proj.weight.size == 0
+    assert mx.array_equal(stream["model.layers.1.mlp.up_proj"], weight)
+    assert mx.array_equal(stream["model.embed_tokens"], plain.model.embed_tokens.weight)
+    before = mx.get_active_memory()
+    mx.eval(model(TOKENS))
+    assert mx.get_active_memory() - before < weight.nbytes
+
+
+@pytest.mark.parametrize("build", [moe, dense], ids=["experts", "dense"])
+def test_layer_by_layer_records_what_batch_by_batch_does(build, tmp_path):
+    plain, model, batches = build(), build(), [TOKENS, TOKENS[:, ::-1]]
+    kept = [record(plain, tokens)[1] for tokens in batches]
+    stream = Stream(model, build, lambda array: array, tmp_path)
+    for one, other in zip(kept, lockstep.recordings(model, batches, stream), strict=True):
+        assert len(one) == len(other)
+        for call, spilled in zip(one, other, strict=True):
+            assert (call.index, call.follows) == (spilled.index, spilled.follows)
+            assert mx.array_equal(call.hidden, spilled.hidden)
+            assert mx.array_equal(call.hidden_out, spilled.hidden_out)
+            assert len(call.args) == len(spilled.args)
+            assert set(call.kwargs) == set(spilled.kwargs)
+
+
+def test_the_state_that_enters_the_layers_needs_none_of_them(loaded):
+    model = loaded[0]
+    assert mx.array_equal(lockstep.entry(model, TOKENS), record(model, TOKENS)[1][0].hidden)
+
+
+def test_a_model_that_cannot_be_replayed_is_measured_directly(toy, text, short, monkeypatch):
+    monkeypatch.setattr("mlx_optiq_ext.model.layerwise.plain", lambda part: False)
+    said = []
+    monkeypatch.setenv(memory.SWITCH, "1")
+    settings = {"bits": (3,), "group_sizes": (32,), "progress": False, "say": said.append}
+    plan = plan_folder(str(toy), 4.2, calibration=text, **settings)
+    assert any("do not run one by one" in line for line in said)
+    assert plan.kl is not None
+
+
+def test_a_model_whose_layers_run_in_parts_stays_in_memory(toy, text, short, monkeypatch):
+    model = planning.reload(str(toy))
+    assert runs_whole(model)
+
+    def in_parts(self, tokens, *_):
+        h = self.model.embed_tokens(tokens)
+        for each in self.model.layers:
+            h = h + each.mlp(each.input_layernorm(h))
+        return self.model.embed_tokens.as_linear(self.model.norm(h))
+
+    monkeypatch.setattr(type(model), "__call__", in_parts)
+    assert not runs_whole(model)
+    said = []
+    monkeypatch.setenv(memory.SWITCH, "1")
+    loaded, tokenizer, _ = planning.load_unquantized(str(toy))
+    found = study_model(
+        loaded,
+        tokenizer,
+        calibration=text,
+        load=lambda: pytest.fail("read twice"),
+        method=nothing,
+        progress=False,
+        say=said.append,
+    )
+    assert found.problem.stream is None
+    assert "its layers run in parts" in said[0]
+
+
+def test_parameters_that_are_not_there_cannot_be_computed_with(tmp_path):
+    model = dense()
+    Stream(model, dense, lambda array: array, tmp_path)
+    with pytest.raises(ValueError, match=r".+"):
+        model.layers[0].mlp(mx.ones((1, 2, 64)))
+
+
+def test_a_shards_originals_stay_within_the_limit():
+    weights = {f"{n}.weight": mx.zeros((8, 16), mx.uint32) for n in range(4)}
+    packings = dict.fromkeys("0123", Packing(4, 64))
+    # 512 bytes each, from 2048 bytes in half precision.
+    assert [list(s) for s in by_source(weights, packings, 4096)] == [
+        ["0.weight", "1.weight"],
+        ["2.weight", "3.weight"],
+    ]
+    assert len(by_source(weights, packings, 100)) == 4
+
+
+def test_a_model_is_read_layer_by_layer_when_it_takes_too_much(toy, monkeypatch):
+    model = planning.reload(str(toy))
+    needed = memory.resident_bytes(model)
+    assert needed >= sum(array.nbytes for array in parameters(model).values())
+    monkeypatch.setattr(memory, "limit", lambda: int(needed / memory.SHARE) + 10)
+    assert not memory.streams(model)
+    monkeypatch.setattr(memory, "limit", lambda: int(needed / memory.SHARE) - 10)
+    assert memory.streams(model)
+    monkeypatch.setenv(memory.SWITCH, "0")
+    assert not memory.streams(model)
+    monkeypatch.setenv(memory.SWITCH, "yes")
+    with pytest.raises(InputError, match="neither 0"):
+        memory.streams(model)
+
+
+def test_a_limit_of_the_shell_counts(run):
+    source = (
+        "import resource; from mlx_optiq_ext.model import memory;"
+        "resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30)); print(memory.limit())"
+    )
+    assert int(run("python", "-c", source, check=True).stdout) == 3 << 30
+
+
+def test_distillation_of_a_model_larger_than_memory_is_refused(toy, text, monkeypatch):
+    monkeypatch.setenv(memory.SWITCH, "1")
+    request = Request(budget=4.0, calibration=text, distill=True)
+    with pytest.raises(InputError, match="leave out --optiq-distill"):
+        prepare(str(toy), request, progress=False, say=lambda line: None)
+
+
+def test_no_tensor_of_a_stream_is_missing(toy, tmp_path):
+    model = planning.reload(str(toy))
+    paths = {path for path, _ in quantizable(model)}
+    stream = Stream(model, lambda: planning.reload(str(toy)), lambda a: a, tmp_path)
+    assert paths <= set(stream)
+    assert len(stream) == len(set(stream))

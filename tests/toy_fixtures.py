@@ -1,0 +1,36 @@
+"""Fixtures of the folders that measure a small random model; their conftest imports them."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from toy_qwen3 import TEXT, write_toy
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A folder with a random two-layer model."""
+    return write_toy(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture
+def loaded(toy):
+    """The toy model and its tokenizer, in float32."""
+    model, tokenizer = mlx_lm.load(str(toy))[:2]
+    model.set_dtype(mx.float32)
+    return model, tokenizer
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """A calibration file of a few hundred tokens."""
+    path = tmp_path / "calibration.txt"
+    path.write_text(TEXT * 10)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Measurements of a test stay with it."""
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / "cache"))

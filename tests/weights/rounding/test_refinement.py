@@ -1,0 +1,195 @@
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.utils import compute_bits_per_weight
+from toy_qwen3 import moe
+
+from mlx_optiq_ext.errors import InputError, OptiqError
+from mlx_optiq_ext.model.layers import quantizable
+from mlx_optiq_ext.model.taps import Use
+from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.weights import Packing, put, read_plan, refine, study_model
+from mlx_optiq_ext.weights.packing import Size, quantize, tensors
+from mlx_optiq_ext.weights.rounding import refinement
+from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, Moments, inputs
+from mlx_optiq_ext.weights.rounding.refinement import judge
+
+
+@pytest.fixture
+def study(tiny, monkeypatch):
+    """The tiny model measured on a few hundred tokens, with four more windows to refine on."""
+    monkeypatch.setattr(calibration, "WINDOW", 64)
+    monkeypatch.setattr(calibration, "COUNT", 8)
+    monkeypatch.setattr(calibration, "REFINING", 24)
+    model, tokenizer = mlx_lm.load(str(tiny))[:2]
+    text = tiny.parent / "calibration.jsonl"
+    return study_model(
+        model,
+        tokenizer,
+        calibration=text,
+        refine=True,
+        progress=False,
+        say=lambda line: None,
+        method=lambda problem: {},
+    )
+
+
+def test_refining_beats_plain_rounding_end_to_end(study):
+    problem = study.problem
+    packings = {t.path: Packing(3, 64) for t in problem.tensors}
+    before = {path: mx.array(module.weight) for path, module in quantizable(problem.model)}
+    refined = refine(problem, packings)
+    plain = {path: quantize(problem.weights[path], packings[path]) for path in packings}
+    assert set(refined) == set(packings)
+    for path, values in refined.items():
+        assert [(a.shape, a.dtype) for a in values] == [(a.shape, a.dtype) for a in plain[path]]
+    assert judge(problem, packings, refined) < 0.7 * judge(problem, packings, plain)
+    for path, module in quantizable(problem.model):
+        assert mx.array_equal(module.weight, before[path]), path
+
+
+def test_refined_values_take_the_place_of_stocks(study, tiny):
+    packings = {"model.layers.0.mlp.up_proj": Packing(4, 64)}
+    refined = refine(study.problem, packings)
+    model = mlx_lm.load(str(tiny))[0]
+    mlx_lm.utils.quantize_model(model, {}, 64, 4, quant_predicate=lambda path, *_: path in packings)
+    put(model, refined)
+    layer = dict(model.named_modules())["model.layers.0.mlp.up_proj"]
+    assert mx.array_equal(layer["weight"], refined["model.layers.0.mlp.up_proj"][0])
+    assert mx.array_equal(layer["scales"], refined["model.layers.0.mlp.up_proj"][1])
+    with pytest.raises(OptiqError, match="mlx-lm made"):
+        put(model, {"model.layers.1.mlp.up_proj": refined["model.layers.0.mlp.up_proj"]})
+
+
+def test_a_model_whose_layers_are_not_chained_is_rounded_plainly(study, monkeypatch):
+    monkeypatch.setattr(refinement, "chained", lambda recording: False)
+    path = "model.layers.0.mlp.up_proj"
+    refined = refine(study.problem, {path: Packing(4, 64)})
+    plain = quantize(study.problem.weights[path], Packing(4, 64))
+    assert all(mx.array_equal(a, b) for a, b in zip(refined[path], plain, strict=True))
+
+
+def test_stacked_experts_are_refined_each_on_its_own_tokens(loaded, text):
+    model = moe()
+    study = study_model(
+        model,
+        loaded[1],
+        calibration=text,
+        progress=False,
+        say=lambda line: None,
+        method=lambda problem: {},
+    )
+    problem = study.problem
+    experts = [t.path for t in problem.tensors if "switch_mlp" in t.path]
+    assert len(experts) == 6
+    packings = {path: Packing(2, 32) for path in experts}
+    refined = refine(problem, packings)
+    plain = {path: quantize(problem.weights[path], packings[path]) for path in packings}
+    for path, values in refined.items():
+        assert [(a.shape, a.dtype) for a in values] == [(a.shape, a.dtype) for a in plain[path]]
+    assert judge(problem, packings, refined) < 0.8 * judge(problem, packings, plain)
+
+
+@pytest.mark.parametrize("length", [8, 64], ids=["as they come", "sorted by expert"])
+def test_moments_of_experts_are_those_of_the_tokens_routed_to_them(length):
+    model = moe()
+    layer, path = model.layers[0].mlp, "model.layers.0.mlp.switch_mlp.up_proj"
+    x = mx.random.normal((1, length, 64), key=mx.random.key(1))
+    seen = inputs({path: dict(quantizable(model))[path]}, lambda: layer(x))
+    moments = Moments.of(seen[path], 4)
+    chosen = np.array(mx.argpartition(layer.gate(x), kth=-2, axis=-1)[0, :, -2:])
+    for expert in range(4):
+        own = np.array(x[0])[(chosen == expert).any(axis=-1)]
+        assert np.allclose(moments.own[expert], own.T @ own, atol=1e-4)
+        assert moments.uses is not None
+        assert int(moments.uses[expert]) == len(own)
+
+
+def test_an_expert_that_saw_no_token_is_rounded_against_the_others():
+    use = Use("experts", mx.ones((3, 1, 2)), mx.array([1, 1, 1]), mx.zeros((3, 1, 5)))
+    moments = Moments.of(Fed(use.inputs, use.indices, use.outputs.shape[:-1]), 2)
+    assert np.allclose(moments.own, [np.zeros((2, 2)), 3 * np.ones((2, 2))])
+    assert np.allclose(moments.expert(0), 2 * PRIOR * np.ones((2, 2)))
+    assert np.allclose(moments.expert(1), (3 + 2 * PRIOR) * np.ones((2, 2)))
+
+
+PLAN = {"model.layers.0.mlp.up_proj": {"bits": 3, "group_size": 64}}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def candidates(model):
+    found = tuple(tensors(model, allow_unpacked=True))
+    return found, Size.of(model, found)
+
+
+@pytest.mark.parametrize(
+    "content", [{"per_layer": PLAN}, {"optimization": {"per_layer": PLAN}}], ids=["ours", "older"]
+)
+def test_a_plan_is_read_in_both_forms(loaded, tmp_path, content):
+    plan = read_plan(write(tmp_path, content), *candidates(loaded[0]))
+    assert plan.packings["model.layers.0.mlp.up_proj"] == Packing(3, 64)
+    assert not plan.packings["model.layers.1.mlp.up_proj"].packed
+
+
+def test_a_wrappers_prefix_is_no_obstacle(loaded, tmp_path):
+    content = {"per_layer": {f"language_model.{path}": e for path, e in PLAN.items()}}
+    plan = read_plan(write(tmp_path, content), *candidates(loaded[0]))
+    assert plan.packings["model.layers.0.mlp.up_proj"] == Packing(3, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ([], "has no per_layer"),
+        ({"per_layer": {}}, "has no per_layer"),
+        ({"per_layer": {"a": 3}}, "bits of a is None"),
+        ({"per_layer": {"a": {"bits": "3"}}}, "bits of a is '3'"),
+        ({"per_layer": {"a": {"bits": True}}}, "bits of a is True"),
+        ({"per_layer": {"a": {"bits": 7, "group_size": 64}}}, "a has 7 bits in groups of 64"),
+        ({"per_layer": {"a": {"bits": 4, "group_size": 48}}}, "groups of 48"),
+        ({"per_layer": {"a.b": {"bits": 4}}}, "names a.b, which this model does not have"),
+        (
+            {"per_layer": {"model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 128}}},
+            "64 inputs, which groups of 128 do not divide",
+        ),
+    ],
+)
+def test_a_bad_plan_is_refused_naming_the_field(loaded, tmp_path, content, message):
+    path = write(tmp_path, content)
+    with pytest.raises(InputError, match=message) as error:
+        read_plan(path, *candidates(loaded[0]))
+    assert "plan.json" in str(error.value)
+
+
+def test_an_edited_plan_converts_without_measuring(run, toy, text, tmp_path):
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    source = ("--hf-path", toy, "--optiq-calibration", text)
+    run("mlx_lm.convert", *source, "--mlx-path", first, "--optiq-budget", "4", check=True)
+    plan = first / "optiq_metadata.json"
+    content = json.loads(plan.read_text())
+    content["per_layer"]["model.layers.1.mlp.down_proj"].update(bits=8, group_size=32)
+    plan.write_text(json.dumps(content))
+    command = ("mlx_lm.convert", "--hf-path", toy, "--optiq-plan", plan)
+    done = run(*command, "--mlx-path", second, check=True)
+    assert "Measuring" not in done.stdout
+    config = json.loads((second / "config.json").read_text())["quantization"]
+    edited = config["model.layers.1.mlp.down_proj"]
+    assert (edited["bits"], edited["group_size"]) == (8, 32)
+    again = ("--optiq-refine", "--optiq-calibration", text)
+    run(*command, "--mlx-path", third, *again, check=True)
+    metadata = json.loads((third / "optiq_metadata.json").read_text())
+    assert metadata["post_processing"][0]["op"] == "refine"
+    bits = [compute_bits_per_weight(mlx_lm.load(str(f))[0]) for f in (second, third)]
+    assert bits[0] == bits[1]
+    clash = run(*command, "--mlx-path", tmp_path / "x", "--optiq-budget", "4")
+    assert clash.returncode == 2
+    assert "--optiq-plan decides already what --optiq-budget would" in clash.stderr

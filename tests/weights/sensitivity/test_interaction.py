@@ -1,0 +1,104 @@
+import importlib
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+
+from mlx_optiq_ext.model.layers import quantizable
+from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.weights import Packing, search, study_model
+from mlx_optiq_ext.weights.plan_search import PROTECTED, rules
+from mlx_optiq_ext.weights.sensitivity import interaction
+from mlx_optiq_ext.weights.sensitivity.interaction import SHARES, around
+from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
+
+pytestmark = pytest.mark.newest
+
+module = importlib.import_module("mlx_optiq_ext.weights.plan_search")
+
+
+@pytest.fixture
+def study(tiny, monkeypatch):
+    """The tiny model measured on a few hundred tokens."""
+    monkeypatch.setattr(calibration, "WINDOW", 64)
+    monkeypatch.setattr(calibration, "COUNT", 8)
+    model, tokenizer = mlx_lm.load(str(tiny))[:2]
+    text = tiny.parent / "calibration.jsonl"
+    return study_model(
+        model, tokenizer, calibration=text, progress=False, say=lambda line: None, bits=(2, 3, 8)
+    )
+
+
+def factors(study, packings):
+    """By how much each tensor's costs change around a plan, at full share."""
+    costs = around(study.problem, study.sensitivity, packings)[SHARES.index(1.0)]
+    before, result = study.sensitivity, {}
+    for path, row in costs.items():
+        quotients = [cost / before[path][p] for p, cost in row.items() if cost > 0]
+        assert quotients == pytest.approx([quotients[0]] * len(quotients))
+        result[path] = quotients[0]
+    return result
+
+
+def test_a_coarse_plan_moves_the_costs_more_than_a_nearly_lossless_one(study):
+    def moved(packing):
+        found = factors(study, {t.path: packing for t in study.problem.tensors})
+        return np.median(np.abs(np.log(list(found.values()))))
+
+    # Labels are drawn anew, so that even the lossless plan moves them a little.
+    assert moved(Packing(2, 64)) > 2 * moved(Packing(8, 32))
+
+
+def test_measuring_around_a_plan_leaves_the_model_as_it_was(study):
+    modules = quantizable(study.problem.model)
+    before = {path: mx.array(module.weight) for path, module in modules}
+    around(study.problem, study.sensitivity, {path: Packing(2, 64) for path in before})
+    for path, module in modules:
+        assert module.weight.dtype == before[path].dtype
+        assert mx.array_equal(module.weight, before[path]), path
+
+
+def test_the_second_round_is_kept_only_if_it_lowers_the_divergence(study, monkeypatch):
+    monkeypatch.setattr(module, "REMEASURED", 0.0)
+    first = search(study, 3.0)
+    monkeypatch.setattr(module, "REMEASURED", 4.0)
+    both = search(study, 3.0)
+    assert both.kl is not None
+    assert first.kl is not None
+    assert both.kl <= first.kl
+    assert both.achieved_bpw <= 3.0
+    assert end_to_end(study.problem, [both.packings]) == pytest.approx([both.kl])
+    worse = {p: {q: -c for q, c in row.items()} for p, row in study.sensitivity.items()}
+    monkeypatch.setattr(module, "around", lambda *_: [worse])
+    assert search(study, 3.0).packings == first.packings
+
+
+def test_the_second_round_keeps_both_ends_protected(study, monkeypatch):
+    tried = []
+    monkeypatch.setattr(module, "REMEASURED", 6.0)
+
+    def watched(problem, choices):
+        tried.extend(choices)
+        return end_to_end(problem, choices)
+
+    monkeypatch.setattr(module, "end_to_end", watched)
+    plan = search(study, 5.0, protect=True)
+    allowed = rules(study.problem)[PROTECTED]
+    assert plan.variant.startswith(PROTECTED)
+    planned = [choice for choice in tried if len(set(choice.values())) > 1]  # the others: stock's
+    assert len(planned) > 1
+    for choice in planned:
+        assert all(allowed(t, choice[t.path]) for t in study.problem.tensors)
+
+
+def test_a_budget_of_four_bits_or_a_model_without_gradients_gets_no_second_round(
+    study, monkeypatch
+):
+    def refuse(*_, **__):
+        raise ValueError("[gather] Cannot calculate VJP")
+
+    monkeypatch.setattr(interaction, "factors", refuse)
+    assert around(study.problem, study.sensitivity, search(study, 3.0).packings) == []
+    monkeypatch.setattr(module, "around", refuse)
+    assert "re-measured" not in search(study, 4.0).variant

@@ -1,0 +1,192 @@
+import importlib
+import json
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx_lm.utils import compute_bits_per_weight
+from toy_qwen3 import write_toy
+
+from mlx_optiq_ext.errors import BudgetError, InputError, OptiqError
+from mlx_optiq_ext.model.layers import quantizable
+from mlx_optiq_ext.model.loading import model_digest
+from mlx_optiq_ext.planning.journal import Journal
+from mlx_optiq_ext.weights import METHODS, Packing, plan_folder, plan_model
+from mlx_optiq_ext.weights.plan import check_written
+
+
+def plan(toy, budget, text, **settings):
+    return plan_folder(
+        str(toy), budget, calibration=text, progress=False, say=lambda line: None, **settings
+    )
+
+
+@pytest.mark.parametrize("budget", [2.6, 3.5, 4.5, 7.0, 11.0])
+def test_the_budget_is_honoured_and_used(toy, text, budget):
+    found = plan(toy, budget, text)
+    assert budget - 0.02 <= found.achieved_bpw <= budget
+
+
+def test_the_plan_converts_with_stock_and_takes_what_it_says(toy, text, tmp_path):
+    found = plan(toy, 3.7, text)
+    out = tmp_path / "out"
+    mlx_lm.convert(
+        str(toy),
+        str(out),
+        quantize=True,
+        q_group_size=found.default.group_size,
+        q_bits=found.default.bits,
+        quant_predicate=found.predicate(),
+    )
+    check_written(out, found)
+    model = mlx_lm.load(str(out))[0]
+    assert compute_bits_per_weight(model) == pytest.approx(found.achieved_bpw, abs=1e-6)
+    modules = dict(quantizable(mlx_lm.load(str(toy))[0]))
+    assert set(found.packings) == set(modules)
+
+
+@pytest.mark.parametrize(("refine", "variant"), [(False, "other"), (True, "allocated")])
+def test_plain_rounding_does_not_choose_what_to_refine(toy, text, monkeypatch, refine, variant):
+    search = importlib.import_module("mlx_optiq_ext.weights.plan_search")  # its function hides it
+    rule = search.variants
+
+    def two(*args):
+        found = rule(*args)["allocated"]
+        return {"allocated": found, "other": found}
+
+    monkeypatch.setattr(search, "variants", two)
+    # Rounded plainly, the second is the better one.
+    monkeypatch.setattr(search, "end_to_end", lambda problem, plans: [2.0, 1.0, 3.0][: len(plans)])
+    assert plan(toy, 4.5, text, refine=refine).variant == variant
+
+
+def test_measured_costs_are_the_divergence_of_each_tensor_alone(toy, text, loaded):
+    model, tokenizer = loaded
+    found = {}
+
+    def spy(problem):
+        found["problem"] = problem
+        found["costs"] = METHODS["kl"](problem)
+        return found["costs"]
+
+    plan_model(model, tokenizer, 4.0, calibration=text, method=spy, progress=False)
+    problem, path = found["problem"], "model.layers.1.mlp.down_proj"
+    probe = Packing(2, 64)
+    tokens = mx.array(problem.calibration.measured)
+    plain = np.array(model(tokens), np.float64)
+    with problem.packed({path: probe}):
+        changed = np.array(model(tokens), np.float64)
+
+    def log_probs(logits):
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    p, q = log_probs(plain), log_probs(changed)
+    expected = (np.exp(p) * (p - q)).sum(-1).mean()
+    assert found["costs"][path][probe] == pytest.approx(expected, rel=1e-2)
+
+
+def test_measuring_leaves_the_model_as_it_was(loaded, text):
+    model, tokenizer = loaded
+    before = {path: np.array(module.weight) for path, module in quantizable(model)}
+    plan_model(model, tokenizer, 4.0, calibration=text, progress=False)
+    for path, module in quantizable(model):
+        assert (np.array(module.weight) == before[path]).all()
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(toy, text, monkeypatch):
+    calls = []
+    original = Journal.add
+
+    def interrupted(self, path, packing, kl):
+        original(self, path, packing, kl)
+        calls.append((path, packing))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        plan(toy, 3.5, text, method=METHODS["kl"])
+    resumed = plan(toy, 3.5, text, method=METHODS["kl"])
+    assert len(calls) == len(set(calls))
+    assert {path for path, _ in calls} == set(resumed.packings)
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(text.parent / "elsewhere"))
+    calls.extend([("counted", Packing(2, 64))] * 5)
+    assert plan(toy, 3.5, text, method=METHODS["kl"]).packings == resumed.packings
+
+
+def test_a_cut_off_journal_line_is_measured_again(tmp_path):
+    journal = Journal({"model": "a"})
+    journal.add("x", Packing(3, 64), 0.5)
+    journal.add("y", Packing(3, 64), 0.25)
+    assert journal.path is not None
+    journal.path.write_text(journal.path.read_text()[:-9])
+    again = Journal({"model": "a"})
+    assert again.get("x", Packing(3, 64)) == 0.5
+    assert again.get("y", Packing(3, 64)) is None
+    again.add("y", Packing(3, 64), 0.125)
+    assert Journal({"model": "a"}).get("y", Packing(3, 64)) == 0.125
+    assert len(Journal({"model": "b"})) == 0
+
+
+def test_the_digest_follows_every_byte_of_the_weights(toy, tmp_path):
+    other = write_toy(tmp_path / "other")
+    assert model_digest(other) == model_digest(toy)
+    file = other / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert model_digest(other) != model_digest(toy)
+
+
+def test_an_infeasible_budget_names_the_range(toy, text):
+    with pytest.raises(BudgetError, match=r"takes from 2\.\d+ to 16\.000"):
+        plan(toy, 1.5, text)
+
+
+def test_group_sizes_that_no_tensor_allows_are_an_error(tmp_path, text):
+    odd = write_toy(tmp_path / "odd")
+    found = plan(odd, 15.0, text, group_sizes=(128,))
+    assert {path.rpartition(".")[2] for path in found.packings} == {"down_proj"}
+    narrow = write_toy(tmp_path / "narrow", intermediate_size=64)
+    with pytest.raises(InputError, match="groups of 128"):
+        plan(narrow, 5.0, text, group_sizes=(128,))
+
+
+def test_a_quantized_source_is_refused(toy, text, tmp_path):
+    out = tmp_path / "quantized"
+    mlx_lm.convert(str(toy), str(out), quantize=True)
+    with pytest.raises(InputError, match="is quantized already"):
+        plan(out, 3.5, text)
+
+
+def test_a_written_folder_that_strays_from_the_plan_is_noticed(toy, text, tmp_path):
+    found = plan(toy, 3.7, text)
+    out = tmp_path / "uniform"
+    mlx_lm.convert(str(toy), str(out), quantize=True)
+    with pytest.raises(OptiqError, match="did not follow the plan"):
+        check_written(out, found)
+
+
+def test_a_cut_off_weight_file_is_noticed(toy, text, tmp_path):
+    found = plan(toy, 3.7, text)
+    out = tmp_path / "cut"
+    mlx_lm.convert(
+        str(toy), str(out), quantize=True, q_group_size=32, quant_predicate=found.predicate()
+    )
+    file = out / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(OptiqError, match="not written completely"):
+        check_written(out, found)
+
+
+def test_the_metadata_holds_every_tensor(toy, text, tmp_path):
+    found = plan(toy, 3.7, text)
+    found.save(tmp_path)
+    written = json.loads((tmp_path / "optiq_metadata.json").read_text())
+    assert written["target_bpw"] == 3.7
+    assert written["achieved_bpw"] == pytest.approx(found.achieved_bpw, abs=1e-6)
+    assert set(written["per_layer"]) == set(found.packings)
+    entry = written["per_layer"]["model.layers.0.mlp.up_proj"]
+    assert set(entry) == {"bits", "group_size", "kl"}
+    assert {"method", "calibration", "versions", "post_processing"} <= set(written)

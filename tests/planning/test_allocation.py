@@ -1,12 +1,13 @@
 import itertools
 import math
+import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_optiq_ext.errors import BudgetError
-from mlx_optiq_ext.planning import allocation
+from mlx_optiq_ext.errors import BudgetError, InputError
 from mlx_optiq_ext.planning.allocation import allocate
 
 
@@ -90,14 +91,53 @@ def test_the_order_of_tensors_does_not_matter(problem, random):
 @given(problems(tensors=8, candidates=5, unit=7))
 @settings(max_examples=60, deadline=None)
 def test_a_coarse_table_still_fits_and_beats_greedy(problem):
-    before = allocation.MAX_CELLS
-    allocation.MAX_CELLS = 200
-    try:
-        choice = allocate(*problem)
-    finally:
-        allocation.MAX_CELLS = before
+    choice = allocate(*problem, operations=200)
     assert total(problem[1], choice) <= problem[2]
     assert total(problem[0], choice) >= 0
+
+
+@given(problems(tensors=8, candidates=6), st.sampled_from([1.0, 1e-300, 1e300]))
+@settings(max_examples=100, deadline=None)
+def test_ties_equal_sizes_and_extreme_costs_end_and_fit(problem, scale):
+    costs, sizes, capacity = problem
+    costs = [[round(c / 25) * scale for c in row] for row in costs]
+    choice = allocate(costs, sizes, capacity)
+    assert total(sizes, choice) <= capacity
+    exact = brute_force([[c / scale for c in row] for row in costs], sizes, capacity)
+    found = total([[c / scale for c in row] for row in costs], choice)
+    assert found == pytest.approx(exact, rel=1e-6, abs=1e-9)
+
+
+@given(problems(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_cost_that_is_no_number_is_refused(problem, value, data):
+    costs, sizes, capacity = problem
+    t = data.draw(st.integers(0, len(costs) - 1))
+    c = data.draw(st.integers(0, len(costs[t]) - 1))
+    costs[t][c] = value
+    with pytest.raises(InputError, match=f"candidate {c} of tensor {t} is {value}"):
+        allocate(costs, sizes, capacity)
+
+
+@pytest.mark.parametrize("kind", ["real", "ties", "random", "odd sizes"])
+def test_a_thousand_tensors_take_a_moment(kind):
+    random = np.random.default_rng(0)
+    bits = np.linspace(2, 16, 19)
+    weights = random.integers(1, 400, 1000)[:, None] * 32768
+    sizes = (weights * bits).astype(int)
+    costs = {
+        "real": 10 ** random.uniform(-6, 0, (1000, 1)) * np.exp(-1.4 * bits),
+        "ties": np.tile(np.round(10 * np.exp(-bits)), (1000, 1)),
+        "random": random.uniform(0, 1, (1000, 19)),
+        "odd sizes": random.uniform(0, 1, (1000, 19)),
+    }[kind]
+    if kind == "odd sizes":
+        sizes = sizes + random.integers(0, 9999, sizes.shape)
+    capacity = int(4.5 * weights.sum())
+    started = time.perf_counter()
+    choice = allocate(costs.tolist(), sizes.tolist(), capacity)
+    assert time.perf_counter() - started < 2  # 0.1 s where nothing else runs
+    assert total(sizes, choice) <= capacity
 
 
 def test_what_does_not_fit_is_an_error():

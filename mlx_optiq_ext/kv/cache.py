@@ -199,8 +199,12 @@ class PackedKVCache:
     @property
     def state(self) -> Any:
         """What mlx-lm evaluates and saves."""
+        from mlx_optiq_compat import symbols
+
         states = [_storable(plane.state) for plane in self.planes]
-        return states if hasattr(self.planes[0], "meta_state") else [states, self._description()]
+        if symbols.cache_has_meta_state(self.planes[0]):
+            return states
+        return [states, self._description()]
 
     @state.setter
     def state(self, value: Any) -> None:

@@ -87,11 +87,12 @@ def _cuda() -> bool:
 
 
 def _device_name() -> str:
-    info = getattr(mx, "device_info", None) or mx.metal.device_info
+    from mlx_optiq_compat import symbols
+
     if mx.default_device() == mx.Device(mx.cpu):
         return "MLX on a CPU"
     try:
-        return str(info().get("device_name", "this machine"))
+        return str(symbols.device_info().get("device_name", "this machine"))
     except (RuntimeError, TypeError):
         return "this machine"
 

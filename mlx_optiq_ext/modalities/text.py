@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,13 +103,15 @@ def to_text(model: nn.Module, config: dict[str, Any], folder: Path | None = None
         UnsupportedError: The model has other modalities, but what its text model is is unknown to
             this package or to the installed mlx-lm.
     """
+    from mlx_optiq_compat import symbols
+
     family = _family(config)
     if family is None:
         return None
     original: Any = model
     weights = dict(tree_flatten(original.parameters()))
     module = _module(family)
-    reads = inspect.signature(module.ModelArgs).parameters
+    reads = symbols.model_arguments(module)
     config = copy.deepcopy(config)
     args = getattr(original.args, "text_config", None)
     new = text_config(config, family, copy.deepcopy(args), reads)
@@ -144,11 +145,12 @@ def handed_down(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UnsupportedError: As for `to_text`, before anything is loaded.
     """
+    from mlx_optiq_compat import symbols
+
     family, nested, key = _family(config), config.get("text_config"), "tie_word_embeddings"
     if family is None or not family.unwraps or not nested or key in nested or key not in config:
         return {}
-    asked = inspect.signature(_module(family).ModelArgs).parameters.get(key)
-    if asked is None or asked.default is not inspect.Parameter.empty:
+    if not symbols.model_arguments(_module(family)).get(key, False):
         return {}
     return {"text_config": {**nested, key: config[key]}}
 

@@ -63,22 +63,15 @@ def reload(
 
 def load(path_or_repo: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any, dict]:
     """``mlx_lm.load``, lazily, with its config."""
-    import inspect
+    from mlx_optiq_compat import symbols
 
-    import mlx_lm
-
-    extra: dict[str, Any] = {}
-    if "trust_remote_code" in inspect.signature(mlx_lm.load).parameters:
-        extra["trust_remote_code"] = trust_remote_code
-    loaded: Any = mlx_lm.load(
+    return symbols.load(
         path_or_repo,
-        tokenizer_config={"trust_remote_code": trust_remote_code},
         lazy=True,
         return_config=True,
         revision=revision,
-        **extra,
+        trust_remote_code=trust_remote_code,
     )
-    return loaded
 
 
 def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
@@ -104,9 +97,9 @@ def local_folder(path_or_repo: str) -> Path:
     path = Path(path_or_repo)
     if path.exists():
         return path
-    from mlx_lm.utils import hf_repo_to_path
+    from mlx_optiq_compat import symbols
 
-    return Path(hf_repo_to_path(path_or_repo))
+    return symbols.cached_folder(path_or_repo)
 
 
 def model_digest(folder: Path) -> str:

@@ -67,9 +67,10 @@ def limit() -> int:
 
 def _limits() -> Iterator[int]:
     yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = getattr(mx, "device_info", None) or mx.metal.device_info
+    from mlx_optiq_compat import symbols
+
     with contextlib.suppress(RuntimeError):  # raised where there is no Metal
-        working_set = info().get("max_recommended_working_set_size")
+        working_set = symbols.device_info().get("max_recommended_working_set_size")
         if isinstance(working_set, int) and working_set > 0:
             yield working_set
     with contextlib.suppress(ImportError):  # not on Windows

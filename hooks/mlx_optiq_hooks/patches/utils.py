@@ -23,6 +23,7 @@ def sharded_load(wrapped, instance, args, kwargs):
     loaded, running = wrapped(*args, **kwargs), session.running()
     if running is not None and running.options is None:
         return loaded
+    from mlx_optiq_compat import symbols
     from mlx_optiq_ext.adapters import Split, note_split
 
     call, utils = bind(wrapped, args, kwargs), sys.modules[wrapped.__module__]
@@ -30,7 +31,7 @@ def sharded_load(wrapped, instance, args, kwargs):
     model = loaded[0]
 
     def whole():
-        folder = utils._download(call["repo"], allow_patterns=["*.json"])
+        folder = symbols.downloaded(call["repo"], ["*.json"])
         return utils.load_model(folder, lazy=True, strict=False, **options)[0]
 
     # As mlx-lm decides: by heads if it is not told.

@@ -53,9 +53,11 @@ def has_kernel(name: str) -> bool:
 @cache
 def _tensor_cores() -> bool:
     """Whether MLX compiles CUDA source and the GPU multiplies as the kernel asks it to."""
-    if not (hasattr(mx.fast, "cuda_kernel") and hasattr(mx, "device_info")):
+    from mlx_optiq_compat import symbols
+
+    if not symbols.has_cuda_kernels():
         return False
-    return int(mx.device_info().get("compute_capability_major", 8)) >= 8
+    return int(symbols.device_info().get("compute_capability_major", 8)) >= 8
 
 
 def attention(

@@ -3,9 +3,9 @@
 Stock's other ranks wait for a generation thread that died; its HTTP server stays up.
 """
 
-import sys
 from typing import Any
 
+from mlx_optiq_compat import symbols
 from mlx_optiq_ext import distributed
 
 from ...engine import session
@@ -53,6 +53,8 @@ class _Answers:
 def _serve_single(wrapped, instance, args, kwargs):
     if not _on_several_ranks():
         return wrapped(*args, **kwargs)
+    import mlx.core as mx
+
     call = bind(wrapped, args, kwargs)
     queue, *request = call["request"]
     answers = _Answers(queue)
@@ -63,11 +65,9 @@ def _serve_single(wrapped, instance, args, kwargs):
         with distributed.within(
             distributed.LIMIT, lambda: f"rank {distributed.rank()} stops serving: {own}"
         ):
-            # mlx-lm is one token ahead, before 0.32 on a stream of its own. Before that release
-            # synchronize keeps Python's other threads from running, so something is awaited there.
-            generate = sys.modules["mlx_lm.generate"]
-            stream = call.get("stream", generate.generation_stream)
-            generate.mx.eval(generate.mx.zeros((), stream=stream))
+            # mlx-lm is one token ahead. Before 0.32 synchronize keeps Python's other threads from
+            # running, so something is awaited there.
+            mx.eval(mx.zeros((), stream=symbols.generation_stream(call)))
             failures = distributed.gathered(answers.failure)
     except distributed.RankError as error:
         raise distributed.RankError(answers.failure or str(error)) from error

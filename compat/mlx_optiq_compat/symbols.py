@@ -1,0 +1,111 @@
+"""What moved between the releases of mlx-lm and MLX, each behind one function that stays.
+
+The only place outside the verdicts that asks which release is installed. mlx-lm and MLX are
+imported inside the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def load(
+    path_or_repo: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Any:
+    """``mlx_lm.load``, which takes ``trust_remote_code`` for the model's code from 0.32.0 on.
+
+    Before that release only the tokenizer can bring code.
+
+    Args:
+        path_or_repo: A folder or a Hub repository.
+        revision: Of the repository.
+        trust_remote_code: Whether code that comes with model or tokenizer may run.
+        options: As ``mlx_lm.load``.
+
+    Returns:
+        Model and tokenizer, and the config with ``return_config=True``.
+    """
+    import mlx_lm
+
+    if "trust_remote_code" in _parameters(mlx_lm.load):
+        options["trust_remote_code"] = trust_remote_code
+    tokenizer = {"trust_remote_code": trust_remote_code}
+    return mlx_lm.load(path_or_repo, tokenizer_config=tokenizer, revision=revision, **options)
+
+
+def downloaded(path_or_repo: str, patterns: list[str]) -> Path:
+    """The folder of a repository's files that match, downloaded if it is not there yet."""
+    from mlx_lm import utils
+
+    return Path(utils._download(path_or_repo, allow_patterns=patterns))
+
+
+def cached_folder(repo: str) -> Path:
+    """The folder of a Hub repository that is downloaded already."""
+    from mlx_lm.utils import hf_repo_to_path
+
+    return Path(hf_repo_to_path(repo))
+
+
+def generation_stream(call: Mapping[str, Any]) -> Any:
+    """The stream on which a call of mlx-lm generates.
+
+    From 0.32.0 on the server hands it over; before, all of a process share one.
+
+    Args:
+        call: The call's arguments by name.
+    """
+    if "stream" in call:
+        return call["stream"]
+    from mlx_lm import generate
+
+    return generate.generation_stream
+
+
+def device_info() -> dict[str, Any]:
+    """What MLX says of the default device; older releases have the function in ``mx.metal``.
+
+    Raises:
+        RuntimeError: Such an older release runs without Metal.
+    """
+    import mlx.core as mx
+
+    info: Any = getattr(mx, "device_info", None) or mx.metal.device_info
+    return dict(info())
+
+
+def has_cuda_kernels() -> bool:
+    """Whether MLX can compile CUDA source of ours, and says what the GPU is."""
+    import mlx.core as mx
+
+    return hasattr(mx.fast, "cuda_kernel") and hasattr(mx, "device_info")
+
+
+def cache_has_meta_state(cache: Any) -> bool:
+    """Whether a prompt cache saves settings apart from its arrays, as before 0.32.0."""
+    return hasattr(cache, "meta_state")
+
+
+def model_arguments(module: Any) -> dict[str, bool]:
+    """What a model module of mlx-lm reads of a config.
+
+    Args:
+        module: For example ``mlx_lm.models.qwen3``.
+
+    Returns:
+        Key to whether it must be there, of the module's ``ModelArgs``.
+    """
+    parameters = _parameters(module.ModelArgs)
+    return {name: each.default is each.empty for name, each in parameters.items()}
+
+
+def _parameters(function: Any) -> Mapping[str, Any]:
+    import inspect
+
+    return inspect.signature(function).parameters

@@ -143,7 +143,7 @@ def test_the_plain_sweep_measures_each_candidate_alone(tiny):
         calibration=replace(data, tokens=data.tokens[:1]),
     )
     for path, costs in sweep.plain(problem).items():
-        choices = [{path: packing} for packing in costs]
+        choices = [{path: precision} for precision in costs]
         assert list(costs.values()) == pytest.approx(end_to_end(problem, choices), rel=1e-4)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import distributed, files
-from ..weights.packing import Packing
+from ..weights.precision import Precision
 
-#: Tensor path and packing -> KL in nats.
-Measured = dict[tuple[str, Packing], float]
+#: Tensor path and precision -> KL in nats.
+Measured = dict[tuple[str, Precision], float]
 
 
 class Journal:
@@ -36,23 +36,23 @@ class Journal:
         for line in lines:
             try:
                 entry = json.loads(line)
-                packing = Packing(entry["bits"], entry["group_size"])
-                found[entry["path"], packing] = float(entry["kl"])
+                precision = Precision(entry["bits"], entry["group_size"])
+                found[entry["path"], precision] = float(entry["kl"])
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of an interrupted run may be cut off
         return found
 
-    def get(self, path: str, packing: Packing) -> float | None:
+    def get(self, path: str, precision: Precision) -> float | None:
         """A stored measurement in nats, or None."""
-        return self._known.get((path, packing))
+        return self._known.get((path, precision))
 
-    def add(self, path: str, packing: Packing, kl: float) -> None:
+    def add(self, path: str, precision: Precision, kl: float) -> None:
         """Store one measurement at once."""
-        self.add_all(path, {packing: kl})
+        self.add_all(path, {precision: kl})
 
-    def add_all(self, path: str, costs: dict[Packing, float]) -> None:
+    def add_all(self, path: str, costs: dict[Precision, float]) -> None:
         """Store one tensor's measurements, alone at once."""
-        found = {(path, packing): kl for packing, kl in costs.items()}
+        found = {(path, precision): kl for precision, kl in costs.items()}
         self._known.update(found)
         if distributed.size() > 1:
             self._added.update(found)

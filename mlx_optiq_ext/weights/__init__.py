@@ -3,11 +3,11 @@
 from ..model.loading import local_folder, model_digest
 from ..planning.allocation import allocate
 from ..planning.calibration import Calibration
-from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor, tensors
 from .pipeline import Conversion, Request, prepare, put
 from .plan import Plan, check_written
 from .plan_file import read_plan
 from .plan_search import Study, search
+from .precision import BITS, GROUP_SIZES, Precision, Size, Tensor, tensors
 from .rounding.distillation import distill
 from .rounding.refinement import refine
 from .sensitivity.problem import Problem, Sensitivity
@@ -19,8 +19,8 @@ __all__ = [
     "METHODS",
     "Calibration",
     "Conversion",
-    "Packing",
     "Plan",
+    "Precision",
     "Problem",
     "Request",
     "Sensitivity",

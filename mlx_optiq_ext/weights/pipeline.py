@@ -14,10 +14,10 @@ from .. import distributed
 from ..errors import InputError, OptiqError
 from ..model.loading import load_unquantized, reload
 from ..model.memory import block_bytes, streams
-from .packing import BITS, GROUP_SIZES, Size, tensors
 from .plan import Plan
 from .plan_file import read_plan
 from .plan_search import Study, search
+from .precision import BITS, GROUP_SIZES, Size, tensors
 from .rounding.distillation import STEPS, distill
 from .rounding.refinement import Refined, judge, refine
 from .sensitivity.problem import Method
@@ -64,7 +64,7 @@ class Conversion:
     """What to do to the model.
 
     Attributes:
-        plan: The packing of each tensor.
+        plan: The precision of each tensor.
         refined: What to store instead of MLX's own rounding, by tensor path.
         post_processing: Entries for the metadata.
         study: The measurements, if any were made.
@@ -118,7 +118,7 @@ def prepare(
             "leave out --optiq-distill, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
         )
     if request.plan_file is not None:
-        found = tuple(tensors(model, allow_unpacked=True))
+        found = tuple(tensors(model, allow_unquantized=True))
         plan = read_plan(request.plan_file, found, Size.of(model, found))
         if not request.refine:
             return Conversion(plan, block_bytes=block)
@@ -174,13 +174,13 @@ def _unmeasured(problem: Any) -> dict:
 def refined(conversion: Conversion, study: Study) -> Conversion:
     """Refine a planned conversion."""
     plan, problem = conversion.plan, study.problem
-    values = refine(problem, plan.packings)
+    values = refine(problem, plan.precisions)
     entry = {
         "op": "refine",
         "windows": len(problem.calibration.refining),
         "kl_before": plan.kl,
     }
-    better = replace(plan, kl=judge(problem, plan.packings, values))
+    better = replace(plan, kl=judge(problem, plan.precisions, values))
     return replace(
         conversion,
         plan=better,
@@ -194,8 +194,8 @@ def distilled(
 ) -> Conversion:
     """Tune a refined conversion's scales and biases, if that lowers its KL on held-out windows."""
     plan, problem = conversion.plan, study.problem
-    values = distill(problem, plan.packings, conversion.refined)
-    kl = judge(problem, plan.packings, values)
+    values = distill(problem, plan.precisions, conversion.refined)
+    kl = judge(problem, plan.precisions, values)
     kept = plan.kl is not None and kl < plan.kl
     entry = {"op": "distill", "steps": STEPS, "kl_before": plan.kl, "kl": kl, "kept": kept}
     conversion = replace(conversion, post_processing=[*conversion.post_processing, entry])
@@ -209,12 +209,12 @@ def put(model: nn.Module, refined: Refined) -> None:
     """Replace what ``quantize_model`` stored in a model by the refined values.
 
     Raises:
-        OptiqError: A tensor is not there, or is packed in another way.
+        OptiqError: A tensor is not there, or is quantized in another way.
     """
     modules = dict(model.named_modules())
-    for path, packed in refined.items():
+    for path, quantized in refined.items():
         module = modules.get(path)
-        for name, value in zip(("weight", "scales", "biases"), packed, strict=True):
+        for name, value in zip(("weight", "scales", "biases"), quantized, strict=True):
             stored = None if module is None else module.get(name)
             if stored is None or (stored.shape, stored.dtype) != (value.shape, value.dtype):
                 raise OptiqError(

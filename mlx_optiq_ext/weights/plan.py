@@ -1,4 +1,4 @@
-"""A finished choice of packings, and the file that records it."""
+"""A finished choice of precisions, and the file that records it."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,53 +9,53 @@ from typing import Any
 from .. import files
 from .._version import __version__
 from ..errors import InputError, OptiqError
-from .packing import Packing
+from .precision import Precision
 
 FILE = "optiq_metadata.json"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which packing each tensor gets.
+    """Which precision each tensor gets.
 
     Attributes:
-        packings: Tensor path -> packing, for every candidate tensor.
-        costs: Tensor path -> expected KL in nats per token of its packing.
+        precisions: Tensor path -> precision, for every candidate tensor.
+        costs: Tensor path -> expected KL in nats per token of its precision.
         method: Name of the sensitivity method.
         target_bpw: The budget, in bits per weight as mlx-lm counts them.
         achieved_bpw: What the plan takes.
         kl: End-to-end KL on held-out calibration windows, in nats per token, if measured.
         variant: Which of the plans that were tried this is.
-        uniform: The best uniform packing within the same bits, if there is one.
+        uniform: The best uniform precision within the same bits, if there is one.
         uniform_kl: Its end-to-end KL on the same windows.
         calibration: Source, number of windows and their length.
         versions: Of the packages that made it.
     """
 
-    packings: dict[str, Packing]
+    precisions: dict[str, Precision]
     costs: dict[str, float]
     method: str
     target_bpw: float
     achieved_bpw: float
     kl: float | None = None
     variant: str = "allocated"
-    uniform: Packing | None = None
+    uniform: Precision | None = None
     uniform_kl: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
-    def default(self) -> Packing:
-        """The commonest packing, for config.json's top level.
+    def default(self) -> Precision:
+        """The commonest precision, for config.json's top level.
 
         Its group size is the smallest one: mlx-lm leaves a tensor alone, before it asks any
         predicate, if the default group size does not divide its last axis.
         """
-        packed = [p for p in self.packings.values() if p.packed]
-        if not packed:
-            return Packing(4, 32)
-        (bits, _), *_ = Counter(p.bits for p in packed).most_common()
-        return Packing(bits, min(p.group_size for p in packed))
+        quantized = [p for p in self.precisions.values() if p.quantized]
+        if not quantized:
+            return Precision(4, 32)
+        (bits, _), *_ = Counter(p.bits for p in quantized).most_common()
+        return Precision(bits, min(p.group_size for p in quantized))
 
     def predicate(self) -> Callable[..., bool | dict[str, Any]]:
         """The plan as mlx-lm's ``quant_predicate``.
@@ -65,22 +65,22 @@ class Plan:
         """
 
         def predicate(path: str, module: Any) -> bool | dict[str, Any]:
-            packing = self.packings.get(path)
-            if packing is None or not packing.packed:
+            precision = self.precisions.get(path)
+            if precision is None or not precision.quantized:
                 return False
-            if module.weight.shape[-1] % packing.group_size:
+            if module.weight.shape[-1] % precision.group_size:
                 raise OptiqError(
-                    f"the plan packs {path} in groups of {packing.group_size}, but its last axis "
+                    f"the plan packs {path} in groups of {precision.group_size}, but its last axis "
                     f"is {module.weight.shape[-1]}: measure this model anew"
                 )
             # No mode: affine is the default everywhere, and some layers of mlx-lm know no other.
-            return {"group_size": packing.group_size, "bits": packing.bits}
+            return {"group_size": precision.group_size, "bits": precision.bits}
 
         return predicate
 
     def summary(self) -> str:
         """A few lines for the terminal."""
-        counts = Counter(str(p) for p in self.packings.values())
+        counts = Counter(str(p) for p in self.precisions.values())
         parts = ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
         lines = [
             f"[optiq] {self.achieved_bpw:.3f} bits per weight of a budget of {self.target_bpw:g}: "
@@ -121,11 +121,11 @@ class Plan:
                 },
                 "per_layer": {
                     path: {
-                        "bits": packing.bits,
-                        "group_size": packing.group_size,
+                        "bits": precision.bits,
+                        "group_size": precision.group_size,
                         "kl": self.costs[path],
                     }
-                    for path, packing in self.packings.items()
+                    for path, precision in self.precisions.items()
                 },
                 "calibration": self.calibration,
                 "versions": self.versions,
@@ -143,19 +143,19 @@ def versions() -> dict[str, str]:
 
 
 def check_written(folder: Path, plan: Plan) -> None:
-    """Make sure that a converted folder holds complete files with the plan's packings.
+    """Make sure that a converted folder holds complete files with the plan's precisions.
 
     Raises:
         OptiqError: A weight file is cut off or a planned tensor is missing from config.json.
     """
     config = files.read_json(folder / "config.json")
     written = config.get("quantization", {})
-    for path, packing in plan.packings.items():
+    for path, precision in plan.precisions.items():
         entry = written.get(path)
-        found = Packing(entry["bits"], entry["group_size"]) if isinstance(entry, dict) else None
-        if found != (packing if packing.packed else None):
+        found = Precision(entry["bits"], entry["group_size"]) if isinstance(entry, dict) else None
+        if found != (precision if precision.quantized else None):
             raise OptiqError(
-                f"{path} was planned as {packing} but written as {found or 'unpacked'}: "
+                f"{path} was planned as {precision} but written as {found or 'unquantized'}: "
                 "mlx-lm did not follow the plan; please report this with your mlx-lm version"
             )
     weights = sorted(folder.glob("model*.safetensors"))

@@ -5,12 +5,12 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
-from .packing import BITS, Packing, Size, Tensor
 from .plan import Plan, versions
+from .precision import BITS, Precision, Size, Tensor
 
 
-def read_entries(path: Path) -> dict[str, Packing]:
-    """Layer path -> packing as a file has them.
+def read_entries(path: Path) -> dict[str, Precision]:
+    """Layer path -> precision as a file has them.
 
     Args:
         path: A file with ``per_layer``, or with ``optimization.per_layer`` as older ones have it.
@@ -24,10 +24,10 @@ def read_entries(path: Path) -> dict[str, Packing]:
     entries = content.get("per_layer") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path} has no per_layer: give an optiq_metadata.json as convert writes")
-    return {name: _packing(path, name, entry) for name, entry in entries.items()}
+    return {name: _precision(path, name, entry) for name, entry in entries.items()}
 
 
-def _packing(path: Path, name: str, entry: Any) -> Packing:
+def _precision(path: Path, name: str, entry: Any) -> Precision:
     bits = entry.get("bits") if isinstance(entry, dict) else None
     group_size = entry.get("group_size", 64) if isinstance(entry, dict) else None
     for field, value in (("bits", bits), ("group_size", group_size)):
@@ -36,13 +36,13 @@ def _packing(path: Path, name: str, entry: Any) -> Packing:
     assert isinstance(bits, int)
     assert isinstance(group_size, int)
     if group_size == 0 or bits in (16, 32):
-        return Packing(bits, 0)
+        return Precision(bits, 0)
     if bits not in BITS or group_size not in (32, 64, 128):
         raise InputError(
             f"{path}: {name} has {bits} bits in groups of {group_size}, which MLX cannot pack: "
             "give 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128"
         )
-    return Packing(bits, group_size)
+    return Precision(bits, group_size)
 
 
 def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
@@ -54,32 +54,32 @@ def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
         size: Of the model.
 
     Returns:
-        A plan without measurements. A tensor that the file does not name stays unpacked.
+        A plan without measurements. A tensor that the file does not name stays unquantized.
 
     Raises:
         InputError: The file is not a plan, names a layer that the model lacks, or packs one in a
             way that its shape does not allow.
     """
     known = {t.path: t for t in tensors}
-    packings = {t.path: t.unpacked for t in tensors}
-    for name, packing in read_entries(path).items():
+    precisions = {t.path: t.unquantized for t in tensors}
+    for name, precision in read_entries(path).items():
         tensor = known.get(_layer(name, known))
         if tensor is None:
             raise InputError(
                 f"{path} names {name}, which this model does not have or cannot quantize: was the "
                 "plan made for another model?"
             )
-        if not packing.fits(tensor.shape):
+        if not precision.fits(tensor.shape):
             raise InputError(
                 f"{path}: {name} has {tensor.shape[-1]} inputs, which groups of "
-                f"{packing.group_size} do not divide: give a smaller group_size"
+                f"{precision.group_size} do not divide: give a smaller group_size"
             )
-        packings[tensor.path] = packing if packing.packed else tensor.unpacked
-    stored = sum(t.stored_bits(packings[t.path]) for t in tensors)
+        precisions[tensor.path] = precision if precision.quantized else tensor.unquantized
+    stored = sum(t.stored_bits(precisions[t.path]) for t in tensors)
     achieved = size.bits_per_weight(stored)
     return Plan(
-        packings=packings,
-        costs=dict.fromkeys(packings, 0.0),
+        precisions=precisions,
+        costs=dict.fromkeys(precisions, 0.0),
         method=f"read from {path.name}",
         target_bpw=round(achieved, 4),
         achieved_bpw=achieved,

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from ..errors import BudgetError
 from ..model.layers import decoder_layers, layer_index
 from ..planning.allocation import allocate
-from .packing import BITS, GROUP_SIZES, Packing, Size, Tensor
 from .plan import Plan, versions
+from .precision import BITS, GROUP_SIZES, Precision, Size, Tensor
 from .sensitivity.interaction import SHARES, around
 from .sensitivity.problem import Problem, Sensitivity, end_to_end
 
-Packings = dict[str, Packing]
-#: Whether a variant may give a tensor a packing.
-Rule = Callable[[Tensor, Packing], bool]
+Precisions = dict[str, Precision]
+#: Whether a variant may give a tensor a precision.
+Rule = Callable[[Tensor, Precision], bool]
 
 PROTECTED = "protected"
 #: Bits per weight below which a second round is measured around the first plan.
@@ -81,14 +81,14 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
         plans |= more
         measured |= dict(zip(more, end_to_end(problem, list(more.values())), strict=True))
     name = min(measured, key=lambda n: measured[n])
-    packings, data = plans[name], problem.calibration
+    precisions, data = plans[name], problem.calibration
     costs = study.sensitivity
     return Plan(
-        packings=packings,
-        costs={path: costs[path].get(packing, 0.0) for path, packing in packings.items()},
+        precisions=precisions,
+        costs={path: costs[path].get(precision, 0.0) for path, precision in precisions.items()},
         method=study.method,
         target_bpw=budget,
-        achieved_bpw=size.bits_per_weight(stored(problem.tensors, packings)),
+        achieved_bpw=size.bits_per_weight(stored(problem.tensors, precisions)),
         kl=measured[name],
         variant=name,
         uniform=uniform,
@@ -104,8 +104,8 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
 
 
 def remeasured(
-    study: Study, budget: float, name: str, plans: dict[str, Packings]
-) -> dict[str, Packings]:
+    study: Study, budget: float, name: str, plans: dict[str, Precisions]
+) -> dict[str, Precisions]:
     """Plans by the rule of one of them, from sensitivities measured around it; new ones only."""
     known, more = list(plans.values()), {}
     rule = rules(study.problem)[name]
@@ -119,12 +119,12 @@ def remeasured(
     return more
 
 
-def stored(tensors: Iterable[Tensor], packings: Packings) -> int:
+def stored(tensors: Iterable[Tensor], precisions: Precisions) -> int:
     """Stored bits of a plan's tensors."""
-    return sum(t.stored_bits(packings[t.path]) for t in tensors)
+    return sum(t.stored_bits(precisions[t.path]) for t in tensors)
 
 
-def variants(study: Study, budget: float) -> dict[str, Packings]:
+def variants(study: Study, budget: float) -> dict[str, Precisions]:
     """Plans by name: over all candidates, without the coarsest bits, and with both ends protected.
 
     A variant that the budget does not allow is left out.
@@ -132,7 +132,7 @@ def variants(study: Study, budget: float) -> dict[str, Packings]:
     Raises:
         BudgetError: Not even the first one fits.
     """
-    plans: dict[str, Packings] = {}
+    plans: dict[str, Precisions] = {}
     for name, rule in rules(study.problem).items():
         try:
             plans[name] = _allocated(study, rule, budget)
@@ -144,12 +144,12 @@ def variants(study: Study, budget: float) -> dict[str, Packings]:
 
 def rules(problem: Problem) -> dict[str, Rule]:
     """What each variant allows."""
-    coarsest = min(p.bits for t in problem.tensors for p in t.packings)
+    coarsest = min(p.bits for t in problem.tensors for p in t.precisions)
     ends = protected(problem)
     return {
-        "allocated": lambda tensor, packing: True,
-        f"above {coarsest} bits": lambda tensor, packing: packing.bits > coarsest,
-        PROTECTED: lambda tensor, packing: tensor.path not in ends or packing.bits >= 8,
+        "allocated": lambda tensor, precision: True,
+        f"above {coarsest} bits": lambda tensor, precision: precision.bits > coarsest,
+        PROTECTED: lambda tensor, precision: tensor.path not in ends or precision.bits >= 8,
     }
 
 
@@ -159,10 +159,12 @@ def protected(problem: Problem) -> set[str]:
     return {t.path for t in problem.tensors if index.get(t.path) in (None, 0, last)}
 
 
-def _allocated(study: Study, rule: Rule, budget: float) -> Packings:
+def _allocated(study: Study, rule: Rule, budget: float) -> Precisions:
     tensors, costs = study.problem.tensors, study.sensitivity
     # A tensor that a rule leaves nothing to choose from keeps all its candidates.
-    allowed = {t.path: [p for p in t.packings if rule(t, p)] or list(t.packings) for t in tensors}
+    allowed = {
+        t.path: [p for p in t.precisions if rule(t, p)] or list(t.precisions) for t in tensors
+    }
     choice = allocate(
         [[costs[t.path][p] for p in allowed[t.path]] for t in tensors],
         [[t.stored_bits(p) for p in allowed[t.path]] for t in tensors],
@@ -171,18 +173,18 @@ def _allocated(study: Study, rule: Rule, budget: float) -> Packings:
     return {t.path: allowed[t.path][c] for t, c in zip(tensors, choice, strict=True)}
 
 
-def best_uniform(tensors: Iterable[Tensor], size: Size, budget: float) -> Packing | None:
-    """The packing that ``mlx_lm.convert -q`` would use most of a budget with, if any fits."""
+def best_uniform(tensors: Iterable[Tensor], size: Size, budget: float) -> Precision | None:
+    """The precision that ``mlx_lm.convert -q`` would use most of a budget with, if any fits."""
     tensors, room = list(tensors), size.room(budget)
     sizes = {
         p: stored(tensors, uniformly(tensors, p))
-        for p in (Packing(b, g) for b in BITS for g in GROUP_SIZES)
+        for p in (Precision(b, g) for b in BITS for g in GROUP_SIZES)
         if all(t.own or p.fits(t.shape) for t in tensors)
     }
     fitting = [p for p, bits in sizes.items() if bits <= room]
     return max(fitting, key=lambda p: (sizes[p], p.bits), default=None)
 
 
-def uniformly(tensors: Iterable[Tensor], packing: Packing) -> Packings:
+def uniformly(tensors: Iterable[Tensor], precision: Precision) -> Precisions:
     """Stock's uniform quantization, which follows the model's own predicate where it asks."""
-    return {t.path: t.own or packing for t in tensors}
+    return {t.path: t.own or precision for t in tensors}

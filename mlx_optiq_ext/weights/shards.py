@@ -2,11 +2,11 @@
 
 import mlx.core as mx
 
-from .packing import Packing
+from .precision import Precision
 
 
 def by_source(
-    weights: dict[str, mx.array], packings: dict[str, Packing], limit: int
+    weights: dict[str, mx.array], precisions: dict[str, Precision], limit: int
 ) -> list[dict[str, mx.array]]:
     """Split weights into shards whose unquantized originals take a limit at most.
 
@@ -14,16 +14,16 @@ def by_source(
 
     Args:
         weights: Parameter path -> what to store, not evaluated.
-        packings: Tensor path -> its packing.
+        precisions: Tensor path -> its precision.
         limit: Bytes; a larger tensor gets a shard of its own.
     """
     shards: list[dict[str, mx.array]] = []
     size = 0
     for path, array in weights.items():
-        packing = packings.get(path.removesuffix(".weight"))
+        precision = precisions.get(path.removesuffix(".weight"))
         source = array.nbytes
-        if packing is not None and packing.packed:
-            source = source * 16 // packing.bits
+        if precision is not None and precision.quantized:
+            source = source * 16 // precision.bits
         if not shards or size + source > limit:
             shards.append({})
             size = 0

@@ -13,9 +13,9 @@ from .. import files
 from ..errors import BudgetError
 from ..latency import Chip, Header, Workload, find_chip, layout_of, predict
 from ..model.loading import local_folder
-from .packing import Packing, Tensor
 from .plan import Plan
-from .plan_search import Packings, Study, search, stored, variants
+from .plan_search import Precisions, Study, search, stored, variants
+from .precision import Precision, Tensor
 
 #: How close to the largest budget to come, in bits per weight.
 STEP = 0.005
@@ -29,7 +29,7 @@ class Target:
         tps: Tokens per second, as ``mlx_lm.benchmark`` measures them without options.
         chip: Where.
         config: Of the model.
-        headers: Its tensors before they are packed.
+        headers: Its tensors before they are quantized.
     """
 
     tps: float
@@ -40,21 +40,21 @@ class Target:
     def check(self, tensors: Iterable[Tensor]) -> None:
         """Raise BudgetError if not even the smallest candidates are fast enough."""
         known = {t.path: t for t in tensors}
-        fastest = self.speed(known, {path: t.packings[0] for path, t in known.items()})
+        fastest = self.speed(known, {path: t.precisions[0] for path, t in known.items()})
         if fastest < self.tps:
             raise BudgetError(
                 f"{self.tps:g} tokens per second are out of reach on {self.chip.name}: with these "
                 f"candidates this model is predicted to generate {fastest:.1f} at most"
             )
 
-    def speed(self, tensors: Mapping[str, Tensor], packings: Packings) -> float:
+    def speed(self, tensors: Mapping[str, Tensor], precisions: Precisions) -> float:
         """Predicted tokens per second under a plan."""
         headers = dict(self.headers)
         settings: dict[str, Any] = {"bits": 4, "group_size": 64}
-        for path, packing in packings.items():
-            if packing.packed:
-                settings[path] = {"bits": packing.bits, "group_size": packing.group_size}
-                headers |= _packed(tensors[path], packing)
+        for path, precision in precisions.items():
+            if precision.quantized:
+                settings[path] = {"bits": precision.bits, "group_size": precision.group_size}
+                headers |= _packed(tensors[path], precision)
         layout = layout_of({**self.config, "quantization": settings}, headers)
         return predict(layout, self.chip, Workload()).decode_tps
 
@@ -72,9 +72,9 @@ def target(path_or_repo: str, model: nn.Module, tps: float, chip: str) -> Target
     return Target(tps, find_chip(chip), config, headers)
 
 
-def _packed(tensor: Tensor, packing: Packing) -> dict[str, Header]:
+def _packed(tensor: Tensor, precision: Precision) -> dict[str, Header]:
     *outer, inner = tensor.shape
-    words, groups = inner * packing.bits // 32, inner // packing.group_size
+    words, groups = inner * precision.bits // 32, inner // precision.group_size
     rows = math.prod(outer)
     scale = Header("scale", (*outer, groups), rows * groups * tensor.dtype_bits // 8)
     return {
@@ -104,15 +104,15 @@ def search_speed(
             they are.
     """
     tensors = {t.path: t for t in study.problem.tensors}
-    smallest = {path: t.packings[0] for path, t in tensors.items()}
+    smallest = {path: t.precisions[0] for path, t in tensors.items()}
     wanted.check(study.problem.tensors)
     low = study.size.bits_per_weight(stored(tensors.values(), smallest))
     high = study.size.bits_per_weight(
-        stored(tensors.values(), {path: t.packings[-1] for path, t in tensors.items()})
+        stored(tensors.values(), {path: t.precisions[-1] for path, t in tensors.items()})
     )
 
-    def fast(packings: Packings) -> bool:
-        return wanted.speed(tensors, packings) >= wanted.tps
+    def fast(precisions: Precisions) -> bool:
+        return wanted.speed(tensors, precisions) >= wanted.tps
 
     if not fast(variants(study, high)["allocated"]):
         while high - low > STEP:
@@ -123,8 +123,8 @@ def search_speed(
         high = low
     while True:
         plan = search(study, high, protect=protect)
-        if fast(plan.packings):
-            reached = wanted.speed(tensors, plan.packings)
+        if fast(plan.precisions):
+            reached = wanted.speed(tensors, plan.precisions)
             say(
                 f"[optiq] {reached:.1f} tokens per second predicted on {wanted.chip.name}, of "
                 f"{wanted.tps:g}: a budget of {high:.3f} bits per weight"

@@ -16,9 +16,9 @@ from ..model.layers import quantizable
 from ..model.loading import load_unquantized, reload, to_compute_dtype
 from ..model.stream import Stream, runs_whole
 from ..planning.calibration import load_calibration
-from .packing import BITS, GROUP_SIZES, Size, Tensor, tensors
 from .plan import Plan
 from .plan_search import Study, search
+from .precision import BITS, GROUP_SIZES, Size, Tensor, tensors
 from .sensitivity.kl import kl
 from .sensitivity.problem import Method, Problem
 from .sensitivity.taylor import taylor
@@ -43,7 +43,7 @@ def study_model(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Study:
-    """Measure what every candidate packing of every quantizable tensor costs.
+    """Measure what every candidate precision of every quantizable tensor costs.
 
     The ranks of ``mlx.launch`` share the work, and all get the same result.
 
@@ -52,12 +52,12 @@ def study_model(
             are replaced by float32 copies, since half precision is slow there.
         tokenizer: Its tokenizer.
         budget: Bits per weight to check before anything is measured.
-        bits: Widths to consider; None for all, with "leave unpacked" among the candidates.
+        bits: Widths to consider; None for all, with "leave unquantized" among the candidates.
         group_sizes: Group sizes to consider; None for all.
         calibration: A text or JSON-lines file, or None for mlx-lm's own text.
         method: Measures the sensitivities.
         method_name: Its name, for the metadata.
-        refine: Whether the packed weights will be refined.
+        refine: Whether the quantized weights will be refined.
         digest: Hash of the model, under which measurements are kept; None keeps none for later.
         load: Loads the model again, not evaluated. With it, a model too large for memory is read
             layer by layer, which takes its parameters out of ``model``; see `memory.streams`.
@@ -70,12 +70,12 @@ def study_model(
         InputError: The model or an argument is not usable.
     """
     candidates = tuple(
-        tensors(model, bits or BITS, group_sizes or GROUP_SIZES, allow_unpacked=bits is None)
+        tensors(model, bits or BITS, group_sizes or GROUP_SIZES, allow_unquantized=bits is None)
     )
     if not candidates:
         raise InputError(
-            f"no tensor of this model can be packed in groups of {_names(group_sizes)}: give other "
-            "--optiq-group-sizes"
+            f"no tensor of this model can be quantized in groups of {_names(group_sizes)}: give "
+            "other --optiq-group-sizes"
         )
     size = Size.of(model, candidates)
     if budget is not None:
@@ -97,7 +97,7 @@ def study_model(
 
 
 def plan_model(model: nn.Module, tokenizer: Any, budget: float, **settings: Any) -> Plan:
-    """Give every quantizable tensor of a loaded model its own packing within a budget.
+    """Give every quantizable tensor of a loaded model its own precision within a budget.
 
     Args:
         model: As for `study_model`.
@@ -121,13 +121,13 @@ def _names(values: tuple[int, ...] | None) -> str:
 
 def check_budget(budget: float, size: Size, candidates: tuple[Tensor, ...]) -> None:
     """Raise BudgetError with the feasible range if no plan fits a budget."""
-    least = size.bits_per_weight(sum(t.stored_bits(t.packings[0]) for t in candidates))
-    most = size.bits_per_weight(sum(t.stored_bits(t.packings[-1]) for t in candidates))
-    if size.room(budget) < sum(t.stored_bits(t.packings[0]) for t in candidates):
+    least = size.bits_per_weight(sum(t.stored_bits(t.precisions[0]) for t in candidates))
+    most = size.bits_per_weight(sum(t.stored_bits(t.precisions[-1]) for t in candidates))
+    if size.room(budget) < sum(t.stored_bits(t.precisions[0]) for t in candidates):
         raise BudgetError(
             f"a budget of {budget:g} bits per weight is too small for this model: with these "
             f"candidates it takes from {least:.3f} to {most:.3f}, counting scales, biases and what "
-            "stays unpacked"
+            "stays unquantized"
         )
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from .. import files
 from .._version import __version__
 from ..errors import InputError
-from . import archive, images, network, planning, sensitivity
+from . import archive, hessian, images, network, planning
 from .checkpoint import Architecture, Checkpoint, read
 from .network import Layer
-from .planning import Plan, Problem
+from .planning import Detector, Plan
 
 #: More images than this add time and little else.
 MOST_IMAGES = 32
@@ -85,10 +85,10 @@ def run_yolo_pipeline(
     for line in skipped:
         print(f"[optiq] {line}", file=sys.stderr)
     calibrating, judging = split(pictures)
-    problem, model = study(checkpoint, calibrating, protect=protect)
+    detector, model = study(checkpoint, calibrating, protect=protect)
     references = [(picture, network.outputs(model, picture.pixels)) for picture in judging]
     mx.eval([reference.arrays() for _, reference in references])
-    plan, stored = planning.best(problem, budget, model, references)
+    plan, stored = planning.best(detector, budget, model, references)
     name = f"{checkpoint.architecture.name}.npz"
     with files.staged(out) as folder:
         folder.mkdir()
@@ -122,7 +122,7 @@ def study(
     pictures: list[Any],
     *,
     protect: bool = False,
-) -> tuple[Problem, Any]:
+) -> tuple[Detector, Any]:
     """Measure a network.
 
     Returns:
@@ -132,12 +132,12 @@ def study(
     arrays = {name: np.array(a) for name, a in network.parameters(model).items()}
     layers = network.layers(model)
     network.expose(model)
-    evidence = sensitivity.measure(model, layers, pictures)
+    evidence = hessian.measure(model, layers, pictures)
     protected = frozenset(_ends(layers, evidence) if protect else ())
-    return Problem(tuple(layers), arrays, evidence, protected), model
+    return Detector(tuple(layers), arrays, evidence, protected), model
 
 
-def _ends(layers: list[Layer], evidence: sensitivity.Evidence) -> list[str]:
+def _ends(layers: list[Layer], evidence: hessian.Evidence) -> list[str]:
     """The stem and the layers that end a branch of the head."""
     used = [layer for layer in layers if not evidence.unused(layer.path)]
     return [used[0].path, *(layer.path for layer in used if layer.norm is None)]

@@ -13,10 +13,10 @@ from ..planning.allocation import allocate
 from . import archive
 from .codes import RULES, channel_steps, packed
 from .divergence import Divergence, divergence, mean
+from .hessian import Evidence
 from .images import Picture
 from .naming import canonical, ultralytics
 from .network import Layer, Outputs, outputs
-from .sensitivity import Evidence
 
 #: Steps to choose from, over the spread of a layer's weight.
 FACTORS = tuple(math.exp(exponent / 4) for exponent in range(-20, 5))
@@ -68,7 +68,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Problem:
+class Detector:
     """What is planned on.
 
     Attributes:
@@ -99,11 +99,11 @@ def file_name(name: str) -> str:
     return ultralytics(canonical(name))
 
 
-def plan(problem: Problem, budget: float, rule: str) -> tuple[Plan, Arrays]:
+def plan(detector: Detector, budget: float, rule: str) -> tuple[Plan, Arrays]:
     """Choose steps within a budget.
 
     Args:
-        problem: The network and what was measured.
+        detector: The network and what was measured.
         budget: Bits of the file per parameter.
         rule: One of ``codes.RULES``.
 
@@ -114,44 +114,44 @@ def plan(problem: Problem, budget: float, rule: str) -> tuple[Plan, Arrays]:
         BudgetError: Even the coarsest steps take more.
     """
     costs, sizes, factors = [], [], []
-    for layer in problem.layers:
-        rows = _candidates(problem, layer, rule)
+    for layer in detector.layers:
+        rows = _candidates(detector, layer, rule)
         costs.append([row[1] for row in rows])
         sizes.append([row[2] for row in rows])
         factors.append([row[0] for row in rows])
-    rest = {name: _small(array) for name, array in _others(problem).items()}
+    rest = {name: _small(array) for name, array in _others(detector).items()}
     fixed = archive.END_BYTES + sum(archive.entry_bytes(file_name(n), a) for n, a in rest.items())
-    capacity = math.floor(budget * problem.parameters / 8) - fixed
+    capacity = math.floor(budget * detector.parameters / 8) - fixed
     least = fixed + sum(min(row) for row in sizes)
     if least - fixed > capacity:
         raise BudgetError(
             f"a budget of {budget:g} bits per weight is too small for this network: its coarsest "
-            f"file takes {least * 8 / problem.parameters:.2f}"
+            f"file takes {least * 8 / detector.parameters:.2f}"
         )
     picks = allocate(costs, sizes, capacity)
     stored, choices = dict(rest), {}
     for layer, pick, cost, size, factor in zip(
-        problem.layers, picks, costs, sizes, factors, strict=True
+        detector.layers, picks, costs, sizes, factors, strict=True
     ):
-        stored |= _storing(problem, layer, rule)(factor[pick])[0]
-        elements = problem.arrays[f"{layer.path}.weight"].size
+        stored |= _storing(detector, layer, rule)(factor[pick])[0]
+        elements = detector.arrays[f"{layer.path}.weight"].size
         choices[layer.path] = Choice(factor[pick], size[pick] * 8 / elements, cost[pick])
     total = fixed + sum(size[pick] for size, pick in zip(sizes, picks, strict=True))
-    return Plan(rule, choices, total, problem.parameters), stored
+    return Plan(rule, choices, total, detector.parameters), stored
 
 
-def _candidates(problem: Problem, layer: Layer, rule: str) -> list[tuple[float, float, int]]:
+def _candidates(detector: Detector, layer: Layer, rule: str) -> list[tuple[float, float, int]]:
     """(factor, cost, bytes) of each way to store a layer."""
-    if problem.evidence.unused(layer.path):
+    if detector.evidence.unused(layer.path):
         options: Sequence[float] = (0.0,)
-    elif layer.path in problem.protected:
-        options = [f for f in FACTORS if f <= _protecting_factor(problem, layer, rule)] or FACTORS[
+    elif layer.path in detector.protected:
+        options = [f for f in FACTORS if f <= _protecting_factor(detector, layer, rule)] or FACTORS[
             :1
         ]
     else:
         options = FACTORS
-    curvature, found = problem.evidence.curvature[layer.path], []
-    store = _storing(problem, layer, rule)
+    curvature, found = detector.evidence.curvature[layer.path], []
+    store = _storing(detector, layer, rule)
     for factor in options:
         stored = store(factor)
         if stored is not None:
@@ -161,33 +161,33 @@ def _candidates(problem: Problem, layer: Layer, rule: str) -> list[tuple[float, 
     return found
 
 
-def _protecting_factor(problem: Problem, layer: Layer, rule: str) -> float:
+def _protecting_factor(detector: Detector, layer: Layer, rule: str) -> float:
     """The coarsest factor at which every channel's codes reach as far as 8-bit ones do."""
-    weight = problem.arrays[f"{layer.path}.weight"]
-    steps = channel_steps(weight, problem.evidence.curvature[layer.path], rule)
+    weight = detector.arrays[f"{layer.path}.weight"]
+    steps = channel_steps(weight, detector.evidence.curvature[layer.path], rule)
     reach = np.abs(weight.reshape(len(weight), -1)).max(1)
     return float(np.min(reach[reach > 0] / steps[reach > 0], initial=np.inf)) / PROTECTED_LEVELS
 
 
-def _storing(problem: Problem, layer: Layer, rule: str) -> Callable[[float], Any]:
+def _storing(detector: Detector, layer: Layer, rule: str) -> Callable[[float], Any]:
     """What gives a layer's arrays as stored, and its rounding error, for a factor."""
-    own = problem.own(layer)
+    own = detector.own(layer)
     weight = own[f"{layer.path}.weight"]
-    if problem.evidence.unused(layer.path):
+    if detector.evidence.unused(layer.path):
         # Ones keep a variance a variance.
         blank = {
             name: np.full(a.shape, name.endswith("running_var"), np.int8) for name, a in own.items()
         }
         return lambda _: (blank, np.zeros_like(weight))
-    steps = channel_steps(weight, problem.evidence.curvature[layer.path], rule)
-    inputs = problem.evidence.inputs[layer.path]
+    steps = channel_steps(weight, detector.evidence.curvature[layer.path], rule)
+    inputs = detector.evidence.inputs[layer.path]
     return lambda factor: packed(layer, own, factor * steps, inputs)
 
 
-def _others(problem: Problem) -> Arrays:
+def _others(detector: Detector) -> Arrays:
     """Arrays that belong to no layer, such as strides."""
-    taken = {name for layer in problem.layers for name in problem.own(layer)}
-    return {name: array for name, array in problem.arrays.items() if name not in taken}
+    taken = {name for layer in detector.layers for name in detector.own(layer)}
+    return {name: array for name, array in detector.arrays.items() if name not in taken}
 
 
 def _small(array: np.ndarray) -> np.ndarray:
@@ -226,7 +226,7 @@ def fill(model: Any, stored: Mapping[str, np.ndarray]) -> None:
 
 
 def best(
-    problem: Problem,
+    detector: Detector,
     budget: float,
     model: Any,
     references: Sequence[tuple[Picture, Outputs]],
@@ -234,7 +234,7 @@ def best(
     """Plan by every rule and keep the plan that judges best."""
     found = []
     for rule in RULES:
-        candidate, stored = plan(problem, budget, rule)
+        candidate, stored = plan(detector, budget, rule)
         error = judge(model, stored, references)
         found.append((replace(candidate, error=error), stored))
     return min(found, key=lambda pair: pair[0].error.total)

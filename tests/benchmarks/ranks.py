@@ -59,11 +59,11 @@ def sweep(model: str, calibration: Path, method: str) -> None:
         finally:
             waited += time.process_time() - before
 
-    def unknown(probes: Any, tensor: Any, packing: Any) -> bool:
-        return probes.journal.get(tensor.path, packing) is None
+    def unknown(probes: Any, tensor: Any, precision: Any) -> bool:
+        return probes.journal.get(tensor.path, precision) is None
 
-    def costed(problem: Any, tensor: Any, found: Any, packings: Any = None, **_: Any) -> int:
-        return len(list(packings or tensor.packings))
+    def costed(problem: Any, tensor: Any, found: Any, precisions: Any = None, **_: Any) -> int:
+        return len(list(precisions or tensor.precisions))
 
     counting(fisher._Walk, "call", "windows", lambda *args: 1)
     counting(taylor, "costs", "candidates", costed)

@@ -27,9 +27,9 @@ study = study_model(
 )
 for budget in map(float, budgets):
     plan = search(study, budget)
-    packings = {path: str(packing) for path, packing in plan.packings.items()}
+    precisions = {path: str(precision) for path, precision in plan.precisions.items()}
     if distributed.leads():
-        print(json.dumps([packings, plan.costs, plan.kl, plan.uniform_kl, plan.variant]))
+        print(json.dumps([precisions, plan.costs, plan.kl, plan.uniform_kl, plan.variant]))
 """
 
 #: Name -> method, settings, budgets.

@@ -17,7 +17,7 @@ from mlx_optiq_ext.model.replay import record
 from mlx_optiq_ext.model.stream import Stream, parameters, runs_whole
 from mlx_optiq_ext.planning import calibration
 from mlx_optiq_ext.weights import (
-    Packing,
+    Precision,
     Request,
     plan_folder,
     prepare,
@@ -70,7 +70,7 @@ def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, short, tmp_path, mon
         monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / switch))
         settings = {"method": planning.METHODS[method], "method_name": method, "progress": False}
         plan = plan_folder(str(toy), 4.0, calibration=text, **settings)
-        plans[switch] = (plan.packings, plan.costs, plan.kl, plan.uniform_kl, plan.variant)
+        plans[switch] = (plan.precisions, plan.costs, plan.kl, plan.uniform_kl, plan.variant)
     assert plans["0"] == plans["1"]
 
 
@@ -80,9 +80,9 @@ def test_refined_values_are_the_same_bit_for_bit(toy, text, short, monkeypatch):
         found = study(toy, text, monkeypatch, streaming=streaming, refine=True, method=nothing)
         problem = found.problem
         assert (problem.stream is not None) == streaming
-        packings = {t.path: Packing(3, 32) for t in problem.tensors[::3]}
-        refined = refine(problem, packings)
-        results.append((refined, judge(problem, packings, refined)))
+        precisions = {t.path: Precision(3, 32) for t in problem.tensors[::3]}
+        refined = refine(problem, precisions)
+        results.append((refined, judge(problem, precisions, refined)))
     (one, kl), (other, streamed_kl) = results
     assert set(one) == set(other)
     assert kl == streamed_kl
@@ -240,13 +240,13 @@ def test_parameters_that_are_not_there_cannot_be_computed_with(tmp_path):
 
 def test_a_shards_originals_stay_within_the_limit():
     weights = {f"{n}.weight": mx.zeros((8, 16), mx.uint32) for n in range(4)}
-    packings = dict.fromkeys("0123", Packing(4, 64))
+    precisions = dict.fromkeys("0123", Precision(4, 64))
     # 512 bytes each, from 2048 bytes in half precision.
-    assert [list(s) for s in by_source(weights, packings, 4096)] == [
+    assert [list(s) for s in by_source(weights, precisions, 4096)] == [
         ["0.weight", "1.weight"],
         ["2.weight", "3.weight"],
     ]
-    assert len(by_source(weights, packings, 100)) == 4
+    assert len(by_source(weights, precisions, 100)) == 4
 
 
 def test_a_model_is_read_layer_by_layer_when_it_takes_too_much(toy, monkeypatch):

@@ -38,7 +38,9 @@ def optiq_sensitivity_methods():
 def by_size(problem):
     """Treat every element alike: rounding to n bits costs about 4 to the power of -n."""
     return {
-        tensor.path: {packing: tensor.size * 4.0**-packing.bits for packing in tensor.packings}
+        tensor.path: {
+            precision: tensor.size * 4.0**-precision.bits for precision in tensor.precisions
+        }
         for tensor in problem.tensors
     }
 

@@ -1,4 +1,4 @@
-"""Every architecture of the installed mlx-lm, at toy size, is measured, planned and packed."""
+"""Every architecture of the installed mlx-lm, at toy size, is measured, planned and quantized."""
 
 import importlib
 import json
@@ -18,8 +18,8 @@ from mlx_optiq_ext.model.layers import decoder_layers, quantizable
 from mlx_optiq_ext.model.replay import record, resume
 from mlx_optiq_ext.model.stream import Stream, runs_whole
 from mlx_optiq_ext.planning import calibration
-from mlx_optiq_ext.weights import METHODS, Packing, Plan, plan_model, tensors
-from mlx_optiq_ext.weights.packing import Size
+from mlx_optiq_ext.weights import METHODS, Plan, Precision, plan_model, tensors
+from mlx_optiq_ext.weights.precision import Size
 from mlx_optiq_ext.weights.sensitivity import fisher
 
 BITS, GROUP_SIZES = (2, 4, 8), (32, 64)
@@ -108,7 +108,7 @@ def test_an_architecture_is_planned_and_packed_within_its_budget(name, text):
     before, candidates = arrays(model), tensors(model, BITS, GROUP_SIZES)
     size = Size.of(model, candidates)
     ends = [
-        size.bits_per_weight(sum(t.stored_bits(t.packings[end]) for t in candidates))
+        size.bits_per_weight(sum(t.stored_bits(t.precisions[end]) for t in candidates))
         for end in (0, -1)
     ]
     budget = 0.6 * ends[0] + 0.4 * ends[1]
@@ -129,38 +129,38 @@ def test_an_architecture_is_planned_and_packed_within_its_budget(name, text):
     assert all(mx.array_equal(after[path], value) for path, value in before.items())
 
     own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
-    packed = build(name)
-    for path, module in quantizable(packed):
-        floor, packing = own(path, module), plan.packings.get(path)
-        assert (packing is None) or floor is not False
-        if packing is not None and isinstance(floor, dict):
-            assert packing.bits >= floor["bits"]
-            assert packing.group_size <= floor.get("group_size", 64)
-    packed, _ = quantize_model(
-        packed,
+    quantized = build(name)
+    for path, module in quantizable(quantized):
+        floor, precision = own(path, module), plan.precisions.get(path)
+        assert (precision is None) or floor is not False
+        if precision is not None and isinstance(floor, dict):
+            assert precision.bits >= floor["bits"]
+            assert precision.group_size <= floor.get("group_size", 64)
+    quantized, _ = quantize_model(
+        quantized,
         {},
         group_size=plan.default.group_size,
         bits=plan.default.bits,
         quant_predicate=plan.predicate(),
     )
-    assert compute_bits_per_weight(packed) == pytest.approx(plan.achieved_bpw, abs=1e-9)
-    logits, plain = packed(TOKENS), model(TOKENS)
+    assert compute_bits_per_weight(quantized) == pytest.approx(plan.achieved_bpw, abs=1e-9)
+    logits, plain = quantized(TOKENS), model(TOKENS)
     assert logits.shape == plain.shape
     assert not mx.any(mx.isnan(logits))
     assert not mx.array_equal(logits, plain)
 
 
 def test_layers_that_know_no_mode_are_packed_and_loaded_again(tmp_path):
-    packings = {path: Packing(4, 32) for path, _ in quantizable(build("afm7"))}
-    predicate = Plan(packings, {}, "taylor", 5.0, 5.0).predicate()
-    packed, written = quantize_model(
+    precisions = {path: Precision(4, 32) for path, _ in quantizable(build("afm7"))}
+    predicate = Plan(precisions, {}, "taylor", 5.0, 5.0).predicate()
+    quantized, written = quantize_model(
         build("afm7"), config("afm7"), group_size=32, bits=4, quant_predicate=predicate
     )
-    save_model(tmp_path, packed)
+    save_model(tmp_path, quantized)
     (tmp_path / "config.json").write_text(json.dumps(written))
     loaded = load_model(tmp_path)[0]
-    assert mx.array_equal(loaded(TOKENS), packed(TOKENS))
-    assert not mx.array_equal(packed(TOKENS), build("afm7")(TOKENS))
+    assert mx.array_equal(loaded(TOKENS), quantized(TOKENS))
+    assert not mx.array_equal(quantized(TOKENS), build("afm7")(TOKENS))
 
 
 @pytest.mark.parametrize("name", CONVERTED)

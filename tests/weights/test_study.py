@@ -12,7 +12,7 @@ from mlx_optiq_ext.errors import BudgetError, InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.loading import model_digest
 from mlx_optiq_ext.planning.journal import Journal
-from mlx_optiq_ext.weights import METHODS, Packing, plan_folder, plan_model
+from mlx_optiq_ext.weights import METHODS, Precision, plan_folder, plan_model
 from mlx_optiq_ext.weights.plan import check_written
 
 
@@ -43,7 +43,7 @@ def test_the_plan_converts_with_stock_and_takes_what_it_says(toy, text, tmp_path
     model = mlx_lm.load(str(out))[0]
     assert compute_bits_per_weight(model) == pytest.approx(found.achieved_bpw, abs=1e-6)
     modules = dict(quantizable(mlx_lm.load(str(toy))[0]))
-    assert set(found.packings) == set(modules)
+    assert set(found.precisions) == set(modules)
 
 
 @pytest.mark.parametrize(("refine", "variant"), [(False, "other"), (True, "allocated")])
@@ -72,10 +72,10 @@ def test_measured_costs_are_the_divergence_of_each_tensor_alone(toy, text, loade
 
     plan_model(model, tokenizer, 4.0, calibration=text, method=spy, progress=False)
     problem, path = found["problem"], "model.layers.1.mlp.down_proj"
-    probe = Packing(2, 64)
+    probe = Precision(2, 64)
     tokens = mx.array(problem.calibration.measured)
     plain = np.array(model(tokens), np.float64)
-    with problem.packed({path: probe}):
+    with problem.quantized({path: probe}):
         changed = np.array(model(tokens), np.float64)
 
     def log_probs(logits):
@@ -98,9 +98,9 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(toy, text, monkeypatch):
     calls = []
     original = Journal.add
 
-    def interrupted(self, path, packing, kl):
-        original(self, path, packing, kl)
-        calls.append((path, packing))
+    def interrupted(self, path, precision, kl):
+        original(self, path, precision, kl)
+        calls.append((path, precision))
         if len(calls) == 5:
             raise KeyboardInterrupt
 
@@ -109,23 +109,23 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(toy, text, monkeypatch):
         plan(toy, 3.5, text, method=METHODS["kl"])
     resumed = plan(toy, 3.5, text, method=METHODS["kl"])
     assert len(calls) == len(set(calls))
-    assert {path for path, _ in calls} == set(resumed.packings)
+    assert {path for path, _ in calls} == set(resumed.precisions)
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(text.parent / "elsewhere"))
-    calls.extend([("counted", Packing(2, 64))] * 5)
-    assert plan(toy, 3.5, text, method=METHODS["kl"]).packings == resumed.packings
+    calls.extend([("counted", Precision(2, 64))] * 5)
+    assert plan(toy, 3.5, text, method=METHODS["kl"]).precisions == resumed.precisions
 
 
 def test_a_cut_off_journal_line_is_measured_again(tmp_path):
     journal = Journal({"model": "a"})
-    journal.add("x", Packing(3, 64), 0.5)
-    journal.add("y", Packing(3, 64), 0.25)
+    journal.add("x", Precision(3, 64), 0.5)
+    journal.add("y", Precision(3, 64), 0.25)
     assert journal.path is not None
     journal.path.write_text(journal.path.read_text()[:-9])
     again = Journal({"model": "a"})
-    assert again.get("x", Packing(3, 64)) == 0.5
-    assert again.get("y", Packing(3, 64)) is None
-    again.add("y", Packing(3, 64), 0.125)
-    assert Journal({"model": "a"}).get("y", Packing(3, 64)) == 0.125
+    assert again.get("x", Precision(3, 64)) == 0.5
+    assert again.get("y", Precision(3, 64)) is None
+    again.add("y", Precision(3, 64), 0.125)
+    assert Journal({"model": "a"}).get("y", Precision(3, 64)) == 0.125
     assert len(Journal({"model": "b"})) == 0
 
 
@@ -147,7 +147,7 @@ def test_an_infeasible_budget_names_the_range(toy, text):
 def test_group_sizes_that_no_tensor_allows_are_an_error(tmp_path, text):
     odd = write_toy(tmp_path / "odd")
     found = plan(odd, 15.0, text, group_sizes=(128,))
-    assert {path.rpartition(".")[2] for path in found.packings} == {"down_proj"}
+    assert {path.rpartition(".")[2] for path in found.precisions} == {"down_proj"}
     narrow = write_toy(tmp_path / "narrow", intermediate_size=64)
     with pytest.raises(InputError, match="groups of 128"):
         plan(narrow, 5.0, text, group_sizes=(128,))
@@ -186,7 +186,7 @@ def test_the_metadata_holds_every_tensor(toy, text, tmp_path):
     written = json.loads((tmp_path / "optiq_metadata.json").read_text())
     assert written["target_bpw"] == 3.7
     assert written["achieved_bpw"] == pytest.approx(found.achieved_bpw, abs=1e-6)
-    assert set(written["per_layer"]) == set(found.packings)
+    assert set(written["per_layer"]) == set(found.precisions)
     entry = written["per_layer"]["model.layers.0.mlp.up_proj"]
     assert set(entry) == {"bits", "group_size", "kl"}
     assert {"method", "calibration", "versions", "post_processing"} <= set(written)

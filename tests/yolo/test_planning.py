@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import BudgetError
-from mlx_optiq_ext.yolo import archive, network, planning, sensitivity
+from mlx_optiq_ext.yolo import archive, hessian, network, planning
 from mlx_optiq_ext.yolo.divergence import divergence
 from mlx_optiq_ext.yolo.network import Outputs
-from mlx_optiq_ext.yolo.planning import Problem
+from mlx_optiq_ext.yolo.planning import Detector
 
 from .tiny_network import Tiny, pictures
 
@@ -23,21 +23,21 @@ def study():
     mx.eval(model.parameters())
     arrays = {name: np.array(a) for name, a in network.parameters(model).items()}
     found = network.layers(model)
-    evidence = sensitivity.measure(model, found, pictures(4), draws=64)
-    return model, Problem(tuple(found), arrays, evidence)
+    evidence = hessian.measure(model, found, pictures(4), draws=64)
+    return model, Detector(tuple(found), arrays, evidence)
 
 
-def restore(model, problem):
-    planning.fill(model, problem.arrays)
+def restore(model, detector):
+    planning.fill(model, detector.arrays)
 
 
 def test_layers_come_in_order_with_their_normalization(study):
-    _, problem = study
-    assert [layer.path for layer in problem.layers] == [
+    _, detector = study
+    assert [layer.path for layer in detector.layers] == [
         "first.conv", "last", "second.conv", "spare.conv"
     ]  # fmt: skip
-    assert problem.layers[0].norm_path == "first.bn"
-    assert problem.layers[1].norm is None
+    assert detector.layers[0].norm_path == "first.bn"
+    assert detector.layers[1].norm is None
 
 
 def test_a_layer_that_is_never_called_is_known(study):
@@ -47,8 +47,8 @@ def test_a_layer_that_is_never_called_is_known(study):
 
 
 def test_divergence_is_zero_on_itself_and_grows(study):
-    model, problem = study
-    restore(model, problem)
+    model, detector = study
+    restore(model, detector)
     out = network.outputs(model, pictures(1)[0].pixels)
     same = divergence(out, out)
     assert same.classes == pytest.approx(0, abs=1e-4)
@@ -73,49 +73,49 @@ def test_overlap_counts_by_hand():
 
 @pytest.mark.parametrize("path", ["first.conv", "second.conv", "last"])
 def test_curvature_foretells_the_kl_divergence_of_small_errors(study, path):
-    model, problem = study
-    layer = next(layer for layer in problem.layers if layer.path == path)
+    model, detector = study
+    layer = next(layer for layer in detector.layers if layer.path == path)
     draw = np.random.default_rng(4)
     shape = layer.module.weight.shape
     measured = []
-    restore(model, problem)
+    restore(model, detector)
     images = pictures(4)
     before = [network.outputs(model, p.pixels) for p in images]
     mx.eval([out.arrays() for out in before])
     for _ in range(24):
         noise = draw.standard_normal(shape).astype(np.float32) * 0.003
-        layer.module.weight = mx.array(problem.arrays[f"{path}.weight"] + noise)
+        layer.module.weight = mx.array(detector.arrays[f"{path}.weight"] + noise)
         for picture, reference in zip(images, before, strict=True):
             out = network.outputs(model, picture.pixels)
             kl = divergence(reference, out).classes
             # The squared shift stands for the overlap error in the curvature.
-            side = mx.maximum(reference.boxes[:, 2:], sensitivity.LEAST_SIDE)
+            side = mx.maximum(reference.boxes[:, 2:], hessian.LEAST_SIDE)
             shift = (out.boxes - reference.boxes) / mx.concatenate([side, side], axis=1)
             weight = reference.scores.max(-1)[:, None]
-            measured.append(kl + sensitivity.BOX_WEIGHT * (weight * shift * shift).sum().item())
-    restore(model, problem)
-    foretold = problem.evidence.curvature[path].sum() * 0.003**2
+            measured.append(kl + hessian.BOX_WEIGHT * (weight * shift * shift).sum().item())
+    restore(model, detector)
+    foretold = detector.evidence.curvature[path].sum() * 0.003**2
     assert np.mean(measured) == pytest.approx(foretold, rel=0.35)
 
 
 @pytest.mark.parametrize("budget", [3.0, 4.5, 7.0])
 def test_the_file_is_as_large_as_planned_and_within_the_budget(study, tmp_path, budget):
-    _, problem = study
+    _, detector = study
     for rule in planning.RULES:
-        plan, stored = planning.plan(problem, budget, rule)
+        plan, stored = planning.plan(detector, budget, rule)
         named = {planning.file_name(n): a for n, a in stored.items()}
         size = archive.write(tmp_path / f"{rule}.npz", named)
-        assert size == plan.file_bytes <= budget * problem.parameters / 8
-        assert stored.keys() == problem.arrays.keys()
+        assert size == plan.file_bytes <= budget * detector.parameters / 8
+        assert stored.keys() == detector.arrays.keys()
         assert {n: a.shape for n, a in stored.items()} == {
-            n: a.shape for n, a in problem.arrays.items()
+            n: a.shape for n, a in detector.arrays.items()
         }
         assert plan.choices["spare.conv"].factor == 0
 
 
 def test_more_bytes_never_cost_more(study):
-    _, problem = study
-    plans = [planning.plan(problem, budget, "even")[0] for budget in (2.5, 3.5, 5, 7)]
+    _, detector = study
+    plans = [planning.plan(detector, budget, "even")[0] for budget in (2.5, 3.5, 5, 7)]
     costs = [sum(c.cost for c in p.choices.values()) for p in plans]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < costs[0]
@@ -127,9 +127,11 @@ def test_a_budget_below_the_coarsest_file_is_refused_with_the_least(study):
 
 
 def test_protected_layers_keep_fine_steps(study):
-    _, problem = study
-    free, _ = planning.plan(problem, 3, "even")
-    guarded = Problem(problem.layers, problem.arrays, problem.evidence, frozenset({"first.conv"}))
+    _, detector = study
+    free, _ = planning.plan(detector, 3, "even")
+    guarded = Detector(
+        detector.layers, detector.arrays, detector.evidence, frozenset({"first.conv"})
+    )
     plan, stored = planning.plan(guarded, 3.3, "even")
     assert plan.choices["first.conv"].factor < free.choices["first.conv"].factor
     reach = np.abs(stored["first.conv.weight"].astype(int).reshape(48, -1)).max(1)
@@ -137,22 +139,22 @@ def test_protected_layers_keep_fine_steps(study):
 
 
 def test_the_plan_that_judges_best_is_kept(study):
-    model, problem = study
-    restore(model, problem)
+    model, detector = study
+    restore(model, detector)
     images = pictures(2)
     references = [(p, network.outputs(model, p.pixels)) for p in images]
     mx.eval([r.arrays() for _, r in references])
-    best, stored = planning.best(problem, 4, model, references)
+    best, stored = planning.best(detector, 4, model, references)
     errors = {
-        rule: planning.judge(model, planning.plan(problem, 4, rule)[1], references).total
+        rule: planning.judge(model, planning.plan(detector, 4, rule)[1], references).total
         for rule in planning.RULES
     }
     assert best.error is not None
     assert best.error.total == pytest.approx(min(errors.values()))
     assert planning.judge(model, stored, references).total == pytest.approx(best.error.total)
-    restore(model, problem)
+    restore(model, detector)
     assert (
         best.error.total
-        < planning.judge(model, planning.plan(problem, 2.8, best.rule)[1], references).total
+        < planning.judge(model, planning.plan(detector, 2.8, best.rule)[1], references).total
     )
-    restore(model, problem)
+    restore(model, detector)

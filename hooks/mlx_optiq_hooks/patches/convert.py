@@ -1,4 +1,4 @@
-"""``mlx_lm.convert``: plans the packings before stock converts with them."""
+"""``mlx_lm.convert``: plans the precisions before stock converts with them."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -143,7 +143,7 @@ PATCHES = (
     Patch(
         "mlx_lm.convert:convert",
         feature="weights",
-        why="measures the model and plans the packings before stock quantizes",
+        why="measures the model and plans the precisions before stock quantizes",
         upstream="none: stock takes a predicate, but only from code",
         wrapper=convert,
     ),

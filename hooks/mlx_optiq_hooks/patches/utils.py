@@ -74,7 +74,7 @@ def make_shards(wrapped, instance, args, kwargs):
     from mlx_optiq_ext.weights import shards
 
     weights = bind(wrapped, args, kwargs)["weights"]
-    return shards.by_source(weights, conversion.plan.packings, conversion.block_bytes)
+    return shards.by_source(weights, conversion.plan.precisions, conversion.block_bytes)
 
 
 def save_config(wrapped, instance, args, kwargs):

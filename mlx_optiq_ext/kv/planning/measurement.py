@@ -19,7 +19,7 @@ from ... import distributed
 from ...errors import BudgetError, UnsupportedError
 from ...planning.allocation import allocate
 from ...planning.journal import Journal
-from ...weights.packing import Packing
+from ...weights.precision import Precision
 from ..layout import Slot, owners
 from ..packed import BITS, GROUP_SIZES, AnyFormat, Format, rotatable
 from ..plan import LayerFormat
@@ -141,7 +141,7 @@ def _costs(
     formats: list[Format],
     journal: Journal,
 ) -> dict[Format, float]:
-    known = {f: journal.get(_name(side, f), _packing(f)) for f in formats}
+    known = {f: journal.get(_name(side, f), _precision(f)) for f in formats}
     if all(cost is not None for cost in known.values()):
         return {f: cost or 0.0 for f, cost in known.items()}
 
@@ -161,12 +161,12 @@ def _costs(
         for f, bits in measured.items()
     }
     for format, cost in found.items():
-        journal.add(_name(side, format), _packing(format), cost)
+        journal.add(_name(side, format), _precision(format), cost)
     return found
 
 
-def _packing(format: Format) -> Packing:
-    return Packing(format.bits, format.group_size or 64)
+def _precision(format: Format) -> Precision:
+    return Precision(format.bits, format.group_size or 64)
 
 
 def _name(side: Side, format: Format) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 from .evidence import Evidence
-from .words import TIMES, nats, packing, power
+from .words import TIMES, nats, power, precision
 
 # In the units of the viewBox; narrow, so that text stays legible when a phone scales it down.
 WIDTH, HEIGHT = 460, 330
@@ -15,12 +15,12 @@ Scale = Callable[[float], float]
 
 
 def kl_chart(evidence: Evidence) -> str:
-    """End-to-end KL against bits per weight: the uniform packings, the plan and its budget.
+    """End-to-end KL against bits per weight: the uniform precisions, the plan and its budget.
 
     An empty string if no KL is above zero, which a logarithmic scale cannot show.
     """
     plan, bpw = evidence.plan, evidence.size.bits_per_weight
-    points = [(bpw(j.stored_bits), j.kl, j.packing) for j in evidence.references]
+    points = [(bpw(j.stored_bits), j.kl, j.precision) for j in evidence.references]
     shown = [p for p in points if _drawable(p[1])]
     if not shown or not _drawable(evidence.kl):
         return ""
@@ -62,7 +62,7 @@ def kl_chart(evidence: Evidence) -> str:
 
 
 def sensitivity_chart(evidence: Evidence) -> str:
-    """Each tensor's cost at the common packing, sorted, and what the plan makes of it.
+    """Each tensor's cost at the common precision, sorted, and what the plan makes of it.
 
     An empty string if no cost is above zero.
     """
@@ -83,10 +83,10 @@ def sensitivity_chart(evidence: Evidence) -> str:
     parts.append(f'<polyline class="line" points="{line}"/>')
     radius = min(5.0, max(2.2, 0.36 * (WIDTH - LEFT - RIGHT) / len(curve)))
     for rank, (tensor, cost) in enumerate(curve, 1):
-        here, chosen = now[tensor.path], plan.packings[tensor.path]
+        here, chosen = now[tensor.path], plan.precisions[tensor.path]
         title = (
             f"{tensor.path}: {nats(cost)} at {evidence.common}, {nats(here)} as planned "
-            f"({packing(chosen)})"
+            f"({precision(chosen)})"
         )
         parts.append(
             f'<g data-path="{escape(tensor.path)}" data-cost="{cost!r}">'

@@ -1,4 +1,4 @@
-"""What speaks for a plan: uniform packings judged beside it, and what each tensor gained."""
+"""What speaks for a plan: uniform precisions judged beside it, and what each tensor gained."""
 
 import math
 from collections import Counter
@@ -10,26 +10,26 @@ from itertools import pairwise
 from ...errors import InputError
 from ...model.layers import layer_index
 from ...planning.calibration import HELD_OUT
-from ..packing import Packing, Size, Tensor
 from ..plan import Plan
 from ..plan_search import Study, stored, uniformly
+from ..precision import Precision, Size, Tensor
 from ..sensitivity.problem import Problem, Sensitivity, end_to_end
 
-#: Widths of the uniform packings that a plan is shown against.
+#: Widths of the uniform precisions that a plan is shown against.
 UNIFORM_BITS = (3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A uniform packing judged end to end.
+    """A uniform precision judged end to end.
 
     Attributes:
-        packing: Of every tensor, except where the model's own predicate asks for another.
+        precision: Of every tensor, except where the model's own predicate asks for another.
         stored_bits: Of all candidate tensors together.
         kl: KL on the held-out calibration windows, in nats per token.
     """
 
-    packing: Packing
+    precision: Precision
     stored_bits: int
     kl: float
 
@@ -40,16 +40,16 @@ class Gain:
 
     Attributes:
         tensor: The tensor.
-        packing: What the plan gives it.
-        cost: Expected KL at the common packing in nats per token; None if that is no candidate.
+        precision: What the plan gives it.
+        cost: Expected KL at the common precision in nats per token; None if that is no candidate.
         cost_now: Expected KL as planned.
-        share: Of the summed cost of all tensors at the common packing; None with ``cost``.
+        share: Of the summed cost of all tensors at the common precision; None with ``cost``.
         weight_share: Of all candidate weights.
-        extra_bits: Stored bits above those of the common packing.
+        extra_bits: Stored bits above those of the common precision.
     """
 
     tensor: Tensor
-    packing: Packing
+    precision: Precision
     cost: float | None
     cost_now: float
     share: float | None
@@ -68,7 +68,7 @@ class Evidence:
         layers: Tensor path -> index of its decoder layer; tensors outside of them are absent.
         sensitivity: Costs of every candidate of every tensor.
         size: Of the model.
-        uniforms: Uniform packings judged on the same windows as the plan, by rising stored bits.
+        uniforms: Uniform precisions judged on the same windows as the plan, by rising stored bits.
         judged_on: Tokens that they were judged on.
         held_out: Whether these were kept out of the measurement; too few windows leave none.
         refined: Whether the plan's weights were refined before it was judged.
@@ -94,7 +94,7 @@ class Evidence:
     @cached_property
     def stored_bits(self) -> int:
         """Stored bits of the candidates as planned."""
-        return stored(self.tensors, self.plan.packings)
+        return stored(self.tensors, self.plan.precisions)
 
     @cached_property
     def elements(self) -> int:
@@ -109,19 +109,19 @@ class Evidence:
     @property
     def unquantized_bits(self) -> int:
         """Stored bits of the candidates as they are in the original."""
-        return stored(self.tensors, {t.path: t.unpacked for t in self.tensors})
+        return stored(self.tensors, {t.path: t.unquantized for t in self.tensors})
 
     def model_bits(self, stored_bits: int) -> int:
         """Stored bits of the whole model when the candidates take ``stored_bits``."""
         return self.size.fixed_bits + stored_bits
 
     @cached_property
-    def common(self) -> Packing | None:
-        """The packing to compare tensors at: shared by the most of them, closest to the average.
+    def common(self) -> Precision | None:
+        """The precision to compare tensors at: shared by the most of them, closest to the average.
 
-        It takes no more than the average where one does; None if nothing can be packed.
+        It takes no more than the average where one does; None if nothing can be quantized.
         """
-        counts = Counter(p for t in self.tensors for p in t.packings if p.packed)
+        counts = Counter(p for t in self.tensors for p in t.precisions if p.quantized)
         shared = [p for p, count in counts.items() if count == max(counts.values())]
         widths = {p: self._width(p) for p in shared}
         within = [p for p in shared if widths[p] <= self.average]
@@ -129,24 +129,24 @@ class Evidence:
             return max(within, key=lambda p: (widths[p], p.bits))
         return min(shared, key=lambda p: (widths[p], -p.bits), default=None)
 
-    def _width(self, packing: Packing) -> float:
-        """Stored bits per weight of a packing over the tensors that have it as a candidate."""
-        having = [t for t in self.tensors if packing in t.packings]
-        return sum(t.stored_bits(packing) for t in having) / sum(t.size for t in having)
+    def _width(self, precision: Precision) -> float:
+        """Stored bits per weight of a precision over the tensors that have it as a candidate."""
+        having = [t for t in self.tensors if precision in t.precisions]
+        return sum(t.stored_bits(precision) for t in having) / sum(t.size for t in having)
 
     def cost(self, tensor: Tensor) -> float | None:
-        """Cost at the common packing in nats per token; None if that is no candidate."""
+        """Cost at the common precision in nats per token; None if that is no candidate."""
         return self.sensitivity[tensor.path].get(self.common) if self.common else None
 
     @cached_property
     def curve(self) -> list[tuple[Tensor, float]]:
-        """Tensors with their cost at the common packing, the costliest first."""
+        """Tensors with their cost at the common precision, the costliest first."""
         costs = [(t, cost) for t in self.tensors if (cost := self.cost(t)) is not None]
         return sorted(costs, key=lambda entry: (-entry[1], entry[0].path))
 
     @cached_property
     def total_cost(self) -> float:
-        """Costs at the common packing, summed."""
+        """Costs at the common precision, summed."""
         return math.fsum(cost for _, cost in self.curve)
 
     @cached_property
@@ -154,19 +154,19 @@ class Evidence:
         """Tensors above the average bits per weight, the costliest first."""
         common, found = self.common, []
         for tensor in self.tensors:
-            packing, cost = self.plan.packings[tensor.path], self.cost(tensor)
-            bits = tensor.stored_bits(packing)
+            precision, cost = self.plan.precisions[tensor.path], self.cost(tensor)
+            bits = tensor.stored_bits(precision)
             if common is None or bits <= self.average * tensor.size:
                 continue
             share = None if cost is None or self.total_cost <= 0 else cost / self.total_cost
             extra = bits - tensor.stored_bits(common)
             part, now = tensor.size / self.elements, self.plan.costs[tensor.path]
-            found.append(Gain(tensor, packing, cost, now, share, part, extra))
+            found.append(Gain(tensor, precision, cost, now, share, part, extra))
         return sorted(found, key=lambda g: (-(g.cost or 0.0), -g.extra_bits, g.tensor.path))
 
     @property
     def same_bytes(self) -> Judged | None:
-        """The best uniform packing within the budget, judged with the plan."""
+        """The best uniform precision within the budget, judged with the plan."""
         uniform, kl = self.plan.uniform, self.plan.uniform_kl
         if uniform is None or kl is None:
             return None
@@ -174,13 +174,13 @@ class Evidence:
 
     @cached_property
     def references(self) -> list[Judged]:
-        """The uniform packings, with the best one within the budget among them."""
-        found = {j.packing: j for j in (*self.uniforms, self.same_bytes) if j is not None}
-        return sorted(found.values(), key=lambda j: (j.stored_bits, j.packing))
+        """The uniform precisions, with the best one within the budget among them."""
+        found = {j.precision: j for j in (*self.uniforms, self.same_bytes) if j is not None}
+        return sorted(found.values(), key=lambda j: (j.stored_bits, j.precision))
 
     @property
     def equal_bpw(self) -> float | None:
-        """Bits per weight at which uniform packings would reach the plan's KL.
+        """Bits per weight at which uniform precisions would reach the plan's KL.
 
         Interpolated between `uniforms`, linear in bits and in log KL; None outside of their range.
         """
@@ -205,19 +205,19 @@ def uniforms(problem: Problem) -> tuple[Judged, ...]:
         By rising stored bits. One pass over the held-out windows for each, and one for reference.
     """
     tensors = problem.tensors
-    group = 64 if all(t.own or Packing(4, 64).fits(t.shape) for t in tensors) else 32
-    packings = [Packing(bits, group) for bits in UNIFORM_BITS]
-    choices = [uniformly(tensors, p) for p in packings]
+    group = 64 if all(t.own or Precision(4, 64).fits(t.shape) for t in tensors) else 32
+    precisions = [Precision(bits, group) for bits in UNIFORM_BITS]
+    choices = [uniformly(tensors, p) for p in precisions]
     divergences = end_to_end(problem, choices)
     found = [
-        Judged(packing, stored(tensors, choice), kl)
-        for packing, choice, kl in zip(packings, choices, divergences, strict=True)
+        Judged(precision, stored(tensors, choice), kl)
+        for precision, choice, kl in zip(precisions, choices, divergences, strict=True)
     ]
     return tuple(sorted(found, key=lambda j: j.stored_bits))
 
 
 def gather(study: Study, plan: Plan, name: str) -> Evidence:
-    """Measure what a report needs beyond a plan: the uniform packings.
+    """Measure what a report needs beyond a plan: the uniform precisions.
 
     Args:
         study: The measured model that the plan was made from.

@@ -1,10 +1,10 @@
-"""The map of bits: which packing each tensor has, by decoder layer and projection."""
+"""The map of bits: which precision each tensor has, by decoder layer and projection."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ..packing import Packing, Tensor
+from ..precision import Precision, Tensor
 from . import words
 from .charts import tone
 from .evidence import Evidence
@@ -14,7 +14,7 @@ def bit_map(evidence: Evidence) -> str:
     """The section with a cell for every tensor: layers against projections, then the others."""
     inside = [t for t in evidence.tensors if t.path in evidence.layers]
     outside = [t for t in evidence.tensors if t.path not in evidence.layers]
-    counts = Counter(p.bits if p.packed else 16 for p in evidence.plan.packings.values())
+    counts = Counter(p.bits if p.quantized else 16 for p in evidence.plan.precisions.values())
     legend = "".join(
         f'<li><span class="swatch {tone(bits)}">{bits if bits <= 8 else words.NONE}</span>'
         f"{'bits' if bits <= 8 else 'unquantized'}, {n} tensor{'s' * (n != 1)}</li>"
@@ -66,29 +66,30 @@ def _projection(name: str) -> str:
 def _mean(evidence: Evidence, tensors: Iterable[Tensor]) -> str:
     """Stored bits per weight of a few tensors together."""
     tensors = list(tensors)
-    bits = sum(t.stored_bits(evidence.plan.packings[t.path]) for t in tensors)
+    bits = sum(t.stored_bits(evidence.plan.precisions[t.path]) for t in tensors)
     return f"{bits / sum(t.size for t in tensors):.2f}"
 
 
 def _cell(evidence: Evidence, tensor: Tensor) -> str:
-    packing, cost = evidence.plan.packings[tensor.path], evidence.plan.costs[tensor.path]
-    width = tensor.stored_bits(packing) / tensor.size
+    precision, cost = evidence.plan.precisions[tensor.path], evidence.plan.costs[tensor.path]
+    width = tensor.stored_bits(precision) / tensor.size
     title = (
-        f"{tensor.path}\n{words.shape(tensor.shape)}\n{words.packing(packing)}: {width:.2f} stored "
-        f"bits per weight, {words.size(tensor.stored_bits(packing))}\ncost {words.nats(cost)} nats "
-        "per token"
+        f"{tensor.path}\n{words.shape(tensor.shape)}\n{words.precision(precision)}: "
+        f"{width:.2f} stored bits per weight, {words.size(tensor.stored_bits(precision))}\n"
+        f"cost {words.nats(cost)} nats per token"
     )
     return (
         f'<td title="{escape(title)}" data-path="{escape(tensor.path)}" '
-        f'data-bits="{packing.bits}" data-group-size="{packing.group_size}" data-cost="{cost!r}">'
-        f'<span class="cell {tone(packing.bits)}">{short(packing)}<small>{width:.2f}</small>'
+        f'data-bits="{precision.bits}" data-group-size="{precision.group_size}" '
+        f'data-cost="{cost!r}">'
+        f'<span class="cell {tone(precision.bits)}">{short(precision)}<small>{width:.2f}</small>'
         "</span></td>"
     )
 
 
-def short(packing: Packing) -> str:
+def short(precision: Precision) -> str:
     """Bits and group size, as in a cell."""
-    return f"<b>{packing.bits}</b>" + (f" g{packing.group_size}" if packing.packed else "")
+    return f"<b>{precision.bits}</b>" + (f" g{precision.group_size}" if precision.quantized else "")
 
 
 def _outside(evidence: Evidence, tensors: Iterable[Tensor]) -> str:

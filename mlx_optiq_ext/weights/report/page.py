@@ -74,7 +74,10 @@ def _tiles(evidence: Evidence) -> str:
     if (uniform := evidence.same_bytes) is not None and uniform.kl > 0:
         ratio = words.ratio(evidence.kl, uniform.kl)
         tiles.append(
-            (ratio, f"the KL of uniform {words.kind(uniform.packing)}, the best within the budget")
+            (
+                ratio,
+                f"the KL of uniform {words.kind(uniform.precision)}, the best within the budget",
+            )
         )
     return "\n".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
@@ -103,7 +106,7 @@ def _uniform(evidence: Evidence) -> str:
     mine = (evidence.stored_bits, evidence.kl)
     rows = [("This plan", "this", *mine)]
     rows += [
-        (f"Uniform {words.kind(j.packing)}", "", j.stored_bits, j.kl) for j in evidence.references
+        (f"Uniform {words.kind(j.precision)}", "", j.stored_bits, j.kl) for j in evidence.references
     ]
     rows += [("Unquantized", "", evidence.unquantized_bits, 0.0)]
     body = "".join(
@@ -180,7 +183,7 @@ def _rows(evidence: Evidence, gains: Iterable[Gain]) -> str:
     head = "".join(f'<th class="{"num" * (i > 1)}">{n}</th>' for i, n in enumerate(names))
     body = "".join(
         f'<tr data-path="{escape(g.tensor.path)}"><th>{breakable(g.tensor)}</th>'
-        f'<td><span class="cell {tone(g.packing.bits)}">{short(g.packing)}</span></td>'
+        f'<td><span class="cell {tone(g.precision.bits)}">{short(g.precision)}</span></td>'
         + "".join(
             f'<td class="num" data-label="{label}">{value}</td>'
             for label, value in zip(names[2:], _values(g), strict=True)

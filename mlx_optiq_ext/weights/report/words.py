@@ -2,7 +2,7 @@
 
 import math
 
-from ..packing import Packing
+from ..precision import Precision
 from .evidence import Evidence, Gain
 
 #: Where there is no number.
@@ -69,14 +69,14 @@ def shape(value: tuple[int, ...]) -> str:
     return f" {TIMES} ".join(map(str, value))
 
 
-def kind(value: Packing | None) -> str:
-    """A packing's name, kept on one line."""
+def kind(value: Precision | None) -> str:
+    """A precision's name, kept on one line."""
     return str(value).replace("-", "\N{NON-BREAKING HYPHEN}").replace(" ", SPACE)
 
 
-def packing(value: Packing) -> str:
-    """A packing in full."""
-    return str(value) if value.packed else f"unquantized, {value.bits}-bit"
+def precision(value: Precision) -> str:
+    """A precision in full."""
+    return str(value) if value.quantized else f"unquantized, {value.bits}-bit"
 
 
 def ratio(value: float, reference: float) -> str:
@@ -95,7 +95,7 @@ def reason(gain: Gain, evidence: Evidence) -> str:
 
 def _why(gain: Gain, evidence: Evidence) -> str:
     tensor, name = gain.tensor, kind(evidence.common)
-    if tensor.own is not None and (gain.share is None or gain.packing == tensor.own):
+    if tensor.own is not None and (gain.share is None or gain.precision == tensor.own):
         return f"The model's own code asks for at least {kind(tensor.own)} here."
     if gain.share is None or gain.cost is None:
         return f"It cannot be packed at {name}."

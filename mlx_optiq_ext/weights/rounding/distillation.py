@@ -24,9 +24,9 @@ from ...model.layers import (
     with_arrays,
 )
 from ...model.replay import record
-from ..packing import Packing
+from ..precision import Precision
 from ..sensitivity.problem import Problem
-from .feedback import Packed
+from .feedback import Quantized
 from .refinement import Refined
 
 #: Updates, and the largest move of one, as a share of the group's scale.
@@ -41,7 +41,7 @@ Offsets = list[mx.array]
 
 def distill(
     problem: Problem,
-    packings: dict[str, Packing],
+    precisions: dict[str, Precision],
     refined: Refined,
     *,
     steps: int = STEPS,
@@ -56,7 +56,7 @@ def distill(
 
     Args:
         problem: The problem that was planned; its model is left as it was.
-        packings: The plan's packing of each refined tensor.
+        precisions: The plan's precision of each refined tensor.
         refined: From `refine`.
         steps: Updates to make.
         rate: The largest rate.
@@ -74,7 +74,7 @@ def distill(
         )
     model = problem.model
     modules = {path: m for path, m in quantizable(model) if path in refined}
-    grids = {path: _Movable.of(refined[path], packings[path]) for path in modules}
+    grids = {path: _Movable.of(refined[path], precisions[path]) for path in modules}
     originals = {path: module.weight for path, module in modules.items()}
     offsets = {
         path: [mx.zeros(g.centre.shape), mx.zeros(g.centre.shape)] for path, g in grids.items()
@@ -183,57 +183,57 @@ def _pace(step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class _Movable:
-    """A packed tensor whose grids can move.
+    """A quantized tensor whose grids can move.
 
     A grid's centre and its width move apart from each other, as scale and bias would not.
 
     Attributes:
-        packed: What is stored.
-        packing: How.
+        quantized: What is stored.
+        precision: How.
         scale: Scales in float32, (..., groups).
         centre: Value of the middle of each grid, (..., groups).
     """
 
-    packed: Packed
-    packing: Packing
+    quantized: Quantized
+    precision: Precision
     scale: mx.array
     centre: mx.array
 
     @classmethod
-    def of(cls, packed: Packed, packing: Packing) -> "_Movable":
-        scale, bias = (a.astype(mx.float32) for a in packed[1:])
-        return cls(packed, packing, scale, bias + scale * cls._middle(packing))
+    def of(cls, quantized: Quantized, precision: Precision) -> "_Movable":
+        scale, bias = (a.astype(mx.float32) for a in quantized[1:])
+        return cls(quantized, precision, scale, bias + scale * cls._middle(precision))
 
     @staticmethod
-    def _middle(packing: Packing) -> float:
-        return (2**packing.bits - 1) / 2
+    def _middle(precision: Precision) -> float:
+        return (2**precision.bits - 1) / 2
 
     def _at(self, offsets: Offsets) -> tuple[mx.array, mx.array]:
         unit = mx.abs(self.scale)
         width, centre = offsets
-        return self.scale + width * unit / self._middle(self.packing), self.centre + centre * unit
+        return self.scale + width * unit / self._middle(self.precision), self.centre + centre * unit
 
     def weight(self, offsets: Offsets) -> mx.array:
         """The weight (..., out, in) in float32."""
         scale, centre = self._at(offsets)
         codes = mx.dequantize(
-            self.packed[0],
+            self.quantized[0],
             mx.ones_like(self.scale),
             mx.zeros_like(self.scale),
-            group_size=self.packing.group_size,
-            bits=self.packing.bits,
+            group_size=self.precision.group_size,
+            bits=self.precision.bits,
         )
-        grouped = mx.unflatten(codes, -1, (-1, self.packing.group_size))
-        from_middle = grouped - self._middle(self.packing)
+        grouped = mx.unflatten(codes, -1, (-1, self.precision.group_size))
+        from_middle = grouped - self._middle(self.precision)
         return (from_middle * scale[..., None] + centre[..., None]).flatten(-2, -1)
 
-    def stored(self, offsets: Offsets) -> Packed:
+    def stored(self, offsets: Offsets) -> Quantized:
         """What to store; the bias makes up for the scale's rounding."""
-        dtype = self.packed[1].dtype
+        dtype = self.quantized[1].dtype
         scale, centre = self._at(offsets)
         scale = scale.astype(dtype)
-        bias = centre - scale.astype(mx.float32) * self._middle(self.packing)
-        return self.packed[0], scale, bias.astype(dtype)
+        bias = centre - scale.astype(mx.float32) * self._middle(self.precision)
+        return self.quantized[0], scale, bias.astype(dtype)
 
 
 @dataclass

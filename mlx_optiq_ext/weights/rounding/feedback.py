@@ -12,11 +12,11 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
-from ..packing import Packing
+from ..precision import Precision
 from .codes import pack
 from .grid import Format, Grid, feedback, sweep
 
-Packed = tuple[mx.array, mx.array, mx.array]
+Quantized = tuple[mx.array, mx.array, mx.array]
 
 #: Rows that are rounded at once at least, and how many such blocks a weight has at most.
 ROWS, BLOCKS = 16, 24
@@ -25,20 +25,20 @@ ROWS, BLOCKS = 16, 24
 def round_weight(
     weight: mx.array,
     moment: mx.array,
-    packing: Packing,
+    precision: Precision,
     dtype: mx.Dtype,
     *,
     outputs: mx.array | None = None,
     sweeps: int = 2,
     damping: float = 0.02,
     output_damping: float = 0.1,
-) -> Packed:
+) -> Quantized:
     """Quantize a weight to MLX's affine layout.
 
     Args:
         weight: Target, (out, in).
         moment: Second moment of the inputs, (in, in), of any positive scale.
-        packing: Bits and group size; the group size divides ``in``.
+        precision: Bits and group size; the group size divides ``in``.
         dtype: In which scales and biases are stored; the search sees them rounded to it.
         outputs: Second moment of the gradients at the outputs, (out, out); None for the identity.
         sweeps: Coordinate-descent passes after the error feedback, along each side.
@@ -48,7 +48,7 @@ def round_weight(
     Returns:
         ``(packed, scales, biases)`` as ``mx.quantize`` returns them.
     """
-    form = Format(packing.bits, packing.group_size, dtype)
+    form = Format(precision.bits, precision.group_size, dtype)
     h = _damped(_array(moment), damping)
     columns, groups = column_order(h, form.group_size)
     target, h = _array(weight)[:, columns], np.ascontiguousarray(h[np.ix_(columns, columns)])
@@ -58,7 +58,7 @@ def round_weight(
         grid = _both(target, h, _damped(_array(outputs), output_damping), form, sweeps)
     grid = grid.columns(np.argsort(columns), np.argsort(groups))
     return (
-        pack(mx.array(grid.codes), packing.bits),
+        pack(mx.array(grid.codes), precision.bits),
         mx.array(grid.scales).astype(dtype),
         mx.array(grid.biases).astype(dtype),
     )

@@ -19,11 +19,11 @@ from ...model.layerwise import entry, recordings
 from ...model.replay import Call, Recording, chained, finish
 from ...model.spill import SpilledPacked
 from ...planning.divergence import Reference
-from ..packing import Packing, quantize
+from ..precision import Precision, quantize
 from ..sensitivity.moments import Factors
 from ..sensitivity.problem import Problem, batches
 from ..sensitivity.taylor import differentiated
-from .feedback import Packed, round_weight
+from .feedback import Quantized, round_weight
 from .inputs import Fed, Moments, inputs, stages
 
 #: How far targets make up for the error of the layers before, from 0 to 1.
@@ -32,34 +32,34 @@ SHARE = 0.5
 RIDGE = 0.05
 
 #: Tensor path -> (packed, scales, biases).
-Refined = Mapping[str, Packed]
+Refined = Mapping[str, Quantized]
 
 
-def refine(problem: Problem, packings: dict[str, Packing]) -> Refined:
+def refine(problem: Problem, precisions: dict[str, Precision]) -> Refined:
     """Round every planned tensor anew.
 
     Args:
         problem: The problem that was planned; its model is left as it was.
-        packings: The plan's packing of each tensor.
+        precisions: The plan's precision of each tensor.
 
     Returns:
         What to store for each packed tensor. Models whose layers do not pass a hidden state on
         plainly, and stacks of one matrix per head, are rounded as MLX does it.
     """
-    refiner, index = _Refiner(problem, packings), layer_index(problem.model)
+    refiner, index = _Refiner(problem, precisions), layer_index(problem.model)
     with refiner.originals([path for path in refiner.modules if path not in index]):
         refiner.run()
     return refiner.result
 
 
-def judge(problem: Problem, packings: dict[str, Packing], refined: Refined) -> float:
+def judge(problem: Problem, precisions: dict[str, Precision], refined: Refined) -> float:
     """KL(reference || refined) on the held-out windows, in nats per token."""
     references = [
         (tokens, Reference.of(problem.model(tokens)))
         for tokens in batches(problem.calibration.held_out)
     ]
     dtype = problem.dtype
-    with problem.replaced(refined, lambda p: restored(refined[p], packings[p], dtype)):
+    with problem.replaced(refined, lambda p: restored(refined[p], precisions[p], dtype)):
         total = sum(
             float(reference.divergence(problem.model(tokens)).sum())
             for tokens, reference in references
@@ -67,26 +67,26 @@ def judge(problem: Problem, packings: dict[str, Packing], refined: Refined) -> f
     return total / problem.calibration.held_out.size
 
 
-def restored(packed: Packed, packing: Packing, dtype: mx.Dtype) -> mx.array:
+def restored(packed: Quantized, precision: Precision, dtype: mx.Dtype) -> mx.array:
     """The weight (..., out, in) that a packed one stands for, computed in ``dtype``."""
     return mx.dequantize(
         packed[0],
         packed[1].astype(dtype),
         packed[2].astype(dtype),
-        group_size=packing.group_size,
-        bits=packing.bits,
+        group_size=precision.group_size,
+        bits=precision.bits,
     )
 
 
 class _Refiner:
-    def __init__(self, problem: Problem, packings: dict[str, Packing]):
+    def __init__(self, problem: Problem, precisions: dict[str, Precision]):
         self.problem = problem
         self.modules = dict(quantizable(problem.model))
-        self.plan = {path: p for path, p in packings.items() if p.packed}
-        self.result: dict[str, Packed] | SpilledPacked = {}
+        self.plan = {path: p for path, p in precisions.items() if p.quantized}
+        self.result: dict[str, Quantized] | SpilledPacked = {}
         if problem.stream is not None:
             self.result = SpilledPacked(problem.stream.spill)
-        self.block: dict[str, Packed] = {}
+        self.block: dict[str, Quantized] = {}
         self.factors: Mapping[str, Factors] = {}
 
     def run(self) -> None:
@@ -134,7 +134,7 @@ class _Refiner:
             for path, weight in kept.items():
                 self.modules[path].weight = weight
 
-    def store(self, path: str, packed: Packed) -> None:
+    def store(self, path: str, packed: Quantized) -> None:
         """Keep a tensor's result and put what it stands for into the model."""
         weight = restored(packed, self.plan[path], self.problem.dtype)
         mx.eval(packed, weight)
@@ -145,11 +145,11 @@ class _Refiner:
         self.result.update(self.block)
         self.block = {}
 
-    def plain(self, path: str) -> Packed:
+    def plain(self, path: str) -> Quantized:
         """MLX's own rounding."""
         return quantize(self.problem.weights[path], self.plan[path])
 
-    def rounded(self, path: str, moment: mx.array, cross: mx.array | None = None) -> Packed:
+    def rounded(self, path: str, moment: mx.array, cross: mx.array | None = None) -> Quantized:
         """Error-feedback rounding against a second moment."""
         weight = self.problem.weights[path]
         target = weight.astype(mx.float32)
@@ -158,7 +158,7 @@ class _Refiner:
         across = self.factors[path].across
         return round_weight(target, moment, self.plan[path], weight.dtype, outputs=across)
 
-    def experts(self, path: str, moments: Moments) -> Packed:
+    def experts(self, path: str, moments: Moments) -> Quantized:
         """Each expert of a stack rounded against the tokens routed to it."""
         weight = self.problem.weights[path]
         parts = [
@@ -168,7 +168,7 @@ class _Refiner:
         packed, scales, biases = (mx.stack(list(same)) for same in zip(*parts, strict=True))
         return packed, scales, biases
 
-    def embedding(self, path: str, found: Factors) -> Packed:
+    def embedding(self, path: str, found: Factors) -> Quantized:
         """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
         assert found.columns is not None
         assert found.lookups is not None

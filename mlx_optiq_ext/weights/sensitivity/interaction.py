@@ -1,7 +1,7 @@
 """Sensitivities where a low-bit plan stands, rather than at the unquantized model.
 
-At few bits tensors no longer add up as if each were packed alone (IMPQ, arXiv 2509.15455). The
-Fisher information of the packed model tells how much each one matters beside the others.
+At few bits tensors no longer add up as if each were quantized alone (IMPQ, arXiv 2509.15455). The
+Fisher information of the quantized model tells how much each one matters beside the others.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,26 +12,26 @@ import numpy as np
 
 from ... import distributed
 from ...model.layers import quantizable
-from ..packing import Packing, dequantized
+from ..precision import Precision, dequantized
 from .fisher import factors
 from .problem import Problem, Sensitivity, batches
 
-#: How far to trust the packed model, from 0 to 1: of each a plan is made.
+#: How far to trust the quantized model, from 0 to 1: of each a plan is made.
 SHARES = (0.5, 1.0)
 
 
 def around(
-    problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
+    problem: Problem, sensitivity: Sensitivity, precisions: Mapping[str, Precision]
 ) -> list[Sensitivity]:
     """Sensitivities re-measured around a plan, one for each of `SHARES`.
 
-    Each tensor's costs are scaled by what the packed model's Fisher information says about its
-    planned packing against what the sensitivity said, to the power of the share.
+    Each tensor's costs are scaled by what the quantized model's Fisher information says about its
+    planned precision against what the sensitivity said, to the power of the share.
 
     Args:
         problem: The problem that was planned; its model is left as it was.
         sensitivity: From which the plan was made.
-        packings: The plan.
+        precisions: The plan.
 
     Returns:
         None of them if MLX cannot differentiate the model, or if its layers are on disk.
@@ -39,7 +39,7 @@ def around(
     if problem.stream is not None:
         return []
     try:
-        ratios = _ratios(problem, sensitivity, packings)
+        ratios = _ratios(problem, sensitivity, precisions)
     except (ValueError, RuntimeError):  # an operation or kernel without a gradient
         return []
     if not ratios:
@@ -54,18 +54,18 @@ def _scaled(sensitivity: Sensitivity, factor: Mapping[str, float]) -> Sensitivit
 
 
 def _ratios(
-    problem: Problem, sensitivity: Sensitivity, packings: Mapping[str, Packing]
+    problem: Problem, sensitivity: Sensitivity, precisions: Mapping[str, Precision]
 ) -> dict[str, float]:
     ratios: dict[str, float] = {}
-    with _packed(problem, packings):
+    with _packed(problem, precisions):
         for block in factors(problem.model, batches(problem.calibration.measured)):
             own = {}
             for path in distributed.share(list(block)):
-                packing = packings.get(path)
-                before = sensitivity[path].get(packing, 0.0) if packing is not None else 0.0
-                if packing is not None and packing.packed and before > 0:
+                precision = precisions.get(path)
+                before = sensitivity[path].get(precision, 0.0) if precision is not None else 0.0
+                if precision is not None and precision.quantized and before > 0:
                     weight = problem.weights[path]
-                    left = dequantized(weight, packing, mx.float32) - weight.astype(mx.float32)
+                    left = dequantized(weight, precision, mx.float32) - weight.astype(mx.float32)
                     after = block[path].curvature().cost(left)
                     if after > 0:
                         own[path] = after / before
@@ -77,13 +77,13 @@ def _ratios(
 
 
 @contextmanager
-def _packed(problem: Problem, packings: Mapping[str, Packing]) -> Iterator[None]:
-    """The packed model, without a copy of the unpacked weights beside it."""
+def _packed(problem: Problem, precisions: Mapping[str, Precision]) -> Iterator[None]:
+    """The quantized model, without a copy of the unquantized weights beside it."""
     modules, dtype = dict(quantizable(problem.model)), problem.dtype
     try:
-        for path, packing in packings.items():
-            modules[path].weight = dequantized(problem.weights[path], packing, dtype)
+        for path, precision in precisions.items():
+            modules[path].weight = dequantized(problem.weights[path], precision, dtype)
         yield
     finally:
-        for path in packings:
+        for path in precisions:
             modules[path].weight = problem.weights[path].astype(dtype)

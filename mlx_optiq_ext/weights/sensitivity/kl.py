@@ -18,20 +18,20 @@ from ...model.layerwise import recordings
 from ...model.replay import Recording, record, resume
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
-from ..packing import Packing, Tensor
+from ..precision import Precision, Tensor
 from .problem import BATCH, Problem, Sensitivity, error
 
 T = TypeVar("T")
 
 #: Tensors that each rank measures before it hands over what it found.
 ROUND = 8
-#: Nats per token that count as no measured effect; keeps finer packings preferred even then.
+#: Nats per token that count as no measured effect; keeps finer precisions preferred even then.
 LEAST = 1e-9
 #: Nats per token below which rounding in the forward pass shows.
 NOISE = 1e-6
-#: Bits of the packings that are measured first.
+#: Bits of the precisions that are measured first.
 FIRST = (2, 3, 4)
-#: Layers of which one has its tensors measured at several packings.
+#: Layers of which one has its tensors measured at several precisions.
 APART = 12
 #: Natural logarithm by which two measurements may stray from proportion to their squared errors
 #: before one between them is measured too.
@@ -65,7 +65,7 @@ class _Probes:
     """Measures single tensors, with the layers before them replayed; what is known is not measured.
 
     A change in a layer's experts leaves the routing in that layer as the reference took it; later
-    layers route anew, as they will in the packed model.
+    layers route anew, as they will in the quantized model.
     """
 
     def __init__(self, problem: Problem):
@@ -84,29 +84,29 @@ class _Probes:
     def _layers(self) -> dict[str, int]:
         return layer_index(self.problem.model)
 
-    def __call__(self, tensor: Tensor, packing: Packing) -> float:
-        """KL in nats per token with one tensor packed, at least `LEAST`."""
-        known = self.journal.get(tensor.path, packing)
+    def __call__(self, tensor: Tensor, precision: Precision) -> float:
+        """KL in nats per token with one tensor quantized, at least `LEAST`."""
+        known = self.journal.get(tensor.path, precision)
         if known is None:
             data, start = self._data, self._layers.get(tensor.path, 0)
-            with self.problem.packed({tensor.path: packing}):
+            with self.problem.quantized({tensor.path: precision}):
                 total = sum(d.divergence(self.problem.model, start) for d in data)
             known = total / sum(d.tokens.size for d in data)
-            self.journal.add(tensor.path, packing, known)
+            self.journal.add(tensor.path, precision, known)
         return max(known, LEAST)
 
 
-def anchor(tensor: Tensor, bits: int = 3) -> Packing:
-    """A packing to measure: 3 bits stand out of the noise and are near to linear."""
-    return _nearest((p for p in tensor.packings if p.packed), bits)
+def anchor(tensor: Tensor, bits: int = 3) -> Precision:
+    """A precision to measure: 3 bits stand out of the noise and are near to linear."""
+    return _nearest((p for p in tensor.precisions if p.quantized), bits)
 
 
-def _nearest(packings: Iterable[Packing], bits: int = 3) -> Packing:
-    return min(packings, key=lambda p: (abs(p.bits - bits), abs(p.group_size - 64), p.bits))
+def _nearest(precisions: Iterable[Precision], bits: int = 3) -> Precision:
+    return min(precisions, key=lambda p: (abs(p.bits - bits), abs(p.group_size - 64), p.bits))
 
 
 def probe(problem: Problem, tensors: Iterable[Tensor]) -> dict[str, float]:
-    """KL in nats per token with one tensor packed at a time, at the packing of `anchor`.
+    """KL in nats per token with one tensor quantized at a time, at the precision of `anchor`.
 
     Measurements are kept in the problem's journal.
     """
@@ -145,19 +145,19 @@ def kl(problem: Problem) -> Sensitivity:
 
 
 def measured(problem: Problem, tensors: Iterable[Tensor]) -> Sensitivity:
-    """Measure each tensor alone, a few of them at several packings.
+    """Measure each tensor alone, a few of them at several precisions.
 
-    The divergence grows with a packing's squared error, and in proportion to it at medium bits
+    The divergence grows with a precision's squared error, and in proportion to it at medium bits
     (HIGGS, arXiv 2411.17525). How it strays from that is measured on one tensor in `APART` layers
-    of each kind, at as many packings as it takes for neighbours to agree; the others of that kind
+    of each kind, at as many precisions as it takes for neighbours to agree; the others of that kind
     follow the nearest, from one measurement of their own.
     """
     every, measure = list(tensors), _Probes(problem)
     guides = guided(every, layer_index(problem.model))
 
-    def errors_of(tensor: Tensor) -> dict[Packing, float]:
+    def errors_of(tensor: Tensor) -> dict[Precision, float]:
         weight = problem.weights[tensor.path]
-        return {p: error(weight, p) for p in tensor.packings}
+        return {p: error(weight, p) for p in tensor.precisions}
 
     def lead(tensor: Tensor) -> _Curve:
         errors = errors_of(tensor)
@@ -180,12 +180,12 @@ def measured(problem: Problem, tensors: Iterable[Tensor]) -> Sensitivity:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Squared errors of a tensor's packings, and divergences in nats of those that are known."""
+    """Squared errors of a tensor's precisions, and divergences in nats of those that are known."""
 
-    errors: dict[Packing, float]
-    known: dict[Packing, float]
+    errors: dict[Precision, float]
+    known: dict[Precision, float]
 
-    def strays(self) -> dict[Packing, float]:
+    def strays(self) -> dict[Precision, float]:
         """What each known divergence is, by its squared error, of what 3 bits give."""
         if not self.known:
             return {}
@@ -216,10 +216,10 @@ def guided(tensors: Iterable[Tensor], layers: Mapping[str, int]) -> dict[str, st
 
 
 def _known(
-    tensor: Tensor, errors: Mapping[Packing, float], measure: _Probes
-) -> dict[Packing, float]:
-    known: dict[Packing, float] = {}
-    wanted: Packing | None = anchor(tensor, FIRST[0])
+    tensor: Tensor, errors: Mapping[Precision, float], measure: _Probes
+) -> dict[Precision, float]:
+    known: dict[Precision, float] = {}
+    wanted: Precision | None = anchor(tensor, FIRST[0])
     while wanted is not None:
         if errors[wanted] > 0:
             known[wanted] = measure(tensor, wanted)
@@ -229,12 +229,14 @@ def _known(
     return known
 
 
-def doubtful(errors: Mapping[Packing, float], known: Mapping[Packing, float]) -> Packing | None:
-    """The packing to measure next, or None when neighbours among the known agree.
+def doubtful(
+    errors: Mapping[Precision, float], known: Mapping[Precision, float]
+) -> Precision | None:
+    """The precision to measure next, or None when neighbours among the known agree.
 
     Args:
-        errors: Packing -> its squared error.
-        known: Packing -> measured divergence, positive; packings with an error only.
+        errors: Precision -> its squared error.
+        known: Precision -> measured divergence, positive; precisions with an error only.
     """
     order = sorted(known, key=lambda p: errors[p])
     for less, more in pairwise(order):
@@ -247,9 +249,9 @@ def doubtful(errors: Mapping[Packing, float], known: Mapping[Packing, float]) ->
 
 
 def interpolated(
-    errors: Mapping[Packing, float], known: Mapping[Packing, float]
-) -> dict[Packing, float]:
-    """Costs of all packings: between measured ones on log scales, in proportion beyond them.
+    errors: Mapping[Precision, float], known: Mapping[Precision, float]
+) -> dict[Precision, float]:
+    """Costs of all precisions: between measured ones on log scales, in proportion beyond them.
 
     They never fall with a larger error, however noisy the measurements.
     """
@@ -258,12 +260,12 @@ def interpolated(
         return dict.fromkeys(errors, 0.0)
     x = np.log([errors[p] for p in order])
     y = np.maximum.accumulate(np.log([known[p] for p in order]))
-    costs: dict[Packing, float] = {}
-    for packing, size in errors.items():
+    costs: dict[Precision, float] = {}
+    for precision, size in errors.items():
         if size > 0:
             at = np.log(size)
             beyond = min(at - x[0], 0.0) + max(at - x[-1], 0.0)
-            costs[packing] = float(np.exp(np.interp(at, x, y) + beyond))
+            costs[precision] = float(np.exp(np.interp(at, x, y) + beyond))
         else:
-            costs[packing] = 0.0
+            costs[precision] = 0.0
     return costs

@@ -1,4 +1,4 @@
-"""How much each tensor costs in each packing, measured on the model itself."""
+"""How much each tensor costs in each precision, measured on the model itself."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,10 +15,10 @@ from ...model.stream import Stream
 from ...planning.calibration import Calibration
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
-from ..packing import Packing, Tensor, dequantized
+from ..precision import Precision, Tensor, dequantized
 
-#: Tensor path -> packing -> expected KL in nats per token when only that tensor is packed.
-Sensitivity = dict[str, dict[Packing, float]]
+#: Tensor path -> precision -> expected KL in nats per token when only that tensor is quantized.
+Sensitivity = dict[str, dict[Precision, float]]
 
 #: Counted up when a method measures anew what an older version kept.
 VERSION = 6
@@ -39,7 +39,7 @@ class Problem:
         key: What identifies the model and the device, under which measurements are kept on disk;
             None keeps none.
         progress: Whether to show a progress bar.
-        refine: Whether the packed weights will be refined, which leaves less error.
+        refine: Whether the quantized weights will be refined, which leaves less error.
         say: Receives one-line messages.
         results: What one step leaves for another.
         stream: Of the model, if its layers are on disk; it is then ``weights`` too.
@@ -78,8 +78,8 @@ class Problem:
         """Keeps a decoder layer in memory while inside, if the model is on disk."""
         return nullcontext() if self.stream is None else self.stream.layer(index)
 
-    def packed(self, choice: dict[str, Packing]) -> AbstractContextManager[None]:
-        """The model with some tensors replaced by what a packing leaves of them."""
+    def quantized(self, choice: dict[str, Precision]) -> AbstractContextManager[None]:
+        """The model with some tensors replaced by what a precision leaves of them."""
         dtype = self.dtype
         return self.replaced(choice, lambda p: dequantized(self.weights[p], choice[p], dtype))
 
@@ -135,7 +135,7 @@ def batches(tokens: np.ndarray) -> list[mx.array]:
     return [mx.array(tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)]
 
 
-def end_to_end(problem: Problem, choices: list[dict[str, Packing]]) -> list[float]:
+def end_to_end(problem: Problem, choices: list[dict[str, Precision]]) -> list[float]:
     """KL(reference || plan) of whole plans on the held-out windows, in nats per token.
 
     The ranks of ``mlx.launch`` judge some plans each, of which all get all.
@@ -145,7 +145,7 @@ def end_to_end(problem: Problem, choices: list[dict[str, Packing]]) -> list[floa
     for batch in batches(problem.calibration.held_out) if own else ():
         reference = Reference.of(problem.model(batch))
         for index in own:
-            with problem.packed(choices[index]):
+            with problem.quantized(choices[index]):
                 divergence = reference.divergence(problem.model(batch))
                 totals[index] += float(divergence.sum())
         count += batch.size
@@ -154,9 +154,9 @@ def end_to_end(problem: Problem, choices: list[dict[str, Packing]]) -> list[floa
     return [found[index] for index in range(len(choices))]
 
 
-def error(weight: mx.array, packing: Packing) -> float:
-    """Summed squared error that a packing leaves in a weight ``(..., out, in)``."""
-    if not packing.packed:
+def error(weight: mx.array, precision: Precision) -> float:
+    """Summed squared error that a precision leaves in a weight ``(..., out, in)``."""
+    if not precision.quantized:
         return 0.0
-    difference = weight.astype(mx.float32) - dequantized(weight, packing, mx.float32)
+    difference = weight.astype(mx.float32) - dequantized(weight, precision, mx.float32)
     return float(mx.square(difference).sum())

@@ -12,7 +12,7 @@ from ... import distributed
 from ...model.layers import decoder_layers
 from ...model.spill import Spill, Spilled
 from ...planning.journal import Journal
-from ..packing import Packing, Tensor, dequantized
+from ..precision import Precision, Tensor, dequantized
 from .fisher import factors
 from .kl import anchor, measured, probe
 from .moments import Factors
@@ -50,7 +50,9 @@ def taylor(problem: Problem) -> Sensitivity:
     result: Sensitivity = {}
     for tensor in problem.tensors:
         by, factor = (ledger.direct, 1.0) if ledger.was_measured(tensor) else (ledger.costs, scale)
-        result[tensor.path] = {p: factor * (by.get(tensor.path, p) or 0.0) for p in tensor.packings}
+        result[tensor.path] = {
+            p: factor * (by.get(tensor.path, p) or 0.0) for p in tensor.precisions
+        }
     return result
 
 
@@ -60,7 +62,7 @@ class _Ledger:
 
     Attributes:
         costs: Of the expansion, not yet scaled.
-        plain: The same at the packing of `anchor` and without error feedback, which probes measure.
+        plain: The same without error feedback and at the precision of `anchor`, as probes measure.
         direct: Of tensors that no gradient reached.
     """
 
@@ -74,31 +76,31 @@ class _Ledger:
         return cls(*(problem.journal(n) for n in (name, f"{name} anchors", "taylor direct")))
 
     def was_measured(self, tensor: Tensor) -> bool:
-        return all(self.direct.get(tensor.path, p) is not None for p in tensor.packings)
+        return all(self.direct.get(tensor.path, p) is not None for p in tensor.precisions)
 
     def has(self, tensor: Tensor) -> bool:
-        known = all(self.costs.get(tensor.path, p) is not None for p in tensor.packings)
+        known = all(self.costs.get(tensor.path, p) is not None for p in tensor.precisions)
         anchored = self.plain.get(tensor.path, anchor(tensor)) is not None
         return (known and anchored) or self.was_measured(tensor)
 
     def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
         """Cost some tensors; the ranks of ``mlx.launch`` take some of their candidates each."""
-        every = [(tensor, packing) for tensor in tensors for packing in tensor.packings]
+        every = [(tensor, precision) for tensor in tensors for precision in tensor.precisions]
         mine = distributed.share(every)
         if (
             problem.refine
         ):  # what feedback leaves of a tensor's moments is dear, and best found once
             mine = distributed.span(every, [math.prod(tensor.shape) for tensor, _ in every])
-        own: dict[str, list[Packing]] = {}
-        for tensor, packing in mine:
-            own.setdefault(tensor.path, []).append(packing)
+        own: dict[str, list[Precision]] = {}
+        for tensor, precision in mine:
+            own.setdefault(tensor.path, []).append(precision)
         for tensor in tensors:
-            packings, at = own.get(tensor.path, []), anchor(tensor)
-            if not packings:
+            precisions, at = own.get(tensor.path, []), anchor(tensor)
+            if not precisions:
                 continue
-            these = costs(problem, tensor, found[tensor.path], packings)
+            these = costs(problem, tensor, found[tensor.path], precisions)
             self.costs.add_all(tensor.path, these)
-            if at in packings:
+            if at in precisions:
                 if problem.refine:
                     these = costs(problem, tensor, found[tensor.path], [at], feedback=False)
                 self.plain.add(tensor.path, at, these[at])
@@ -193,10 +195,10 @@ def costs(
     problem: Problem,
     tensor: Tensor,
     found: Factors,
-    packings: Iterable[Packing] | None = None,
+    precisions: Iterable[Precision] | None = None,
     *,
     feedback: bool = True,
-) -> dict[Packing, float]:
+) -> dict[Precision, float]:
     """KL in nats per token of some candidates of one tensor, or of all; not yet scaled.
 
     For a problem that will be refined, of what error ``feedback`` leaves.
@@ -205,8 +207,8 @@ def costs(
     exact = weight.astype(mx.float32)
     curvature = found.curvature(feedback=problem.refine and feedback)
     return {
-        p: curvature.cost(dequantized(weight, p, mx.float32) - exact) if p.packed else 0.0
-        for p in packings or tensor.packings
+        p: curvature.cost(dequantized(weight, p, mx.float32) - exact) if p.quantized else 0.0
+        for p in precisions or tensor.precisions
     }
 
 
@@ -216,7 +218,7 @@ def fit(problem: Problem, tensors: list[Tensor], predicted: Mapping[str, float |
     Args:
         problem: To measure.
         tensors: Those that were expanded.
-        predicted: KL of each at the packing of `anchor`, not yet scaled.
+        predicted: KL of each at the precision of `anchor`, not yet scaled.
     """
     costs = {path: cost for path, cost in predicted.items() if cost is not None and cost > 0}
     ordered = sorted((t for t in tensors if t.path in costs), key=lambda t: costs[t.path])

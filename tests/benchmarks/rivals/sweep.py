@@ -32,8 +32,8 @@ def plain(problem: weights.Problem) -> weights.Sensitivity:
     references = [Reference.of(problem.model(batch)) for batch in data]
     count = sum(batch.size for batch in data)
 
-    def cost(path: str, packing: weights.Packing) -> float:
-        with problem.packed({path: packing}):
+    def cost(path: str, precision: weights.Precision) -> float:
+        with problem.quantized({path: precision}):
             return sum(
                 float(reference.divergence(problem.model(batch)).sum())
                 for reference, batch in zip(references, data, strict=True)
@@ -41,8 +41,8 @@ def plain(problem: weights.Problem) -> weights.Sensitivity:
 
     return {
         tensor.path: {
-            packing: cost(tensor.path, packing) / count if packing.packed else 0.0
-            for packing in tensor.packings
+            precision: cost(tensor.path, precision) / count if precision.quantized else 0.0
+            for precision in tensor.precisions
         }
         for tensor in problem.tensors
     }
@@ -55,7 +55,7 @@ def judge(study: weights.Study, tokenizer: Any, text: Path, budgets: list[float]
     windows = tokens[: len(tokens) // 512 * 512].reshape(-1, 512)
     reference, found = quality.log_probs(model, windows), {}
     for budget in budgets:
-        with study.problem.packed(weights.search(study, budget).packings):
+        with study.problem.quantized(weights.search(study, budget).precisions):
             divergence = quality.divergence(reference, quality.log_probs(model, windows))
         found[f"{budget:g}"] = divergence
     return found

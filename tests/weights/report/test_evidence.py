@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.weights import Packing
+from mlx_optiq_ext.weights import Precision
 from mlx_optiq_ext.weights.plan_search import uniformly
 from mlx_optiq_ext.weights.report import gather, uniforms
 from mlx_optiq_ext.weights.report.evidence import UNIFORM_BITS
@@ -15,11 +15,13 @@ from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
 
 def test_the_uniform_packings_are_judged_end_to_end_as_the_plan_is(study, evidence):
     problem = study.problem
-    assert [j.packing for j in evidence.uniforms] == [Packing(b, 64) for b in UNIFORM_BITS]
-    judged = end_to_end(problem, [uniformly(problem.tensors, j.packing) for j in evidence.uniforms])
+    assert [j.precision for j in evidence.uniforms] == [Precision(b, 64) for b in UNIFORM_BITS]
+    judged = end_to_end(
+        problem, [uniformly(problem.tensors, j.precision) for j in evidence.uniforms]
+    )
     assert [j.kl for j in evidence.uniforms] == pytest.approx(judged)
     assert judged == sorted(judged, reverse=True)
-    again = end_to_end(problem, [evidence.plan.packings])[0]
+    again = end_to_end(problem, [evidence.plan.precisions])[0]
     assert evidence.kl == pytest.approx(again)
     assert evidence.judged_on == problem.calibration.held_out.size
 
@@ -29,7 +31,7 @@ def test_the_common_packing_is_a_candidate_of_all_within_the_average(evidence):
     assert common is not None
     bits = [t.stored_bits(common) for t in evidence.tensors]
     assert sum(bits) <= evidence.stored_bits
-    assert all(common in t.packings for t in evidence.tensors)
+    assert all(common in t.precisions for t in evidence.tensors)
 
 
 def test_a_plan_that_was_not_measured_has_no_report(study, evidence):
@@ -50,7 +52,7 @@ def test_uniform_packings_fall_back_to_groups_that_fit(study):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlx_optiq_ext.weights.report.evidence.end_to_end", no_run)
         judged = uniforms(dataclasses.replace(study.problem, tensors=tensors))
-    assert {j.packing.group_size for j in judged} == {32}
+    assert {j.precision.group_size for j in judged} == {32}
     assert len(found) == len(UNIFORM_BITS)
 
 

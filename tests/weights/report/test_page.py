@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.weights import Packing, report, search
+from mlx_optiq_ext.weights import Precision, report, search
 from mlx_optiq_ext.weights.report import gather
 from mlx_optiq_ext.weights.report.words import nats, percent, size
 
@@ -24,19 +24,19 @@ def number(value: str | None) -> float:
 
 def test_every_tensor_has_one_cell_with_the_numbers_of_the_plan(evidence):
     cells, plan = Markup(report.report(evidence)).cells(), evidence.plan
-    assert list(cells) == sorted(plan.packings, key=list(cells).index)
+    assert list(cells) == sorted(plan.precisions, key=list(cells).index)
     for tensor in evidence.tensors:
-        cell, packing = cells[tensor.path], plan.packings[tensor.path]
+        cell, precision = cells[tensor.path], plan.precisions[tensor.path]
         assert (cell["data-bits"], cell["data-group-size"]) == (
-            str(packing.bits),
-            str(packing.group_size),
+            str(precision.bits),
+            str(precision.group_size),
         )
         assert number(cell["data-cost"]) == plan.costs[tensor.path]
         title = cell["title"] or ""
         assert tensor.path in title
         assert " × ".join(map(str, tensor.shape)) in title  # noqa: RUF001
         assert nats(plan.costs[tensor.path]) in title
-        assert f"{tensor.stored_bits(packing) / tensor.size:.2f}" in title
+        assert f"{tensor.stored_bits(precision) / tensor.size:.2f}" in title
 
 
 def test_layers_are_rows_and_projections_are_columns(evidence):
@@ -91,7 +91,7 @@ def test_the_curve_falls_and_holds_every_tensor(evidence):
     points = [a for a, _ in page.all("g") if "data-cost" in a]
     costs = [number(a["data-cost"]) for a in points]
     assert costs == sorted(costs, reverse=True)
-    assert {a["data-path"] for a in points} == set(evidence.plan.packings)
+    assert {a["data-path"] for a in points} == set(evidence.plan.precisions)
     for point, cost in zip(points, costs, strict=True):
         assert evidence.sensitivity[point["data-path"] or ""][evidence.common] == cost
 
@@ -101,7 +101,7 @@ def test_tensors_above_the_average_are_listed_with_their_reason(evidence):
     above = {
         t.path
         for t in evidence.tensors
-        if t.stored_bits(plan.packings[t.path]) / t.size > evidence.average
+        if t.stored_bits(plan.precisions[t.path]) / t.size > evidence.average
     }
     rows = {a["data-path"]: text for a, text in page.all("tr") if "data-path" in a}
     assert set(rows) == above
@@ -125,7 +125,7 @@ def test_names_are_escaped_everywhere(evidence):
     renamed = {old.path: new.path for old, new in zip(evidence.tensors, tensors, strict=True)}
     plan = dataclasses.replace(
         evidence.plan,
-        packings={renamed[k]: v for k, v in evidence.plan.packings.items()},
+        precisions={renamed[k]: v for k, v in evidence.plan.precisions.items()},
         costs={renamed[k]: v for k, v in evidence.plan.costs.items()},
         method=NAME,
         variant=NAME,
@@ -161,7 +161,7 @@ def test_nothing_is_loaded_from_elsewhere(evidence):
 @pytest.mark.parametrize("budget", [2.6, 7.0, 15.9])
 def test_extreme_budgets_and_a_lossless_plan_have_a_page(study, budget):
     found = gather(study, search(study, budget), "toy")
-    assert set(Markup(report.report(found)).cells()) == set(found.plan.packings)
+    assert set(Markup(report.report(found)).cells()) == set(found.plan.precisions)
 
 
 def test_a_model_without_any_loss_has_a_page_without_charts(evidence):
@@ -173,7 +173,7 @@ def test_a_model_without_any_loss_has_a_page_without_charts(evidence):
     odd = dataclasses.replace(evidence, plan=plan, sensitivity=flat, uniforms=none)
     page = Markup(report.report(odd))
     assert page.all("svg") == []
-    assert set(page.cells()) == set(plan.packings)
+    assert set(page.cells()) == set(plan.precisions)
 
 
 def test_a_refined_plan_says_so(evidence):
@@ -183,9 +183,11 @@ def test_a_refined_plan_says_so(evidence):
 
 def test_a_tensor_that_the_model_keeps_says_so(evidence):
     first = next(t for t in evidence.tensors if t.path.endswith("down_proj"))
-    own = Packing(8, 64)
-    kept = dataclasses.replace(first, packings=(own,), own=own)
-    plan = dataclasses.replace(evidence.plan, packings={**evidence.plan.packings, first.path: own})
+    own = Precision(8, 64)
+    kept = dataclasses.replace(first, precisions=(own,), own=own)
+    plan = dataclasses.replace(
+        evidence.plan, precisions={**evidence.plan.precisions, first.path: own}
+    )
     odd = dataclasses.replace(
         evidence,
         tensors=tuple(kept if t is first else t for t in evidence.tensors),

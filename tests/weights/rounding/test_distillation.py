@@ -11,7 +11,7 @@ from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.planning import calibration
 from mlx_optiq_ext.weights import (
-    Packing,
+    Precision,
     Study,
     distill,
     refine,
@@ -20,8 +20,8 @@ from mlx_optiq_ext.weights import (
 from mlx_optiq_ext.weights import (
     pipeline as conversion,
 )
-from mlx_optiq_ext.weights.packing import quantize
 from mlx_optiq_ext.weights.plan import Plan
+from mlx_optiq_ext.weights.precision import quantize
 from mlx_optiq_ext.weights.rounding import distillation
 from mlx_optiq_ext.weights.rounding.refinement import judge
 from mlx_optiq_ext.weights.sensitivity.problem import batches
@@ -54,17 +54,17 @@ def study(tiny, monkeypatch):
 @pytest.fixture
 def rounded(study):
     """Its tensors in 2 bits, as MLX rounds them."""
-    packings = {t.path: Packing(2, 64) for t in study.problem.tensors}
-    return packings, {
-        path: quantize(study.problem.weights[path], p) for path, p in packings.items()
+    precisions = {t.path: Precision(2, 64) for t in study.problem.tensors}
+    return precisions, {
+        path: quantize(study.problem.weights[path], p) for path, p in precisions.items()
     }
 
 
 def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(study, rounded):
-    problem, (packings, start) = study.problem, rounded
+    problem, (precisions, start) = study.problem, rounded
     before = {path: mx.array(module.weight) for path, module in quantizable(problem.model)}
-    tuned = distill(problem, packings, start, steps=16)
-    assert judge(problem, packings, tuned) < 0.95 * judge(problem, packings, start)
+    tuned = distill(problem, precisions, start, steps=16)
+    assert judge(problem, precisions, tuned) < 0.95 * judge(problem, precisions, start)
     for path, (codes, *grids) in tuned.items():
         assert mx.array_equal(codes, start[path][0]), path
         for new, old in zip(grids, start[path][1:], strict=True):
@@ -74,8 +74,8 @@ def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(study, rou
 
 
 def test_a_step_of_no_size_changes_nothing_but_rounding(study, rounded):
-    packings, start = rounded
-    tuned = distill(study.problem, packings, start, steps=1, rate=1e-12)
+    precisions, start = rounded
+    tuned = distill(study.problem, precisions, start, steps=1, rate=1e-12)
     for path, packed in tuned.items():
         for new, old in zip(packed, start[path], strict=True):
             assert mx.allclose(new, old, rtol=2**-7, atol=1e-3), path
@@ -98,9 +98,9 @@ def test_layers_that_cannot_be_recorded_are_tuned_in_one_piece(study, rounded, m
 
 def test_stacked_experts_are_tuned_too(loaded, text):
     study = studied(moe(), loaded[1], text)
-    packings = {t.path: Packing(2, 32) for t in study.problem.tensors}
-    start = refine(study.problem, packings)
-    tuned = distill(study.problem, packings, start, steps=4)
+    precisions = {t.path: Precision(2, 32) for t in study.problem.tensors}
+    start = refine(study.problem, precisions)
+    tuned = distill(study.problem, precisions, start, steps=4)
     moved = [p for p in tuned if "switch_mlp" in p and not mx.array_equal(tuned[p][1], start[p][1])]
     assert len(moved) == 6
 
@@ -135,8 +135,8 @@ def test_a_stop_half_way_leaves_the_model_as_it_was(study, rounded, monkeypatch)
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_only_what_helps_on_held_out_windows_is_kept(study, rounded, monkeypatch, factor):
-    packings, start = rounded
-    plan = Plan(packings, {}, "taylor", 3.0, 3.0, kl=1.0)
+    precisions, start = rounded
+    plan = Plan(precisions, {}, "taylor", 3.0, 3.0, kl=1.0)
     monkeypatch.setattr(conversion, "distill", lambda *args: {"tuned": None})
     monkeypatch.setattr(conversion, "judge", lambda *args: factor)
     said = []

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_optiq_ext.weights.packing import BITS, GROUP_SIZES, Packing, dequantized, quantize
+from mlx_optiq_ext.weights.precision import BITS, GROUP_SIZES, Precision, dequantized, quantize
 from mlx_optiq_ext.weights.rounding import feedback as rounding
 from mlx_optiq_ext.weights.rounding.codes import pack, unpack
 from mlx_optiq_ext.weights.rounding.feedback import column_order, round_weight
@@ -52,29 +52,29 @@ def test_codes_that_fill_no_word_are_refused():
 
 
 @pytest.mark.parametrize(
-    "packing", [Packing(2, 32), Packing(3, 64), Packing(4, 128), Packing(8, 64)]
+    "precision", [Precision(2, 32), Precision(3, 64), Precision(4, 128), Precision(8, 64)]
 )
-def test_feedback_loses_less_than_plain_rounding(packing):
+def test_feedback_loses_less_than_plain_rounding(precision):
     weight = mx.random.normal((24, 128), key=mx.random.key(3))
     moment = correlated(128, 5)
-    packed = round_weight(weight, moment, packing, mx.float32)
-    reference = quantize(weight, packing)
+    packed = round_weight(weight, moment, precision, mx.float32)
+    reference = quantize(weight, precision)
     assert [a.shape for a in packed] == [a.shape for a in reference]
     assert [a.dtype for a in packed] == [a.dtype for a in reference]
-    ours = loss(weight, restored(packed, packing, mx.float32), moment)
-    plain = loss(weight, dequantized(weight, packing, mx.float32), moment)
+    ours = loss(weight, restored(packed, precision, mx.float32), moment)
+    plain = loss(weight, dequantized(weight, precision, mx.float32), moment)
     assert ours < 0.75 * plain
 
 
 def test_sweeps_never_make_it_worse():
     weight = mx.random.normal((16, 128), key=mx.random.key(7))
-    moment, packing = correlated(128, 9), Packing(3, 64)
+    moment, precision = correlated(128, 9), Precision(3, 64)
     damped = moment / mx.mean(mx.diag(moment)) + 0.02 * mx.eye(128)
     losses = [
         loss(
             weight,
             restored(
-                round_weight(weight, moment, packing, mx.float32, sweeps=n), packing, mx.float32
+                round_weight(weight, moment, precision, mx.float32, sweeps=n), precision, mx.float32
             ),
             damped,
         )
@@ -93,7 +93,7 @@ def test_scales_are_searched_as_they_are_stored(dtype):
     assert mx.array_equal(biases, biases.astype(dtype).astype(mx.float32))
     codes = mx.clip(mx.round((weight - biases) / scales), 0, 7)
     ours = float(mx.square(codes * scales + biases - weight).sum())
-    plain = dequantized(weight.astype(dtype), Packing(3, 64), mx.float32)
+    plain = dequantized(weight.astype(dtype), Precision(3, 64), mx.float32)
     assert ours < float(mx.square(plain - weight).sum())
 
 
@@ -107,14 +107,14 @@ def test_storage_is_rounded_as_mlx_rounds(value):
 
 def test_knowing_the_outputs_side_loses_less_there():
     weight = mx.random.normal((96, 128), key=mx.random.key(21))
-    moment, outputs, packing = correlated(128, 23), correlated(96, 25), Packing(2, 64)
+    moment, outputs, precision = correlated(128, 23), correlated(96, 25), Precision(2, 64)
 
     def both(packed) -> float:
-        left = weight - restored(packed, packing, mx.float32)
+        left = weight - restored(packed, precision, mx.float32)
         return float(((outputs @ left @ moment) * left).sum())
 
-    one = both(round_weight(weight, moment, packing, mx.float32))
-    two = both(round_weight(weight, moment, packing, mx.float32, outputs=outputs))
+    one = both(round_weight(weight, moment, precision, mx.float32))
+    two = both(round_weight(weight, moment, precision, mx.float32, outputs=outputs))
     assert two < 0.95 * one
 
 
@@ -137,10 +137,10 @@ def test_the_order_of_rounding_ends_with_the_smallest_variance():
 def test_the_order_of_rounding_loses_less_than_the_order_stored(monkeypatch):
     variances = mx.exp(1.5 * mx.random.normal((128,), key=mx.random.key(1)))
     moment = correlated(128, 5) * mx.sqrt(variances * variances[:, None])
-    weight, packing = mx.random.normal((64, 128), key=mx.random.key(3)), Packing(4, 32)
+    weight, precision = mx.random.normal((64, 128), key=mx.random.key(3)), Precision(4, 32)
 
     def left() -> float:
-        return loss(weight, dequantized_from(weight, moment, packing), moment)
+        return loss(weight, dequantized_from(weight, moment, precision), moment)
 
     ordered = left()
     stored = np.arange(128), np.arange(4)
@@ -148,23 +148,23 @@ def test_the_order_of_rounding_loses_less_than_the_order_stored(monkeypatch):
     assert ordered < 0.97 * left()
 
 
-def dequantized_from(weight, moment, packing) -> mx.array:
-    packed = round_weight(weight, moment, packing, mx.float32)
-    return restored(packed, packing, mx.float32)
+def dequantized_from(weight, moment, precision) -> mx.array:
+    packed = round_weight(weight, moment, precision, mx.float32)
+    return restored(packed, precision, mx.float32)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_a_constant_weight_is_kept(value):
     weight = mx.full((4, 64), value)
-    packed = round_weight(weight, mx.eye(64), Packing(3, 64), mx.float32)
-    left = restored(packed, Packing(3, 64), mx.float32)
+    packed = round_weight(weight, mx.eye(64), Precision(3, 64), mx.float32)
+    left = restored(packed, Precision(3, 64), mx.float32)
     assert float(mx.abs(left - weight).max()) < 1e-4
 
 
 def test_inputs_that_are_never_used_do_no_harm():
     weight = mx.random.normal((8, 64), key=mx.random.key(13))
-    packed = round_weight(weight, mx.zeros((64, 64)), Packing(4, 64), mx.float32)
-    assert np.isfinite(np.array(restored(packed, Packing(4, 64), mx.float32))).all()
+    packed = round_weight(weight, mx.zeros((64, 64)), Precision(4, 64), mx.float32)
+    assert np.isfinite(np.array(restored(packed, Precision(4, 64), mx.float32))).all()
 
 
 def test_a_compensated_target_maps_shifted_inputs_back():

@@ -11,8 +11,8 @@ from mlx_optiq_ext.errors import InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use
 from mlx_optiq_ext.planning import calibration
-from mlx_optiq_ext.weights import Packing, put, read_plan, refine, study_model
-from mlx_optiq_ext.weights.packing import Size, quantize, tensors
+from mlx_optiq_ext.weights import Precision, put, read_plan, refine, study_model
+from mlx_optiq_ext.weights.precision import Size, quantize, tensors
 from mlx_optiq_ext.weights.rounding import refinement
 from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, Moments, inputs
 from mlx_optiq_ext.weights.rounding.refinement import judge
@@ -39,23 +39,25 @@ def study(tiny, monkeypatch):
 
 def test_refining_beats_plain_rounding_end_to_end(study):
     problem = study.problem
-    packings = {t.path: Packing(3, 64) for t in problem.tensors}
+    precisions = {t.path: Precision(3, 64) for t in problem.tensors}
     before = {path: mx.array(module.weight) for path, module in quantizable(problem.model)}
-    refined = refine(problem, packings)
-    plain = {path: quantize(problem.weights[path], packings[path]) for path in packings}
-    assert set(refined) == set(packings)
+    refined = refine(problem, precisions)
+    plain = {path: quantize(problem.weights[path], precisions[path]) for path in precisions}
+    assert set(refined) == set(precisions)
     for path, values in refined.items():
         assert [(a.shape, a.dtype) for a in values] == [(a.shape, a.dtype) for a in plain[path]]
-    assert judge(problem, packings, refined) < 0.7 * judge(problem, packings, plain)
+    assert judge(problem, precisions, refined) < 0.7 * judge(problem, precisions, plain)
     for path, module in quantizable(problem.model):
         assert mx.array_equal(module.weight, before[path]), path
 
 
 def test_refined_values_take_the_place_of_stocks(study, tiny):
-    packings = {"model.layers.0.mlp.up_proj": Packing(4, 64)}
-    refined = refine(study.problem, packings)
+    precisions = {"model.layers.0.mlp.up_proj": Precision(4, 64)}
+    refined = refine(study.problem, precisions)
     model = mlx_lm.load(str(tiny))[0]
-    mlx_lm.utils.quantize_model(model, {}, 64, 4, quant_predicate=lambda path, *_: path in packings)
+    mlx_lm.utils.quantize_model(
+        model, {}, 64, 4, quant_predicate=lambda path, *_: path in precisions
+    )
     put(model, refined)
     layer = dict(model.named_modules())["model.layers.0.mlp.up_proj"]
     assert mx.array_equal(layer["weight"], refined["model.layers.0.mlp.up_proj"][0])
@@ -67,8 +69,8 @@ def test_refined_values_take_the_place_of_stocks(study, tiny):
 def test_a_model_whose_layers_are_not_chained_is_rounded_plainly(study, monkeypatch):
     monkeypatch.setattr(refinement, "chained", lambda recording: False)
     path = "model.layers.0.mlp.up_proj"
-    refined = refine(study.problem, {path: Packing(4, 64)})
-    plain = quantize(study.problem.weights[path], Packing(4, 64))
+    refined = refine(study.problem, {path: Precision(4, 64)})
+    plain = quantize(study.problem.weights[path], Precision(4, 64))
     assert all(mx.array_equal(a, b) for a, b in zip(refined[path], plain, strict=True))
 
 
@@ -85,12 +87,12 @@ def test_stacked_experts_are_refined_each_on_its_own_tokens(loaded, text):
     problem = study.problem
     experts = [t.path for t in problem.tensors if "switch_mlp" in t.path]
     assert len(experts) == 6
-    packings = {path: Packing(2, 32) for path in experts}
-    refined = refine(problem, packings)
-    plain = {path: quantize(problem.weights[path], packings[path]) for path in packings}
+    precisions = {path: Precision(2, 32) for path in experts}
+    refined = refine(problem, precisions)
+    plain = {path: quantize(problem.weights[path], precisions[path]) for path in precisions}
     for path, values in refined.items():
         assert [(a.shape, a.dtype) for a in values] == [(a.shape, a.dtype) for a in plain[path]]
-    assert judge(problem, packings, refined) < 0.8 * judge(problem, packings, plain)
+    assert judge(problem, precisions, refined) < 0.8 * judge(problem, precisions, plain)
 
 
 @pytest.mark.parametrize("length", [8, 64], ids=["as they come", "sorted by expert"])
@@ -126,7 +128,7 @@ def write(tmp_path, content):
 
 
 def candidates(model):
-    found = tuple(tensors(model, allow_unpacked=True))
+    found = tuple(tensors(model, allow_unquantized=True))
     return found, Size.of(model, found)
 
 
@@ -135,14 +137,14 @@ def candidates(model):
 )
 def test_a_plan_is_read_in_both_forms(loaded, tmp_path, content):
     plan = read_plan(write(tmp_path, content), *candidates(loaded[0]))
-    assert plan.packings["model.layers.0.mlp.up_proj"] == Packing(3, 64)
-    assert not plan.packings["model.layers.1.mlp.up_proj"].packed
+    assert plan.precisions["model.layers.0.mlp.up_proj"] == Precision(3, 64)
+    assert not plan.precisions["model.layers.1.mlp.up_proj"].quantized
 
 
 def test_a_wrappers_prefix_is_no_obstacle(loaded, tmp_path):
     content = {"per_layer": {f"language_model.{path}": e for path, e in PLAN.items()}}
     plan = read_plan(write(tmp_path, content), *candidates(loaded[0]))
-    assert plan.packings["model.layers.0.mlp.up_proj"] == Packing(3, 64)
+    assert plan.precisions["model.layers.0.mlp.up_proj"] == Precision(3, 64)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_optiq_ext.weights.packing import Packing, dequantized
+from mlx_optiq_ext.weights.precision import Precision, dequantized
 from mlx_optiq_ext.weights.sensitivity.curvature import leading, residual
 from mlx_optiq_ext.weights.sensitivity.moments import Factors
 
@@ -59,7 +59,7 @@ def test_nothing_seen_costs_nothing():
 def test_costs_of_a_packing_are_the_exact_ones(bits):
     x = drawn(400, 256, seed=bits)
     weight = mx.random.normal((192, 256), key=mx.random.key(bits))
-    error = dequantized(weight, Packing(bits, 64), mx.float32) - weight
+    error = dequantized(weight, Precision(bits, 64), mx.float32) - weight
     moment, shares = second_moment(x), mx.random.uniform(shape=(192,))
     exact = 0.5 * float((np.array(shares) * forms(error, moment)).sum()) / 400**2
     multiplied = Factors(moment, shares, tokens=400).curvature()

@@ -7,8 +7,8 @@ from toy_qwen3 import moe
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use, tapped
 from mlx_optiq_ext.planning import calibration
-from mlx_optiq_ext.weights import METHODS, Packing, plan_model
-from mlx_optiq_ext.weights.packing import dequantized
+from mlx_optiq_ext.weights import METHODS, Precision, plan_model
+from mlx_optiq_ext.weights.precision import dequantized
 from mlx_optiq_ext.weights.sensitivity import fisher as module
 from mlx_optiq_ext.weights.sensitivity.fisher import factors
 from mlx_optiq_ext.weights.sensitivity.kl import probe
@@ -129,7 +129,7 @@ def test_predicted_divergence_is_near_the_measured_one(tiny, monkeypatch):
     text = tiny.parent / "calibration.jsonl"
     plan_model(model, tokenizer, 4.0, calibration=text, method=spy, progress=False)
     paths = list(found["measured"])
-    predicted = np.log([found["predicted"][path][Packing(3, 64)] for path in paths])
+    predicted = np.log([found["predicted"][path][Precision(3, 64)] for path in paths])
     measured = np.log([found["measured"][path] for path in paths])
     assert len(paths) > 8
     assert np.corrcoef(predicted, measured)[0, 1] > 0.8
@@ -147,7 +147,7 @@ def test_stacked_experts_are_factored_per_expert():
         assert f.outputs is not None, path
         weight = dict(quantizable(model))[path].weight
         assert f.outputs.shape == weight.shape[:2]
-        error = dequantized(weight, Packing(3, 32), mx.float32) - weight
+        error = dequantized(weight, Precision(3, 32), mx.float32) - weight
         assert f.curvature().cost(error) > 0
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.planning import calibration
-from mlx_optiq_ext.weights import Packing, search, study_model
+from mlx_optiq_ext.weights import Precision, search, study_model
 from mlx_optiq_ext.weights.plan_search import PROTECTED, rules
 from mlx_optiq_ext.weights.sensitivity import interaction
 from mlx_optiq_ext.weights.sensitivity.interaction import SHARES, around
@@ -30,9 +30,9 @@ def study(tiny, monkeypatch):
     )
 
 
-def factors(study, packings):
+def factors(study, precisions):
     """By how much each tensor's costs change around a plan, at full share."""
-    costs = around(study.problem, study.sensitivity, packings)[SHARES.index(1.0)]
+    costs = around(study.problem, study.sensitivity, precisions)[SHARES.index(1.0)]
     before, result = study.sensitivity, {}
     for path, row in costs.items():
         quotients = [cost / before[path][p] for p, cost in row.items() if cost > 0]
@@ -42,18 +42,18 @@ def factors(study, packings):
 
 
 def test_a_coarse_plan_moves_the_costs_more_than_a_nearly_lossless_one(study):
-    def moved(packing):
-        found = factors(study, {t.path: packing for t in study.problem.tensors})
+    def moved(precision):
+        found = factors(study, {t.path: precision for t in study.problem.tensors})
         return np.median(np.abs(np.log(list(found.values()))))
 
     # Labels are drawn anew, so that even the lossless plan moves them a little.
-    assert moved(Packing(2, 64)) > 2 * moved(Packing(8, 32))
+    assert moved(Precision(2, 64)) > 2 * moved(Precision(8, 32))
 
 
 def test_measuring_around_a_plan_leaves_the_model_as_it_was(study):
     modules = quantizable(study.problem.model)
     before = {path: mx.array(module.weight) for path, module in modules}
-    around(study.problem, study.sensitivity, {path: Packing(2, 64) for path in before})
+    around(study.problem, study.sensitivity, {path: Precision(2, 64) for path in before})
     for path, module in modules:
         assert module.weight.dtype == before[path].dtype
         assert mx.array_equal(module.weight, before[path]), path
@@ -68,10 +68,10 @@ def test_the_second_round_is_kept_only_if_it_lowers_the_divergence(study, monkey
     assert first.kl is not None
     assert both.kl <= first.kl
     assert both.achieved_bpw <= 3.0
-    assert end_to_end(study.problem, [both.packings]) == pytest.approx([both.kl])
+    assert end_to_end(study.problem, [both.precisions]) == pytest.approx([both.kl])
     worse = {p: {q: -c for q, c in row.items()} for p, row in study.sensitivity.items()}
     monkeypatch.setattr(module, "around", lambda *_: [worse])
-    assert search(study, 3.0).packings == first.packings
+    assert search(study, 3.0).precisions == first.precisions
 
 
 def test_the_second_round_keeps_both_ends_protected(study, monkeypatch):
@@ -99,6 +99,6 @@ def test_a_budget_of_four_bits_or_a_model_without_gradients_gets_no_second_round
         raise ValueError("[gather] Cannot calculate VJP")
 
     monkeypatch.setattr(interaction, "factors", refuse)
-    assert around(study.problem, study.sensitivity, search(study, 3.0).packings) == []
+    assert around(study.problem, study.sensitivity, search(study, 3.0).precisions) == []
     monkeypatch.setattr(module, "around", refuse)
     assert "re-measured" not in search(study, 4.0).variant

@@ -11,8 +11,8 @@ from toy_qwen3 import moe
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use, tapped
 from mlx_optiq_ext.planning import calibration
-from mlx_optiq_ext.weights import Packing, plan_model, study_model
-from mlx_optiq_ext.weights.packing import Tensor
+from mlx_optiq_ext.weights import Precision, plan_model, study_model
+from mlx_optiq_ext.weights.precision import Tensor
 from mlx_optiq_ext.weights.sensitivity import kl as module
 from mlx_optiq_ext.weights.sensitivity.kl import (
     APART,
@@ -24,13 +24,13 @@ from mlx_optiq_ext.weights.sensitivity.kl import (
     kl,
 )
 
-PACKINGS = [Packing(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
-ERRORS = {p: 4.0**-p.bits * (1 + p.group_size / 512) for p in PACKINGS} | {Packing(16, 0): 0.0}
+PRECISIONS = [Precision(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+ERRORS = {p: 4.0**-p.bits * (1 + p.group_size / 512) for p in PRECISIONS} | {Precision(16, 0): 0.0}
 
 
 def curve(law):
     """All costs and how many were measured, for a divergence that follows a law of the error."""
-    known = {p: law(ERRORS[p]) for p in (Packing(2, 64), Packing(4, 64))}
+    known = {p: law(ERRORS[p]) for p in (Precision(2, 64), Precision(4, 64))}
     while (wanted := doubtful(ERRORS, known)) is not None:
         assert wanted not in known
         known[wanted] = law(ERRORS[wanted])
@@ -45,10 +45,10 @@ def test_where_the_divergence_is_proportional_two_measurements_give_all_costs():
 
 def test_where_it_is_not_more_are_measured_until_neighbours_agree():
     costs, measured = curve(lambda error: error**1.5)
-    assert 3 <= measured < len(PACKINGS)
-    between = [p for p in PACKINGS if 2 <= p.bits <= 4 and p.group_size == 64]
-    for packing in between:
-        assert costs[packing] == pytest.approx(ERRORS[packing] ** 1.5, rel=TOLERANCE)
+    assert 3 <= measured < len(PRECISIONS)
+    between = [p for p in PRECISIONS if 2 <= p.bits <= 4 and p.group_size == 64]
+    for precision in between:
+        assert costs[precision] == pytest.approx(ERRORS[precision] ** 1.5, rel=TOLERANCE)
 
 
 def test_what_is_below_the_noise_is_not_pursued():
@@ -56,16 +56,16 @@ def test_what_is_below_the_noise_is_not_pursued():
     assert measured == 2
 
 
-@given(st.dictionaries(st.sampled_from(PACKINGS), st.floats(1e-9, 10), min_size=1))
+@given(st.dictionaries(st.sampled_from(PRECISIONS), st.floats(1e-9, 10), min_size=1))
 def test_costs_never_fall_with_a_larger_error(known):
     costs = interpolated(ERRORS, known)
-    assert costs[Packing(16, 0)] == 0
+    assert costs[Precision(16, 0)] == 0
     ordered = [costs[p] for p in sorted(ERRORS, key=lambda p: ERRORS[p])]
     assert all(b >= a * (1 - 1e-9) for a, b in pairwise(ordered))
 
 
 def test_a_tensor_that_quantizes_without_error_costs_nothing():
-    assert set(interpolated(dict.fromkeys(PACKINGS, 0.0), {}).values()) == {0.0}
+    assert set(interpolated(dict.fromkeys(PRECISIONS, 0.0), {}).values()) == {0.0}
 
 
 KINDS = ["q_proj", "experts.0.up", "experts.1.up"]
@@ -74,7 +74,9 @@ KINDS = ["q_proj", "experts.0.up", "experts.1.up"]
 @given(st.dictionaries(st.sampled_from(KINDS), st.sets(st.integers(0, 90))))
 def test_each_tensor_follows_one_of_its_kind_that_is_near(kinds):
     layers = {f"model.layers.{i}.{kind}": i for kind, found in kinds.items() for i in found}
-    tensors = [Tensor(path, (64, 64), 16, (Packing(4, 64),)) for path in ["embed_tokens", *layers]]
+    tensors = [
+        Tensor(path, (64, 64), 16, (Precision(4, 64),)) for path in ["embed_tokens", *layers]
+    ]
     guides = guided(tensors, layers)
     assert guides.pop("embed_tokens") == "embed_tokens"
     assert guides.keys() == layers.keys()
@@ -92,9 +94,9 @@ def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(
     monkeypatch.setattr(calibration, "WINDOW", 32)
     calls = []
 
-    def law(measure, tensor, packing):
+    def law(measure, tensor, precision):
         calls.append(tensor.path)
-        size = module.error(measure.problem.weights[tensor.path], packing)
+        size = module.error(measure.problem.weights[tensor.path], precision)
         return len(tensor.path) * (size**1.5 if "down" in tensor.path else size)
 
     monkeypatch.setattr(module._Probes, "__call__", law)
@@ -104,11 +106,11 @@ def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(
     guides = set(guided(problem.tensors, module.layer_index(problem.model)).values())
     assert 3 * len(guides) <= len(calls) < len(problem.tensors) + 4 * len(guides)
     for tensor in problem.tensors:
-        for packing in (p for p in tensor.packings if p.bits in range(2, 5)):
-            size = module.error(problem.weights[tensor.path], packing)
-            found = costs[tensor.path][packing] / len(tensor.path)
+        for precision in (p for p in tensor.precisions if p.bits in range(2, 5)):
+            size = module.error(problem.weights[tensor.path], precision)
+            found = costs[tensor.path][precision] / len(tensor.path)
             expected = size**1.5 if "down" in tensor.path else size
-            assert found == pytest.approx(expected, rel=2 * TOLERANCE), (tensor.path, packing)
+            assert found == pytest.approx(expected, rel=2 * TOLERANCE), (tensor.path, precision)
 
 
 def routing(model, tokens, choice=None):
@@ -135,7 +137,7 @@ def test_changed_experts_are_judged_with_the_routing_that_the_reference_took():
     assert len(first) == 3
     for own in first:
         assert (before[own] == after[own]).all()
-    # The next layer sees other inputs, and routes by them as the packed model will.
+    # The next layer sees other inputs, and routes by them as the quantized model will.
     assert any((before[p] != after[p]).any() for p in set(before) - set(first))
 
 
@@ -153,4 +155,4 @@ def test_stacked_experts_are_measured_as_one_tensor(loaded, text, monkeypatch):
     experts = [path for path in found if "switch_mlp" in path]
     assert len(experts) == 6
     for path in experts:
-        assert found[path][Packing(2, 64)] > found[path][Packing(4, 64)] > 0, path
+        assert found[path][Precision(2, 64)] > found[path][Precision(4, 64)] > 0, path

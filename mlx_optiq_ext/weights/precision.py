@@ -1,4 +1,4 @@
-"""How a weight can be stored: MLX's affine packings and what they cost in bits."""
+"""How a weight can be stored: MLX's affine precisions and what they cost in bits."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -17,19 +17,19 @@ GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, order=True)
-class Packing:
+class Precision:
     """One way to store a weight.
 
     Attributes:
-        bits: Bits of one packed element; for an unpacked weight those of its dtype.
-        group_size: Elements that share a scale and a bias; 0 for an unpacked weight.
+        bits: Bits of one quantized element; for an unquantized weight those of its dtype.
+        group_size: Elements that share a scale and a bias; 0 for an unquantized weight.
     """
 
     bits: int
     group_size: int
 
     @property
-    def packed(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the weight is quantized at all."""
         return self.group_size > 0
 
@@ -37,20 +37,20 @@ class Packing:
         """Bits in the file: elements plus one scale and one bias a group.
 
         Args:
-            shape: The unpacked shape, packed along the last axis.
+            shape: The unquantized shape, quantized along the last axis.
             dtype_bits: Width of the weight's dtype, which its scales and biases keep.
         """
         size = math.prod(shape)
-        if not self.packed:
+        if not self.quantized:
             return size * self.bits
         return size * self.bits + size // self.group_size * 2 * dtype_bits
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether MLX can pack a weight of this shape."""
-        return not self.packed or (len(shape) >= 2 and shape[-1] % self.group_size == 0)
+        return not self.quantized or (len(shape) >= 2 and shape[-1] % self.group_size == 0)
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit g{self.group_size}" if self.packed else f"{self.bits}-bit"
+        return f"{self.bits}-bit g{self.group_size}" if self.quantized else f"{self.bits}-bit"
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Tensor:
         path: Layer path of its module, such as ``model.layers.0.self_attn.q_proj``.
         shape: Unpacked shape ``(..., out, in)``.
         dtype_bits: Width of its dtype.
-        packings: The candidates, by rising stored bits.
+        precisions: The candidates, by rising stored bits.
         own: What the model's own ``quant_predicate`` asks for, if it does; the least that honours
             it where its group size does not divide the last axis.
     """
@@ -69,43 +69,43 @@ class Tensor:
     path: str
     shape: tuple[int, ...]
     dtype_bits: int
-    packings: tuple[Packing, ...]
-    own: Packing | None = None
+    precisions: tuple[Precision, ...]
+    own: Precision | None = None
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    def stored_bits(self, packing: Packing) -> int:
-        """Bits in the file under one packing."""
-        return packing.stored_bits(self.shape, self.dtype_bits)
+    def stored_bits(self, precision: Precision) -> int:
+        """Bits in the file under one precision."""
+        return precision.stored_bits(self.shape, self.dtype_bits)
 
     @property
-    def unpacked(self) -> Packing:
+    def unquantized(self) -> Precision:
         """The weight as it is."""
-        return Packing(self.dtype_bits, 0)
+        return Precision(self.dtype_bits, 0)
 
 
-def quantize(weight: mx.array, packing: Packing) -> tuple[mx.array, mx.array, mx.array]:
-    """MLX's affine quantization: ``(packed, scales, biases)`` of a weight ``(..., out, in)``."""
-    return mx.quantize(weight, group_size=packing.group_size, bits=packing.bits)
+def quantize(weight: mx.array, precision: Precision) -> tuple[mx.array, mx.array, mx.array]:
+    """MLX's affine quantization: ``(quantized, scales, biases)`` of a weight ``(..., out, in)``."""
+    return mx.quantize(weight, group_size=precision.group_size, bits=precision.bits)
 
 
-def dequantized(weight: mx.array, packing: Packing, dtype: mx.Dtype) -> mx.array:
-    """What a weight ``(..., out, in)`` becomes under a packing, computed in ``dtype``.
+def dequantized(weight: mx.array, precision: Precision, dtype: mx.Dtype) -> mx.array:
+    """What a weight ``(..., out, in)`` becomes under a precision, computed in ``dtype``.
 
     Scales and biases are rounded to the weight's own dtype first, as in the file.
     """
-    if not packing.packed:
+    if not precision.quantized:
         return weight.astype(dtype)
-    packed, scales, biases = quantize(weight, packing)
+    quantized, scales, biases = quantize(weight, precision)
     return mx.dequantize(
-        packed,
+        quantized,
         scales.astype(dtype),
         biases.astype(dtype),
-        group_size=packing.group_size,
-        bits=packing.bits,
+        group_size=precision.group_size,
+        bits=precision.bits,
     )
 
 
@@ -114,9 +114,9 @@ def tensors(
     bits: Iterable[int] = BITS,
     group_sizes: Iterable[int] = GROUP_SIZES,
     *,
-    allow_unpacked: bool = False,
+    allow_unquantized: bool = False,
 ) -> list[Tensor]:
-    """The quantizable weights of a model with their candidate packings.
+    """The quantizable weights of a model with their candidate precisions.
 
     The model's own ``quant_predicate`` is a floor: what it refuses is left alone, and where it asks
     for certain bits and group size (routers, gates) nothing coarser is a candidate.
@@ -125,10 +125,10 @@ def tensors(
         model: An mlx-lm model; nothing is evaluated.
         bits: Widths to consider.
         group_sizes: Group sizes to consider.
-        allow_unpacked: Whether leaving a weight unpacked is a candidate too.
+        allow_unquantized: Whether leaving a weight unquantized is a candidate too.
     """
     predicate: Callable[[str, Any], bool | dict] | None = getattr(model, "quant_predicate", None)
-    grid = [Packing(b, g) for b in sorted(set(bits)) for g in sorted(set(group_sizes))]
+    grid = [Precision(b, g) for b in sorted(set(bits)) for g in sorted(set(group_sizes))]
     result = []
     for path, module in quantizable(model):
         shape, dtype_bits = tuple(module.weight.shape), module.weight.dtype.size * 8
@@ -137,14 +137,14 @@ def tensors(
             continue
         options, floor = [p for p in grid if p.fits(shape)], None
         if isinstance(own, dict):
-            floor = Packing(own.get("bits", 4), own.get("group_size", 64))
+            floor = Precision(own.get("bits", 4), own.get("group_size", 64))
             options = [
                 p for p in options if p.bits >= floor.bits and p.group_size <= floor.group_size
             ] or [p for p in (floor,) if p.fits(shape)]
         if not options:
             continue
-        if allow_unpacked:
-            options.append(Packing(dtype_bits, 0))
+        if allow_unquantized:
+            options.append(Precision(dtype_bits, 0))
         options.sort(key=lambda p: (p.stored_bits(shape, dtype_bits), -p.bits))
         if floor is not None and not floor.fits(shape):
             floor = options[0]

@@ -6,57 +6,57 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import compute_bits_per_weight
 
-from mlx_optiq_ext.weights.packing import (
+from mlx_optiq_ext.weights.precision import (
     BITS,
     GROUP_SIZES,
-    Packing,
+    Precision,
     Size,
     dequantized,
     quantize,
     tensors,
 )
 
-PACKINGS = st.builds(Packing, st.sampled_from(BITS), st.sampled_from(GROUP_SIZES))
+PRECISIONS = st.builds(Precision, st.sampled_from(BITS), st.sampled_from(GROUP_SIZES))
 DTYPES = st.sampled_from([mx.float32, mx.bfloat16, mx.float16])
 
 
-@given(PACKINGS, DTYPES, st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
+@given(PRECISIONS, DTYPES, st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
 @settings(max_examples=120, deadline=None)
-def test_stored_bits_are_the_bytes_that_mlx_stores(packing, dtype, rows, groups, seed):
-    shape = (rows, groups * packing.group_size)
+def test_stored_bits_are_the_bytes_that_mlx_stores(precision, dtype, rows, groups, seed):
+    shape = (rows, groups * precision.group_size)
     weight = mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
-    stored = sum(array.nbytes * 8 for array in quantize(weight, packing))
-    assert packing.stored_bits(shape, weight.dtype.size * 8) == stored
+    stored = sum(array.nbytes * 8 for array in quantize(weight, precision))
+    assert precision.stored_bits(shape, weight.dtype.size * 8) == stored
 
 
-@given(PACKINGS, st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
+@given(PRECISIONS, st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
 @settings(max_examples=120, deadline=None)
-def test_what_a_packing_leaves_is_within_half_a_step(packing, rows, groups, seed):
-    shape = (rows, groups * packing.group_size)
+def test_what_a_packing_leaves_is_within_half_a_step(precision, rows, groups, seed):
+    shape = (rows, groups * precision.group_size)
     weight = mx.random.normal(shape, key=mx.random.key(seed))
-    grouped = np.array(weight).reshape(rows, groups, packing.group_size)
-    step = (grouped.max(-1) - grouped.min(-1)) / (2**packing.bits - 1)
-    left = np.array(dequantized(weight, packing, mx.float32)).reshape(grouped.shape)
+    grouped = np.array(weight).reshape(rows, groups, precision.group_size)
+    step = (grouped.max(-1) - grouped.min(-1)) / (2**precision.bits - 1)
+    left = np.array(dequantized(weight, precision, mx.float32)).reshape(grouped.shape)
     # MLX shifts the grid so that the largest value is hit exactly, which costs up to a step.
     assert (np.abs(left - grouped) <= 1.01 * step[..., None] + 1e-6).all()
 
 
-@given(PACKINGS, st.integers(0, 2**31))
+@given(PRECISIONS, st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
-def test_every_value_lies_on_its_groups_grid(packing, seed):
-    weight = mx.random.normal((3, 2 * packing.group_size), key=mx.random.key(seed))
-    _, scales, biases = (np.array(a) for a in quantize(weight, packing))
-    left = np.array(dequantized(weight, packing, mx.float32)).reshape(3, 2, -1)
+def test_every_value_lies_on_its_groups_grid(precision, seed):
+    weight = mx.random.normal((3, 2 * precision.group_size), key=mx.random.key(seed))
+    _, scales, biases = (np.array(a) for a in quantize(weight, precision))
+    left = np.array(dequantized(weight, precision, mx.float32)).reshape(3, 2, -1)
     codes = (left - biases[..., None]) / scales[..., None]
     assert np.abs(codes - codes.round()).max() < 1e-2
     assert codes.round().min() >= 0
-    assert codes.round().max() <= 2**packing.bits - 1
+    assert codes.round().max() <= 2**precision.bits - 1
 
 
 def test_an_unpacked_weight_costs_its_dtype():
-    assert Packing(16, 0).stored_bits((4, 8), 16) == 4 * 8 * 16
-    assert str(Packing(16, 0)) == "16-bit"
-    assert str(Packing(3, 64)) == "3-bit g64"
+    assert Precision(16, 0).stored_bits((4, 8), 16) == 4 * 8 * 16
+    assert str(Precision(16, 0)) == "16-bit"
+    assert str(Precision(3, 64)) == "3-bit g64"
 
 
 class Model(nn.Module):
@@ -77,43 +77,43 @@ class Model(nn.Module):
 def test_candidates_are_what_mlx_can_pack():
     found = {t.path: t for t in tensors(Model(lambda path, module: True))}
     assert set(found) == {"embed", "wide"}
-    assert {p.group_size for p in found["embed"].packings} == {32, 64}
-    assert {p.group_size for p in found["wide"].packings} == {32, 64, 128}
-    assert {p.bits for p in found["wide"].packings} == set(BITS)
+    assert {p.group_size for p in found["embed"].precisions} == {32, 64}
+    assert {p.group_size for p in found["wide"].precisions} == {32, 64, 128}
+    assert {p.bits for p in found["wide"].precisions} == set(BITS)
 
 
 def test_candidates_rise_in_stored_bits():
-    for tensor in tensors(Model(lambda path, module: True), allow_unpacked=True):
-        sizes = [tensor.stored_bits(p) for p in tensor.packings]
+    for tensor in tensors(Model(lambda path, module: True), allow_unquantized=True):
+        sizes = [tensor.stored_bits(p) for p in tensor.precisions]
         assert sizes == sorted(sizes)
-        assert tensor.packings[-1] == tensor.unpacked
+        assert tensor.precisions[-1] == tensor.unquantized
 
 
 def test_the_models_own_predicate_is_a_floor():
     own = {"embed": False, "wide": {"bits": 8, "group_size": 64}}
     (tensor,) = tensors(Model(lambda path, module: own.get(path, True)))
     assert tensor.path == "wide"
-    assert set(tensor.packings) == {Packing(8, 64), Packing(8, 32)}
+    assert set(tensor.precisions) == {Precision(8, 64), Precision(8, 32)}
 
 
 def test_a_floor_above_the_wanted_bits_stays_the_only_candidate():
     own = {"embed": False, "wide": {"bits": 8, "group_size": 64}}
     (tensor,) = tensors(Model(lambda path, module: own.get(path, True)), bits=(2, 3))
-    assert tensor.packings == (Packing(8, 64),)
+    assert tensor.precisions == (Precision(8, 64),)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("packing", [Packing(3, 32), Packing(4, 64), Packing(8, 64)])
-def test_bits_per_weight_are_those_mlx_lm_prints(packing, dtype):
+@pytest.mark.parametrize("precision", [Precision(3, 32), Precision(4, 64), Precision(8, 64)])
+def test_bits_per_weight_are_those_mlx_lm_prints(precision, dtype):
     model = Model(lambda path, module: True)
     model.set_dtype(dtype)
     found = tensors(model)
     size = Size.of(model, found)
-    stored = sum(t.stored_bits(packing) for t in found)
+    stored = sum(t.stored_bits(precision) for t in found)
     nn.quantize(
         model,
-        packing.group_size,
-        packing.bits,
+        precision.group_size,
+        precision.bits,
         class_predicate=lambda path, module: path in {t.path for t in found},
     )
     assert size.bits_per_weight(stored) == pytest.approx(compute_bits_per_weight(model))

@@ -37,7 +37,9 @@ def read_headers(path_or_repo: str, revision: str | None = None) -> tuple[dict[s
     """
     path = Path(path_or_repo)
     if path.is_dir():
-        return _config(files.read_json(path / "config.json"), path_or_repo), _local(path)
+        return _config(
+            files.read_json(path / "config.json", files.MODEL_CONFIG), path_or_repo
+        ), _local(path)
     if path.exists() or path_or_repo.startswith((".", "/", "~")):
         raise InputError(f"{path_or_repo} is not a model folder: give one with config.json")
     return _remote(path_or_repo, revision)
@@ -95,7 +97,8 @@ def _remote(repo: str, revision: str | None) -> tuple[dict[str, Any], Headers]:
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 
     try:
-        config = files.read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
+        path = Path(hf_hub_download(repo, "config.json", revision=revision))
+        config = files.read_json(path, files.MODEL_CONFIG)
         metadata = HfApi().get_safetensors_metadata(repo, revision=revision)
     except NotASafetensorsRepoError as error:
         raise InputError(

@@ -148,7 +148,7 @@ def check_written(folder: Path, plan: Plan) -> None:
     Raises:
         OptiqError: A weight file is cut off or a planned tensor is missing from config.json.
     """
-    config = files.read_json(folder / "config.json")
+    config = files.read_json(folder / "config.json", files.MODEL_CONFIG)
     written = config.get("quantization", {})
     for path, precision in plan.precisions.items():
         entry = written.get(path)

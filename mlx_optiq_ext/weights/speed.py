@@ -61,7 +61,7 @@ class Target:
 
 def target(path_or_repo: str, model: nn.Module, tps: float, chip: str) -> Target:
     """The target for a model that was loaded and not yet measured."""
-    config = files.read_json(local_folder(path_or_repo) / "config.json")
+    config = files.read_json(local_folder(path_or_repo) / "config.json", files.MODEL_CONFIG)
     arrays = tree_flatten(model.parameters())
     assert isinstance(arrays, list)
     headers = {

@@ -25,7 +25,7 @@ def read_labels(path: str | Path, classes: int) -> dict[str, Objects]:
         InputError: Not such a file, or another number of classes.
     """
     path = Path(path)
-    data = files.read_json(path)
+    data = files.read_json(path, files.LABELS)
     try:
         categories = sorted(int(entry["id"]) for entry in data["categories"])
         index = {category: position for position, category in enumerate(categories)}

@@ -1,4 +1,4 @@
-"""Reading and writing without ever leaving half a file or half a folder."""
+"""Writing without ever leaving half a file or half a folder."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, OptiqError
+from ..errors import InputError, OptiqError
 
 
 @contextmanager
@@ -63,23 +63,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON by moving a complete file into place."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises:
-        InputError: The file is missing, unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): check that it is complete") from error
-
-
-def cache_dir() -> Path:
-    """Where measurements are kept: ``$MLX_OPTIQ_EXT_CACHE`` or ``~/.cache/mlx-optiq-ext``."""
-    root = os.environ.get("MLX_OPTIQ_EXT_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "mlx-optiq-ext"

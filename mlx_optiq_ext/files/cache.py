@@ -1,0 +1,10 @@
+"""Where this package keeps what it has measured."""
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept: ``$MLX_OPTIQ_EXT_CACHE`` or ``~/.cache/mlx-optiq-ext``."""
+    root = os.environ.get("MLX_OPTIQ_EXT_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "mlx-optiq-ext"

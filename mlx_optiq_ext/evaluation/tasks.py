@@ -5,12 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from . import ai2d as diagrams
-from . import gsm8k as grade_school
-from . import harness
-from . import kl as divergences
-from . import perplexity as likelihoods
-from . import wer as speech
+from . import diagrams, harness, likelihood, speech, token_divergence, word_problems
 from .models import Subject, check_same_tokens, tokenizer_of
 from .report import Figures, Report
 from .texts import CONTEXT, read_data, windows
@@ -60,7 +55,7 @@ def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Repo
     tokens = windows(texts, tokenizer_of(model), context, settings.limit)
     columns: dict[str, Figures] = {}
     for each in baselines:
-        found = divergences.compare(model, each, tokens, progress=settings.progress)
+        found = token_divergence.compare(model, each, tokens, progress=settings.progress)
         sizes = {**model.size(), **{f"baseline_{k}": v for k, v in each.size().items()}}
         columns[f"{model.label} against {each.name}"] = {**found, **sizes}
     note = "KL in nats per token, KL(baseline \\|\\| model); changes of probability in %."
@@ -81,12 +76,12 @@ def perplexity(model: Subject, baselines: Sequence[Subject], settings: Settings)
         check_same_tokens(model, each, texts)
     tokens = windows(texts, tokenizer_of(model), settings.context or 4 * CONTEXT, settings.limit)
     plain = [Subject(model.name, model.folder)] if model.kv_plan is not None else []
-    own = likelihoods.losses(model, tokens, progress=settings.progress)
-    columns: dict[str, Figures] = {model.label: {**likelihoods.figures(own), **model.size()}}
+    own = likelihood.losses(model, tokens, progress=settings.progress)
+    columns: dict[str, Figures] = {model.label: {**likelihood.figures(own), **model.size()}}
     for each in [*plain, *baselines]:
-        other = likelihoods.losses(each, tokens, progress=settings.progress)
-        columns[each.label] = {**likelihoods.figures(other), **each.size()}
-        columns[f"{model.label} against {each.label}"] = likelihoods.ratio(own, other)
+        other = likelihood.losses(each, tokens, progress=settings.progress)
+        columns[each.label] = {**likelihood.figures(other), **each.size()}
+        columns[f"{model.label} against {each.label}"] = likelihood.ratio(own, other)
     data = settings.data.name if settings.data else ""
     shape = {"windows": len(tokens), "context": tokens.shape[1]}
     return Report("perplexity", data, shape, columns)
@@ -100,8 +95,8 @@ def gsm8k(model: Subject, baselines: Sequence[Subject], settings: Settings) -> R
         UnsupportedError: lm-eval is not installed.
     """
     harness.require()
-    config = grade_school.config_for(settings.data, settings.shots)
-    columns = grade_school.accuracy_columns(
+    config = word_problems.config_for(settings.data, settings.shots)
+    columns = word_problems.accuracy_columns(
         model,
         baselines,
         config,
@@ -136,12 +131,12 @@ def ai2d(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Re
     items = items[: settings.limit]
     own = diagrams.answers(model, items, progress=settings.progress)
     columns: dict[str, Figures] = {
-        model.label: grade_school.figures({"accuracy": own}) | model.size()
+        model.label: word_problems.figures({"accuracy": own}) | model.size()
     }
     for each in baselines:
         other = diagrams.answers(each, items, progress=settings.progress)
-        columns[each.label] = grade_school.figures({"accuracy": other}) | each.size()
-        columns[f"{model.label} against {each.label}"] = grade_school.paired(
+        columns[each.label] = word_problems.figures({"accuracy": other}) | each.size()
+        columns[f"{model.label} against {each.label}"] = word_problems.paired(
             {"accuracy": own}, {"accuracy": other}
         )
     note = "Accuracy in %; McNemar's exact test, two-sided, on the same items."

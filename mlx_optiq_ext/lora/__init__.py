@@ -2,14 +2,14 @@
 
 from .adapter import Adapter, LayerAdapter
 from .averaging import digest, over_all_tokens
-from .checkpoint import Checkpoint
-from .exchange import convert
 from .fitting import fit
+from .forms.checkpoint import Checkpoint
+from .forms.exchange import convert
+from .forms.location import readable_by_stock
+from .forms.reading import read_adapter
 from .layers import attach
-from .location import readable_by_stock
-from .ranks import CONSTANT, SCALINGS, allocate
-from .reading import read_adapter
-from .table import table
+from .listing import table
+from .rank_scaling import CONSTANT, SCALINGS, allocate
 from .training import DEFAULT_SCALING, Request, prepare, summary
 
 __all__ = [

@@ -10,17 +10,17 @@ from mlx.utils import tree_unflatten
 
 from .. import distributed
 from ..errors import InputError
-from . import ranks as allocation
+from . import rank_scaling
 from .averaging import hand_out_start
-from .checkpoint import Checkpoint
+from .forms.checkpoint import Checkpoint
+from .forms.peft_writing import Naming, base_config
+from .forms.reading import read_tensors
 from .geometry import EMBEDDING, EXPERTS, Geometry, geometry
 from .layers import adapted_layers, base_of, with_rank
-from .peft_writing import Naming, base_config
-from .reading import read_tensors
 from .residual import start_from_residual
 
 #: What trained best (tests/benchmarks/lora_ranks.py).
-DEFAULT_SCALING = allocation.BY_KL
+DEFAULT_SCALING = rank_scaling.BY_KL
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Request:
     Attributes:
         model: The base model's folder or name.
         folder: Where the adapter goes.
-        scaling: One of ``ranks.SCALINGS``.
+        scaling: One of ``rank_scaling.SCALINGS``.
         original: Loads the unquantized model to start from the residual of; None for mlx-lm's own
             start.
         samples: Tokens of training texts, to weight that residual by.
@@ -79,16 +79,16 @@ def prepare(
         raise InputError("no layer is adapted: check lora_parameters.keys and --num-layers")
     rank, dropout = int(parameters["rank"]), float(parameters.get("dropout", 0.0))
     measured = {}
-    if request.scaling == allocation.BY_KL:
-        measured = allocation.measured_kl(request.model, shapes)
-    weight = allocation.weights(request.scaling, shapes, measured)
-    ranks = allocation.allocate(shapes, rank, weight)
+    if request.scaling == rank_scaling.BY_KL:
+        measured = rank_scaling.measured_kl(request.model, shapes)
+    weight = rank_scaling.weights(request.scaling, shapes, measured)
+    ranks = rank_scaling.allocate(shapes, rank, weight)
     if choose is not None:
         ranks = {
             path: choose(path, base_of(layers[path]), each) or each for path, each in ranks.items()
         }
     dora = any("m" in layer for layer in layers.values())
-    scaling = request.scaling if weight is not None else allocation.CONSTANT
+    scaling = request.scaling if weight is not None else rank_scaling.CONSTANT
     checkpoint = _checkpoint(model, request, parameters, shapes, ranks, scaling, dora=dora)
     checkpoint.check_folder()
     changed = {
@@ -120,7 +120,7 @@ def summary(checkpoint: Checkpoint) -> str:
     )
     if notes["scaling"] != notes["asked"]:
         why = "the layers' bits are all the same"
-        if notes["asked"] == allocation.BY_KL:
+        if notes["asked"] == rank_scaling.BY_KL:
             why = "this model has no measured KL (optiq_metadata.json)"
         line += f"; {notes['asked']} has nothing to go by: {why}"
     if left_out := notes["not_in_peft"]:

@@ -1,21 +1,21 @@
 """YOLO26: per-layer precision for detections, in a file that yolo-mlx loads."""
 
-from .checkpoint import Architecture, Checkpoint, read
+from .detection.comparison import Evaluation, detect, evaluate
+from .detection.labels import read_labels
+from .detection.side_by_side import draw
 from .divergence import Divergence
-from .evaluation import Evaluation, detect, evaluate
-from .labels import read_labels
 from .loading import load
 from .pipeline import Result, run_yolo_pipeline
-from .planning import Choice, Plan
-from .side_by_side import draw
+from .reading.checkpoint import Architecture, Checkpoint, read
+from .steps import Choice, DetectionPlan
 
 __all__ = [
     "Architecture",
     "Checkpoint",
     "Choice",
+    "DetectionPlan",
     "Divergence",
     "Evaluation",
-    "Plan",
     "Result",
     "detect",
     "draw",

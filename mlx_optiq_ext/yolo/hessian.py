@@ -26,7 +26,7 @@ LEAST_SIDE = 4.0
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Measured:
     """What was measured on the calibration images, by layer path.
 
     Attributes:
@@ -49,7 +49,7 @@ def measure(
     *,
     draws: int = 2,
     seed: int = 0,
-) -> Evidence:
+) -> Measured:
     """Measure curvature and mean inputs.
 
     Args:
@@ -82,7 +82,7 @@ def measure(
         for path, weight in weights.items():
             modules[path].weight = weight
     inputs = _mean_inputs(model, modules, pictures)
-    return Evidence({path: np.array(s) for path, s in squares.items()}, inputs)
+    return Measured({path: np.array(s) for path, s in squares.items()}, inputs)
 
 
 def _projection(out: Outputs, key: mx.array) -> mx.array:

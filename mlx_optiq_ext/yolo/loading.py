@@ -6,9 +6,9 @@ from typing import Any
 from .. import files
 from ..errors import InputError
 from . import network
-from .checkpoint import Architecture, Checkpoint, read
 from .pipeline import METADATA
-from .torch_file import class_names
+from .reading.checkpoint import Architecture, Checkpoint, read
+from .reading.torch_file import class_names
 
 
 def load(path: str | Path) -> Any:

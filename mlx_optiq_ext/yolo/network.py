@@ -14,9 +14,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import UnsupportedError
-from .checkpoint import Architecture, Checkpoint
 from .images import Picture
-from .naming import matched
+from .reading.checkpoint import Architecture, Checkpoint
+from .reading.naming import matched
 
 
 @dataclass(frozen=True)

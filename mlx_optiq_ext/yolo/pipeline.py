@@ -12,10 +12,10 @@ import numpy as np
 from .. import files
 from .._version import __version__
 from ..errors import InputError
-from . import archive, hessian, images, network, planning
-from .checkpoint import Architecture, Checkpoint, read
+from . import archive, hessian, images, network, steps
 from .network import Layer
-from .planning import Detector, Plan
+from .reading.checkpoint import Architecture, Checkpoint, read
+from .steps import DetectionPlan, Detector
 
 #: More images than this add time and little else.
 MOST_IMAGES = 32
@@ -34,7 +34,7 @@ class Result:
     """
 
     path: Path
-    plan: Plan
+    plan: DetectionPlan
     source_bytes: int
 
     def summary(self) -> str:
@@ -88,11 +88,11 @@ def run_yolo_pipeline(
     detector, model = study(checkpoint, calibrating, protect=protect)
     references = [(picture, network.outputs(model, picture.pixels)) for picture in judging]
     mx.eval([reference.arrays() for _, reference in references])
-    plan, stored = planning.best(detector, budget, model, references)
+    plan, stored = steps.best(detector, budget, model, references)
     name = f"{checkpoint.architecture.name}.npz"
     with files.staged(out) as folder:
         folder.mkdir()
-        size = archive.write(folder / name, {planning.file_name(n): a for n, a in stored.items()})
+        size = archive.write(folder / name, {steps.file_name(n): a for n, a in stored.items()})
         assert size == plan.file_bytes, "the file is not as large as it was planned to be"
         record = _record(checkpoint, plan, budget, pictures, image_size)
         files.write_json(folder / METADATA, record)
@@ -132,19 +132,19 @@ def study(
     arrays = {name: np.array(a) for name, a in network.parameters(model).items()}
     layers = network.layers(model)
     network.expose(model)
-    evidence = hessian.measure(model, layers, pictures)
-    protected = frozenset(_ends(layers, evidence) if protect else ())
-    return Detector(tuple(layers), arrays, evidence, protected), model
+    measured = hessian.measure(model, layers, pictures)
+    protected = frozenset(_ends(layers, measured) if protect else ())
+    return Detector(tuple(layers), arrays, measured, protected), model
 
 
-def _ends(layers: list[Layer], evidence: hessian.Evidence) -> list[str]:
+def _ends(layers: list[Layer], measured: hessian.Measured) -> list[str]:
     """The stem and the layers that end a branch of the head."""
-    used = [layer for layer in layers if not evidence.unused(layer.path)]
+    used = [layer for layer in layers if not measured.unused(layer.path)]
     return [used[0].path, *(layer.path for layer in used if layer.norm is None)]
 
 
 def _record(
-    checkpoint: Checkpoint, plan: Plan, budget: float, pictures: list[Any], image_size: int
+    checkpoint: Checkpoint, plan: DetectionPlan, budget: float, pictures: list[Any], image_size: int
 ) -> dict[str, Any]:
     architecture: Architecture = checkpoint.architecture
     return {

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_optiq_ext import yolo
 from mlx_optiq_ext.yolo import images, network
-from mlx_optiq_ext.yolo.checkpoint import read
+from mlx_optiq_ext.yolo.reading.checkpoint import read
 
 
 def uniform(source: Path, bits: int, folder: Path) -> tuple[int, Path]:

@@ -8,7 +8,7 @@ from live_server import write_exact
 
 from mlx_optiq_ext import evaluation
 from mlx_optiq_ext.errors import InputError, UnsupportedError
-from mlx_optiq_ext.evaluation import gsm8k, harness
+from mlx_optiq_ext.evaluation import harness, word_problems
 
 pytestmark = pytest.mark.newest
 
@@ -60,15 +60,15 @@ def test_two_hundred_answers_are_scored_as_lm_eval_scores_them(tiny, tmp_path, m
         ]
 
     monkeypatch.setattr(harness, "_generated", answer)
-    config = gsm8k.config_for(tmp_path / "test.jsonl", shots)
-    found = gsm8k.answers(
+    config = word_problems.config_for(tmp_path / "test.jsonl", shots)
+    found = word_problems.answers(
         evaluation.subject(str(tiny)), config, shots=0, chat_template=False, progress=False
     )
     assert len(prompts) == 200
     (metric,) = config["metric_list"]
     options = {key: metric[key] for key in ("ignore_case", "ignore_punctuation")}
     task = {each["name"]: each["filter"][0] for each in config["filter_list"]}
-    for name, ours in gsm8k.FILTERS.items():
+    for name, ours in word_problems.FILTERS.items():
         settings = {k: v for k, v in task[name].items() if k != "function"}
         stops = config["generation_kwargs"]["until"]
         cut = [[harness._cut(text, stops, None)] for text in said]
@@ -131,15 +131,15 @@ def test_a_wrong_file_is_refused(tmp_path, name):
     path = tmp_path / "test.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
-        gsm8k.config_for(path, 8)
+        word_problems.config_for(path, 8)
 
 
 def test_wrong_examples_and_a_missing_package_are_refused(tmp_path, monkeypatch):
     write(tmp_path / "test.jsonl", 2)
     with pytest.raises(InputError, match=r"train\.jsonl beside"):
-        gsm8k.config_for(tmp_path / "test.jsonl", 5)
+        word_problems.config_for(tmp_path / "test.jsonl", 5)
     with pytest.raises(InputError, match="not 3"):
-        gsm8k.config_for(tmp_path / "test.jsonl", 3)
+        word_problems.config_for(tmp_path / "test.jsonl", 3)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UnsupportedError, match=r"mlx-optiq-ext\[eval\]"):
         harness.require()
@@ -147,4 +147,4 @@ def test_wrong_examples_and_a_missing_package_are_refused(tmp_path, monkeypatch)
 
 @pytest.mark.shared
 def test_the_real_test_set_is_read(shared):
-    assert len(gsm8k.read_items(shared / "data" / "gsm8k" / "test.jsonl")) == 1319
+    assert len(word_problems.read_items(shared / "data" / "gsm8k" / "test.jsonl")) == 1319

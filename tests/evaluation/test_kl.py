@@ -13,7 +13,7 @@ from toy_qwen3 import write_toy
 
 from mlx_optiq_ext import evaluation
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.evaluation import kl, models
+from mlx_optiq_ext.evaluation import models, token_divergence
 from mlx_optiq_ext.evaluation.models import tokenizer_of
 from mlx_optiq_ext.evaluation.texts import windows
 from mlx_optiq_ext.kv import parse_spec
@@ -42,7 +42,7 @@ def tokens(tiny):
 
 def test_figures_are_those_of_float64(tiny, packed, tokens):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
-    found = kl.compare(model, reference, tokens, progress=False)
+    found = token_divergence.compare(model, reference, tokens, progress=False)
     p, q = log_probs(tiny, tokens)[:, :-1], log_probs(packed, tokens)[:, :-1]
     each = (np.exp(p) * (p - q)).sum(-1)
     following = tokens[:, 1:, None].astype(np.int64)
@@ -72,20 +72,20 @@ def test_figures_are_those_of_float64(tiny, packed, tokens):
 
 def test_long_windows_go_through_the_cache_in_pieces(tiny, packed, tokens, monkeypatch):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
-    whole = kl.compare(model, reference, tokens[:2], progress=False)
-    monkeypatch.setattr(kl, "CHUNK", 7)
-    monkeypatch.setattr(kl.logits_of, "__defaults__", (7,))
+    whole = token_divergence.compare(model, reference, tokens[:2], progress=False)
+    monkeypatch.setattr(token_divergence, "CHUNK", 7)
+    monkeypatch.setattr(token_divergence.logits_of, "__defaults__", (7,))
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(packed.parent / "another-cache"))
-    pieces = kl.compare(model, reference, tokens[:2], progress=False)
+    pieces = token_divergence.compare(model, reference, tokens[:2], progress=False)
     assert pieces == pytest.approx(whole, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
 def test_a_large_vocabulary_is_a_lower_bound(tiny, packed, tokens, monkeypatch):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
-    exact = kl.compare(model, reference, tokens[:1], progress=False)
+    exact = token_divergence.compare(model, reference, tokens[:1], progress=False)
     monkeypatch.setattr("mlx_optiq_ext.planning.divergence.TOP", 64)
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(packed.parent / "third-cache"))
-    bound = kl.compare(model, reference, tokens[:1], progress=False)
+    bound = token_divergence.compare(model, reference, tokens[:1], progress=False)
     assert 0.5 * exact["mean"] < bound["mean"] <= exact["mean"] + 1e-7
     assert bound["same_top"] == exact["same_top"]
     assert bound["perplexity"] == pytest.approx(exact["perplexity"])
@@ -95,7 +95,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
     tiny, packed, tokens, monkeypatch
 ):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
-    real, judged = kl._held_against, []
+    real, judged = token_divergence._held_against, []
 
     def interrupted(loaded, window, kept):
         if len(judged) == 2:
@@ -103,20 +103,22 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
         judged.append(1)
         return real(loaded, window, kept)
 
-    monkeypatch.setattr(kl, "_held_against", interrupted)
+    monkeypatch.setattr(token_divergence, "_held_against", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        kl.compare(model, reference, tokens, progress=False)
+        token_divergence.compare(model, reference, tokens, progress=False)
     counted = []
-    monkeypatch.setattr(kl, "_held_against", lambda *args: counted.append(1) or real(*args))
-    found = kl.compare(model, reference, tokens, progress=False)
+    monkeypatch.setattr(
+        token_divergence, "_held_against", lambda *args: counted.append(1) or real(*args)
+    )
+    found = token_divergence.compare(model, reference, tokens, progress=False)
     assert len(counted) == len(tokens) - 2
     monkeypatch.setattr(models.Subject, "load", lambda self: pytest.fail("loaded again"))
-    assert kl.compare(model, reference, tokens, progress=False) == found
+    assert token_divergence.compare(model, reference, tokens, progress=False) == found
 
 
 def test_a_model_against_itself_is_zero(tiny, tokens):
     model = evaluation.subject(str(tiny))
-    found = kl.compare(model, model, tokens[:2], progress=False)
+    found = token_divergence.compare(model, model, tokens[:2], progress=False)
     assert abs(found["mean"]) < 1e-7
     assert found["same_top"] == 100
     assert found["perplexity_ratio"] == 1

@@ -8,11 +8,11 @@ import pytest
 
 from mlx_optiq_ext import evaluation
 from mlx_optiq_ext.errors import InputError, UnsupportedError
-from mlx_optiq_ext.evaluation import ai2d, wer
+from mlx_optiq_ext.evaluation import diagrams, speech
 
 
 @pytest.fixture
-def diagrams(tmp_path):
+def questions(tmp_path):
     rows = [
         {"question": "What eats grass?", "options": ["cow", "hawk"], "answer": "A"},
         {"question": "Which is a planet?", "options": ["Sun", "Moon", "Mars"], "answer": 2},
@@ -21,13 +21,13 @@ def diagrams(tmp_path):
     for number, row in enumerate(rows):
         (tmp_path / f"{number}.png").write_bytes(b"not read by these tests %d" % number)
         row["image"] = f"{number}.png"
-    path = tmp_path / "ai2d.jsonl"
+    path = tmp_path / "diagrams.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
 
 
-def test_questions_are_put_as_lmms_eval_puts_them(diagrams):
-    items = ai2d.read_items(diagrams)
+def test_questions_are_put_as_lmms_eval_puts_them(questions):
+    items = diagrams.read_items(questions)
     assert [item.answer for item in items] == ["A", "C", "B"]
     assert items[1].prompt == (
         "Which is a planet?\nA. Sun\nB. Moon\nC. Mars\n"
@@ -40,11 +40,11 @@ def test_questions_are_put_as_lmms_eval_puts_them(diagrams):
     [("A", True), ("a", True), (" A.", True), ("(A)", True), ("B", False), ("A cow", False),
      ("", False), ("The answer is A", False)],
 )  # fmt: skip
-def test_an_answer_is_matched_without_case_and_punctuation(diagrams, answer, right):
-    assert ai2d.right(answer, ai2d.read_items(diagrams)[0]) is right
+def test_an_answer_is_matched_without_case_and_punctuation(questions, answer, right):
+    assert diagrams.right(answer, diagrams.read_items(questions)[0]) is right
 
 
-def test_diagrams_end_to_end_with_a_baseline(diagrams, tiny, packed, monkeypatch):
+def test_diagrams_end_to_end_with_a_baseline(questions, tiny, packed, monkeypatch):
     said = {"packed": ["A", "C.", "A"], tiny.name: ["B", "A", "b"]}
     asked = []
 
@@ -55,9 +55,9 @@ def test_diagrams_end_to_end_with_a_baseline(diagrams, tiny, packed, monkeypatch
 
         return answer
 
-    monkeypatch.setattr(ai2d, "through_mlx_vlm", through)
+    monkeypatch.setattr(diagrams, "through_mlx_vlm", through)
     models = [evaluation.subject(str(path)) for path in (packed, tiny)]
-    settings = evaluation.Settings(data=diagrams, progress=False)
+    settings = evaluation.Settings(data=questions, progress=False)
     report = evaluation.TASKS["ai2d"](models[0], models[1:], settings)
     own, other, pair = report.columns.values()
     assert own["accuracy"] == pytest.approx(200 / 3)
@@ -89,30 +89,30 @@ def test_the_rate_is_jiwers_over_the_whole_set(recordings, tiny, monkeypatch):
 
     path, heard = recordings
     monkeypatch.setattr(
-        wer, "through_mlx_whisper", lambda model: lambda item: heard[int(item.audio.stem)]
+        speech, "through_mlx_whisper", lambda model: lambda item: heard[int(item.audio.stem)]
     )
     model = evaluation.subject(str(tiny))
     report = evaluation.TASKS["wer"](model, [], evaluation.Settings(data=path, progress=False))
     (column,) = report.columns.values()
-    plain = wer.normaliser(tiny)
-    said = [plain(item.text) for item in wer.read_items(path)]
+    plain = speech.normaliser(tiny)
+    said = [plain(item.text) for item in speech.read_items(path)]
     expected = jiwer.wer(said, [plain(text) for text in heard])
     assert column["wer"] == pytest.approx(100 * expected)
     assert 0 < expected < 1
     assert column["recordings"] == 3
     # "won't", "Mr." and "twenty dollars" are what Whisper's normaliser makes of them.
-    assert wer.counts(["Mr. Smith won't."], ["mister smith will not"], plain) == [(0, 4)]
+    assert speech.counts(["Mr. Smith won't."], ["mister smith will not"], plain) == [(0, 4)]
 
 
 def test_an_empty_reference_counts_what_was_heard():
-    assert wer.counts(["..."], ["two words"], lambda text: text.strip(".")) == [(2, 0)]
+    assert speech.counts(["..."], ["two words"], lambda text: text.strip(".")) == [(2, 0)]
     with pytest.raises(InputError, match="no words"):
-        wer.figures([(2, 0)])
+        speech.figures([(2, 0)])
 
 
 def test_spellings_beside_the_model_are_used(tmp_path):
     (tmp_path / "normalizer.json").write_text('{"colour": "color"}')
-    assert wer.normaliser(tmp_path)("Colour") == "color"
+    assert speech.normaliser(tmp_path)("Colour") == "color"
 
 
 BAD = {
@@ -124,7 +124,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("module", [ai2d, wer])
+@pytest.mark.parametrize("module", [diagrams, speech])
 def test_a_wrong_file_is_refused_by_line(tmp_path, module, name):
     path = tmp_path / "data.jsonl"
     path.write_text(BAD[name])
@@ -137,7 +137,7 @@ def test_an_answer_outside_of_the_options_is_refused(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"question": "a", "options": ["b"], "answer": "C", "image": "x.png"}')
     with pytest.raises(InputError, match="none of 1 options"):
-        ai2d.read_items(path)
+        diagrams.read_items(path)
 
 
 def test_missing_engines_are_named_with_their_extra(tiny, monkeypatch):
@@ -145,11 +145,11 @@ def test_missing_engines_are_named_with_their_extra(tiny, monkeypatch):
     for name in ("mlx_vlm", "mlx_whisper", "jiwer"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UnsupportedError, match=r"mlx-optiq-ext\[vlm\]"):
-        ai2d.through_mlx_vlm(model)
+        diagrams.through_mlx_vlm(model)
     with pytest.raises(UnsupportedError, match=r"mlx-optiq-ext\[audio\]"):
-        wer.through_mlx_whisper(model)
+        speech.through_mlx_whisper(model)
     with pytest.raises(UnsupportedError, match=r"mlx-optiq-ext\[audio\]"):
-        wer.counts(["a"], ["b"], str)
+        speech.counts(["a"], ["b"], str)
     with pytest.raises(InputError, match="--optiq-data"):
         evaluation.TASKS["wer"](model, [], evaluation.Settings())
 

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_optiq_ext import OptiqError
 from mlx_optiq_ext.lora import convert, read_adapter, table
-from mlx_optiq_ext.lora.peft_writing import Naming
+from mlx_optiq_ext.lora.forms.peft_writing import Naming
 
 from .conftest import PATH, load_tensors, logits
 from .test_loading import in_float32  # noqa: F401 - a fixture

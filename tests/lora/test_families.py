@@ -13,8 +13,8 @@ from mlx_lm.tuner import utils
 
 from mlx_optiq_ext import OptiqError
 from mlx_optiq_ext.lora import Request, attach, prepare, read_adapter, summary, table
+from mlx_optiq_ext.lora.forms.peft_reading import PREFIX
 from mlx_optiq_ext.lora.layers import adapted_layers
-from mlx_optiq_ext.lora.peft import PREFIX
 from mlx_optiq_ext.lora.residual import start_from_residual, top_factors
 from tests.toy_models import build
 

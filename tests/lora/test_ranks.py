@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mlx_optiq_ext import OptiqError
 from mlx_optiq_ext.lora import allocate
 from mlx_optiq_ext.lora.geometry import EXPERTS, LINEAR, Geometry
-from mlx_optiq_ext.lora.ranks import BY_BITS, BY_KL, CONSTANT, measured_kl, weights
+from mlx_optiq_ext.lora.rank_scaling import BY_BITS, BY_KL, CONSTANT, measured_kl, weights
 
 sizes = st.sampled_from([32, 64, 128, 384, 1024])
 layers_ = st.lists(st.tuples(sizes, sizes, st.floats(0.1, 10)), min_size=2, max_size=24)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.yolo.average_precision import Objects, mean_precision
-from mlx_optiq_ext.yolo.labels import read_labels
+from mlx_optiq_ext.yolo.detection.average_precision import Objects, mean_precision
+from mlx_optiq_ext.yolo.detection.labels import read_labels
 
 
 def objects(boxes, classes, crowd=None):

@@ -2,7 +2,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.yolo.checkpoint import Architecture, identify, read
+from mlx_optiq_ext.yolo.reading.checkpoint import Architecture, identify, read
 
 
 def test_a_generated_yolo26n_is_recognised(checkpoint, generated):

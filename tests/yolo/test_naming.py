@@ -2,7 +2,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.yolo.naming import canonical, matched, ultralytics
+from mlx_optiq_ext.yolo.reading.naming import canonical, matched, ultralytics
 
 
 def test_both_names_of_every_tensor_have_one_canonical_form(tensors):

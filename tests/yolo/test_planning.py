@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import BudgetError
-from mlx_optiq_ext.yolo import archive, hessian, network, planning
+from mlx_optiq_ext.yolo import archive, hessian, network, steps
 from mlx_optiq_ext.yolo.divergence import divergence
 from mlx_optiq_ext.yolo.network import Outputs
-from mlx_optiq_ext.yolo.planning import Detector
+from mlx_optiq_ext.yolo.steps import Detector
 
 from .tiny_network import Tiny, pictures
 
@@ -23,12 +23,12 @@ def study():
     mx.eval(model.parameters())
     arrays = {name: np.array(a) for name, a in network.parameters(model).items()}
     found = network.layers(model)
-    evidence = hessian.measure(model, found, pictures(4), draws=64)
-    return model, Detector(tuple(found), arrays, evidence)
+    measured = hessian.measure(model, found, pictures(4), draws=64)
+    return model, Detector(tuple(found), arrays, measured)
 
 
 def restore(model, detector):
-    planning.fill(model, detector.arrays)
+    steps.fill(model, detector.arrays)
 
 
 def test_layers_come_in_order_with_their_normalization(study):
@@ -41,8 +41,8 @@ def test_layers_come_in_order_with_their_normalization(study):
 
 
 def test_a_layer_that_is_never_called_is_known(study):
-    evidence = study[1].evidence
-    unused = [layer.path for layer in study[1].layers if evidence.unused(layer.path)]
+    measured = study[1].measured
+    unused = [layer.path for layer in study[1].layers if measured.unused(layer.path)]
     assert unused == ["spare.conv"]
 
 
@@ -94,16 +94,16 @@ def test_curvature_foretells_the_kl_divergence_of_small_errors(study, path):
             weight = reference.scores.max(-1)[:, None]
             measured.append(kl + hessian.BOX_WEIGHT * (weight * shift * shift).sum().item())
     restore(model, detector)
-    foretold = detector.evidence.curvature[path].sum() * 0.003**2
+    foretold = detector.measured.curvature[path].sum() * 0.003**2
     assert np.mean(measured) == pytest.approx(foretold, rel=0.35)
 
 
 @pytest.mark.parametrize("budget", [3.0, 4.5, 7.0])
 def test_the_file_is_as_large_as_planned_and_within_the_budget(study, tmp_path, budget):
     _, detector = study
-    for rule in planning.RULES:
-        plan, stored = planning.plan(detector, budget, rule)
-        named = {planning.file_name(n): a for n, a in stored.items()}
+    for rule in steps.RULES:
+        plan, stored = steps.plan(detector, budget, rule)
+        named = {steps.file_name(n): a for n, a in stored.items()}
         size = archive.write(tmp_path / f"{rule}.npz", named)
         assert size == plan.file_bytes <= budget * detector.parameters / 8
         assert stored.keys() == detector.arrays.keys()
@@ -115,7 +115,7 @@ def test_the_file_is_as_large_as_planned_and_within_the_budget(study, tmp_path, 
 
 def test_more_bytes_never_cost_more(study):
     _, detector = study
-    plans = [planning.plan(detector, budget, "even")[0] for budget in (2.5, 3.5, 5, 7)]
+    plans = [steps.plan(detector, budget, "even")[0] for budget in (2.5, 3.5, 5, 7)]
     costs = [sum(c.cost for c in p.choices.values()) for p in plans]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < costs[0]
@@ -123,19 +123,19 @@ def test_more_bytes_never_cost_more(study):
 
 def test_a_budget_below_the_coarsest_file_is_refused_with_the_least(study):
     with pytest.raises(BudgetError, match=r"1 bits per weight is too small .* takes \d+\.\d\d"):
-        planning.plan(study[1], 1, "even")
+        steps.plan(study[1], 1, "even")
 
 
 def test_protected_layers_keep_fine_steps(study):
     _, detector = study
-    free, _ = planning.plan(detector, 3, "even")
+    free, _ = steps.plan(detector, 3, "even")
     guarded = Detector(
-        detector.layers, detector.arrays, detector.evidence, frozenset({"first.conv"})
+        detector.layers, detector.arrays, detector.measured, frozenset({"first.conv"})
     )
-    plan, stored = planning.plan(guarded, 3.3, "even")
+    plan, stored = steps.plan(guarded, 3.3, "even")
     assert plan.choices["first.conv"].factor < free.choices["first.conv"].factor
     reach = np.abs(stored["first.conv.weight"].astype(int).reshape(48, -1)).max(1)
-    assert reach.min() >= planning.PROTECTED_LEVELS
+    assert reach.min() >= steps.PROTECTED_LEVELS
 
 
 def test_the_plan_that_judges_best_is_kept(study):
@@ -144,17 +144,17 @@ def test_the_plan_that_judges_best_is_kept(study):
     images = pictures(2)
     references = [(p, network.outputs(model, p.pixels)) for p in images]
     mx.eval([r.arrays() for _, r in references])
-    best, stored = planning.best(detector, 4, model, references)
+    best, stored = steps.best(detector, 4, model, references)
     errors = {
-        rule: planning.judge(model, planning.plan(detector, 4, rule)[1], references).total
-        for rule in planning.RULES
+        rule: steps.judge(model, steps.plan(detector, 4, rule)[1], references).total
+        for rule in steps.RULES
     }
     assert best.error is not None
     assert best.error.total == pytest.approx(min(errors.values()))
-    assert planning.judge(model, stored, references).total == pytest.approx(best.error.total)
+    assert steps.judge(model, stored, references).total == pytest.approx(best.error.total)
     restore(model, detector)
     assert (
         best.error.total
-        < planning.judge(model, planning.plan(detector, 2.8, best.rule)[1], references).total
+        < steps.judge(model, steps.plan(detector, 2.8, best.rule)[1], references).total
     )
     restore(model, detector)

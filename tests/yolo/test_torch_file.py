@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.yolo import torch_file
+from mlx_optiq_ext.yolo.reading import torch_file
 
 
 @pytest.fixture

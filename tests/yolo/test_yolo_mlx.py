@@ -169,7 +169,7 @@ def test_the_picture_shows_both(converted, checkpoint, photos, tmp_path):
 )
 def test_other_tasks_classes_and_scales(photos, tmp_path, task, suffix, scale, classes):
     from mlx_optiq_ext.yolo import network
-    from mlx_optiq_ext.yolo.checkpoint import Architecture
+    from mlx_optiq_ext.yolo.reading.checkpoint import Architecture
 
     model = network.build(Architecture(task, scale, classes))
     source = tmp_path / "any.safetensors"
@@ -272,7 +272,7 @@ def test_precision_is_pycocotools(tmp_path):
     """Random scenes with crowds and near misses: the same numbers as COCO's own program."""
     COCO = importlib.import_module("pycocotools.coco").COCO
     COCOeval = importlib.import_module("pycocotools.cocoeval").COCOeval
-    from mlx_optiq_ext.yolo.average_precision import mean_precision
+    from mlx_optiq_ext.yolo.detection.average_precision import mean_precision
 
     draw = np.random.default_rng(6)
     data = {"images": [], "annotations": [], "categories": [{"id": i} for i in range(3)]}

@@ -107,7 +107,7 @@ def update(options: Any, base: str, path: str, body: dict[str, Any]) -> dict[str
         OptiqError: The adapter is.
     """
     from mlx_optiq_ext.adapters import Offer, check_name
-    from mlx_optiq_ext.lora.location import locate
+    from mlx_optiq_ext.lora.forms.location import locate
 
     name = _text(body, "lora_name")
     if path == UNLOAD:

@@ -63,7 +63,7 @@ def _facts(options: Any) -> dict[str, str]:
         found["KV plan (kv_config.json)"] = hashlib.sha256(layers.encode()).hexdigest()[:12]
     catalogue = getattr(options, "catalogue", None)
     if catalogue is not None:
-        from mlx_optiq_ext.lora.location import digest
+        from mlx_optiq_ext.lora.forms.location import digest
 
         for offer in catalogue.offers():
             found[f"files of adapter {offer.name}"] = digest(offer.folder)

@@ -73,7 +73,7 @@ def base_names(model: str) -> set[str]:
 
 def _catalogue(options, model: str):
     from mlx_optiq_ext.adapters import Catalogue, Offer, check_name
-    from mlx_optiq_ext.lora.location import locate
+    from mlx_optiq_ext.lora.forms.location import locate
 
     from ..installation import plugin_manager
 

@@ -4,8 +4,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from . import images, loading, network
+from ...errors import InputError
+from .. import images, loading, network
 
 #: One colour a class, in turn.
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")

@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .adapter import LayerAdapter
-from .peft import PREFIX
+from ..adapter import LayerAdapter
+from .peft_reading import PREFIX
 
 
 @dataclass(frozen=True)

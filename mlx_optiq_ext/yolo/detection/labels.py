@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import files
-from ..errors import InputError
+from ... import files
+from ...errors import InputError
 from .average_precision import Objects
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import mlx.core as mx
 import safetensors
 
-from ..errors import InputError
+from ...errors import InputError
 from . import torch_file
 from .naming import canonical
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import InputError
-from . import peft
-from .adapter import MLX_LM, PEFT, Adapter, LayerAdapter
+from ...errors import InputError
+from ..adapter import MLX_LM, PEFT, Adapter, LayerAdapter
+from . import peft_reading
 from .location import NOTES, PEFT_WEIGHTS, Files, locate
 
 _PARTS = ("lora_a", "lora_b", "m")
@@ -32,7 +32,7 @@ def read_adapter(source: str | Path) -> Adapter:
     found = locate(source)
     tensors = read_tensors(found.weights)
     if found.weights.name == PEFT_WEIGHTS:
-        form, layers = PEFT, peft.layers(tensors, found.config, found.source)
+        form, layers = PEFT, peft_reading.layers(tensors, found.config, found.source)
     else:
         form, layers = MLX_LM, _layers(tensors, found)
     if not layers:

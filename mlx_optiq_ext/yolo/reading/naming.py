@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
 
-from ..errors import InputError
+from ...errors import InputError
 
 #: Bookkeeping of training that no network of yolo-mlx has.
 IGNORED = "num_batches_tracked"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from ..errors import InputError
+from ... import files
+from ...errors import InputError
 
 CONFIG = "adapter_config.json"
 NOTES = "optiq_lora_config.json"

@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import files
-from ..errors import InputError, OptiqError
+from ... import files
+from ...errors import InputError, OptiqError
+from ..adapter import LayerAdapter
 from . import peft_writing
-from .adapter import LayerAdapter
 from .location import CONFIG, MLX_LM_WEIGHTS, NOTES, PEFT_WEIGHTS
 from .peft_writing import Naming
 

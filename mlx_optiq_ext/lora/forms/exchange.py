@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from ..errors import InputError
+from ... import files
+from ...errors import InputError
+from ..adapter import MLX_LM, Adapter
 from . import peft_writing
-from .adapter import MLX_LM, Adapter
 from .checkpoint import padded, write_tensors
 from .location import CONFIG, MLX_LM_WEIGHTS, PEFT_WEIGHTS
 from .peft_writing import Naming
@@ -68,7 +68,7 @@ def _to_mlx_lm(adapter: Adapter) -> str:
     naming = Naming.of(peft_writing.base_config(adapter.base_model), ())
     layers = {mlx_lm_path(path): layer for path, layer in adapter.layers.items()}
     if naming.tied and "lm_head" in layers:
-        from .fitting import without_twin
+        from ..fitting import without_twin
 
         layers = without_twin(layers, adapter.source)
     rank = max(layer.rank for layer in layers.values())

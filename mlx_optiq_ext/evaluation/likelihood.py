@@ -8,9 +8,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .journal import Journal
-from .kl import CHUNK, digest_of, logits_of, target_log_probs
 from .models import Subject
 from .statistics import clustered_error
+from .token_divergence import CHUNK, digest_of, logits_of, target_log_probs
 
 
 def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list[np.ndarray]:

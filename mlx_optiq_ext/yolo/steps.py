@@ -13,10 +13,10 @@ from ..planning.allocation import allocate
 from . import archive
 from .codes import RULES, channel_steps, packed
 from .divergence import Divergence, divergence, mean
-from .hessian import Evidence
+from .hessian import Measured
 from .images import Picture
-from .naming import canonical, ultralytics
 from .network import Layer, Outputs, outputs
+from .reading.naming import canonical, ultralytics
 
 #: Steps to choose from, over the spread of a layer's weight.
 FACTORS = tuple(math.exp(exponent / 4) for exponent in range(-20, 5))
@@ -44,7 +44,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DetectionPlan:
     """Every layer's choice.
 
     Attributes:
@@ -74,13 +74,13 @@ class Detector:
     Attributes:
         layers: Every layer, those that only training uses included.
         arrays: All parameters of the network by name, float32.
-        evidence: What their errors cost.
+        measured: What their errors cost.
         protected: Paths of layers that keep at least 8 bits' steps.
     """
 
     layers: tuple[Layer, ...]
     arrays: Arrays
-    evidence: Evidence
+    measured: Measured
     protected: frozenset[str] = frozenset()
 
     @property
@@ -99,7 +99,7 @@ def file_name(name: str) -> str:
     return ultralytics(canonical(name))
 
 
-def plan(detector: Detector, budget: float, rule: str) -> tuple[Plan, Arrays]:
+def plan(detector: Detector, budget: float, rule: str) -> tuple[DetectionPlan, Arrays]:
     """Choose steps within a budget.
 
     Args:
@@ -137,12 +137,12 @@ def plan(detector: Detector, budget: float, rule: str) -> tuple[Plan, Arrays]:
         elements = detector.arrays[f"{layer.path}.weight"].size
         choices[layer.path] = Choice(factor[pick], size[pick] * 8 / elements, cost[pick])
     total = fixed + sum(size[pick] for size, pick in zip(sizes, picks, strict=True))
-    return Plan(rule, choices, total, detector.parameters), stored
+    return DetectionPlan(rule, choices, total, detector.parameters), stored
 
 
 def _candidates(detector: Detector, layer: Layer, rule: str) -> list[tuple[float, float, int]]:
     """(factor, cost, bytes) of each way to store a layer."""
-    if detector.evidence.unused(layer.path):
+    if detector.measured.unused(layer.path):
         options: Sequence[float] = (0.0,)
     elif layer.path in detector.protected:
         options = [f for f in FACTORS if f <= _protecting_factor(detector, layer, rule)] or FACTORS[
@@ -150,7 +150,7 @@ def _candidates(detector: Detector, layer: Layer, rule: str) -> list[tuple[float
         ]
     else:
         options = FACTORS
-    curvature, found = detector.evidence.curvature[layer.path], []
+    curvature, found = detector.measured.curvature[layer.path], []
     store = _storing(detector, layer, rule)
     for factor in options:
         stored = store(factor)
@@ -164,7 +164,7 @@ def _candidates(detector: Detector, layer: Layer, rule: str) -> list[tuple[float
 def _protecting_factor(detector: Detector, layer: Layer, rule: str) -> float:
     """The coarsest factor at which every channel's codes reach as far as 8-bit ones do."""
     weight = detector.arrays[f"{layer.path}.weight"]
-    steps = channel_steps(weight, detector.evidence.curvature[layer.path], rule)
+    steps = channel_steps(weight, detector.measured.curvature[layer.path], rule)
     reach = np.abs(weight.reshape(len(weight), -1)).max(1)
     return float(np.min(reach[reach > 0] / steps[reach > 0], initial=np.inf)) / PROTECTED_LEVELS
 
@@ -173,14 +173,14 @@ def _storing(detector: Detector, layer: Layer, rule: str) -> Callable[[float], A
     """What gives a layer's arrays as stored, and its rounding error, for a factor."""
     own = detector.own(layer)
     weight = own[f"{layer.path}.weight"]
-    if detector.evidence.unused(layer.path):
+    if detector.measured.unused(layer.path):
         # Ones keep a variance a variance.
         blank = {
             name: np.full(a.shape, name.endswith("running_var"), np.int8) for name, a in own.items()
         }
         return lambda _: (blank, np.zeros_like(weight))
-    steps = channel_steps(weight, detector.evidence.curvature[layer.path], rule)
-    inputs = detector.evidence.inputs[layer.path]
+    steps = channel_steps(weight, detector.measured.curvature[layer.path], rule)
+    inputs = detector.measured.inputs[layer.path]
     return lambda factor: packed(layer, own, factor * steps, inputs)
 
 
@@ -230,8 +230,8 @@ def best(
     budget: float,
     model: Any,
     references: Sequence[tuple[Picture, Outputs]],
-) -> tuple[Plan, Arrays]:
-    """Plan by every rule and keep the plan that judges best."""
+) -> tuple[DetectionPlan, Arrays]:
+    """DetectionPlan by every rule and keep the plan that judges best."""
     found = []
     for rule in RULES:
         candidate, stored = plan(detector, budget, rule)

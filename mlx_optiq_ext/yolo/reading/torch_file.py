@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
+from ...errors import InputError
 
 #: PyTorch's storage classes -> numpy type.
 STORAGES = {

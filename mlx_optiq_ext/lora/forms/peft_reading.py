@@ -11,8 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import InputError
-from .adapter import LayerAdapter
+from ...errors import InputError
+from ..adapter import LayerAdapter
 
 PREFIX = "base_model.model."
 

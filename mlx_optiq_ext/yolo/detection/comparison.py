@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import images, loading, network
+from .. import images, loading, network
+from ..divergence import Divergence, divergence, mean
+from ..reading.checkpoint import read
 from .average_precision import Objects, Precision, mean_precision
-from .checkpoint import read
-from .divergence import Divergence, divergence, mean
 from .labels import read_labels
 
 #: Confidence from which the original's own detections count as the truth.

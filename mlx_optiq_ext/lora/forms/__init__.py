@@ -1,0 +1,1 @@
+"""Adapters on disk, in the forms of mlx-lm and of PEFT."""

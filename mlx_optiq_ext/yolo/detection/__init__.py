@@ -1,0 +1,1 @@
+"""Judging detections: average precision, comparison with the original, pictures."""

@@ -1,0 +1,1 @@
+"""Reading checkpoints of YOLO26, whichever package wrote them."""

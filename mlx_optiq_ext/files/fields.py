@@ -22,7 +22,8 @@ _shortened.maxlevel = 2
 
 def shown(value: Any) -> str:
     """A value from a file for a message: its repr, shortened."""
-    return _shortened.repr(value)
+    text = _shortened.repr(value)
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,26 @@
 """Reads a PyTorch ``.pt`` file without PyTorch, and without running any of its code.
 
 Such a file is a zip archive: ``data.pkl`` pickles the object tree, and each tensor's bytes lie in
-an entry of their own. A pickle may name any function of any module and have it called. Here no name
-is ever imported: tensors are rebuilt by this module, classes of PyTorch and Ultralytics become
-inert records, and any other name is refused.
-Format: the pickle protocol, and torch.save's zip layout (``data.pkl``, ``data/<key>``).
+an entry of their own. The pickle is interpreted here, never loaded; sizes are compared with the
+file's before anything of that size is made.
+Format: torch.save's zip layout (``data.pkl``, ``data/<key>``).
 """
 
-import io
-import pickle
-import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
+from ... import files
 from ...errors import InputError
+from . import torch_zip
+from .pickled import interpret
+from .torch_objects import Damaged, Record, Refused, Tensor
 
 #: PyTorch's storage classes -> numpy type.
-STORAGES = {
+TYPES = {
     "FloatStorage": np.float32,
     "HalfStorage": np.float16,
     "BFloat16Storage": np.uint16,
@@ -31,123 +30,17 @@ STORAGES = {
     "ShortStorage": np.int16,
     "CharStorage": np.int8,
     "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+    "BoolStorage": np.uint8,
 }
 
-#: Packages whose classes become inert records.
-RECORDED = ("torch", "ultralytics", "models")
+#: Bytes of ``data.pkl``; that of a YOLO26x takes less than one megabyte.
+PICKLE_BYTES = 16 << 20
 
-#: Harmless names of the standard library and numpy's scalars -> what stands for them.
-PLAIN = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("collections", "defaultdict"): lambda *_: {},
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "slice"): slice,
-    ("builtins", "complex"): complex,
-    ("builtins", "bytearray"): bytearray,
-    ("__builtin__", "set"): set,
-}
+#: Modules and tensors of a network, and characters of a tensor's name.
+PARTS, NAME = 100_000, 500
 
-#: Paths, dates, numbers and bound methods: kept as records, they carry nothing we need.
-RECORDED_NAMES = {
-    ("_codecs", "encode"),
-    ("builtins", "getattr"),
-    ("__builtin__", "getattr"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib._local", "PosixPath"),
-    ("pathlib._local", "WindowsPath"),
-    ("datetime", "datetime"),
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("types", "SimpleNamespace"),
-    ("argparse", "Namespace"),
-}
-
-
-class Record(dict):
-    """Stands for an object of a class that is never imported; its state lies in ``state``."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__()
-        self.state: Any = {}
-
-    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Keys and members of sets."""
-        return id(self)
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __call__(self, *args: Any, **kwargs: Any) -> "Record":
-        """Functions and bound methods."""
-        return Record()
-
-    def append(self, item: Any) -> None:
-        """Lists that were subclassed."""
-
-    def extend(self, items: Any) -> None:
-        """Lists that were subclassed."""
-
-    def add(self, item: Any) -> None:
-        """Sets that were subclassed."""
-
-
-class _Refused(pickle.UnpicklingError):
-    pass
-
-
-class _Reader(pickle.Unpickler):
-    def __init__(self, archive: zipfile.ZipFile, root: str):
-        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8")
-        self.archive, self.root = archive, root
-        self.storages: dict[str, np.ndarray] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor"):
-            return _tensor
-        if module == "torch._utils" and name.startswith("_rebuild_parameter"):
-            return lambda data, *_: data
-        if module in ("torch", "torch.storage") and name in STORAGES:
-            return name
-        if (module, name) in PLAIN:
-            return PLAIN[module, name]
-        if module.partition(".")[0] in RECORDED or (module, name) in RECORDED_NAMES:
-            return type(name.rpartition(".")[2], (Record,), {})
-        raise _Refused(f"{module}.{name}")
-
-    def persistent_load(self, pid: Any) -> tuple[str, np.ndarray]:
-        kind, storage, key, _, size = pid[:5]
-        if kind != "storage" or storage not in STORAGES or not str(key).isalnum():
-            raise _Refused(f"storage {storage!s:.40}")
-        if key not in self.storages:
-            data = np.frombuffer(self.archive.read(f"{self.root}data/{key}"), STORAGES[storage])
-            if data.size != size:
-                raise EOFError(f"tensor data {key} has {data.size} of {size} elements")
-            self.storages[key] = data
-        return storage, self.storages[key]
-
-
-def _tensor(storage: tuple, offset: int, shape: tuple, stride: tuple, *_: Any) -> mx.array:
-    kind, data = storage
-    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    if min(shape, default=1) > 0 and not 0 <= offset <= last < data.size:
-        raise EOFError("a tensor reaches beyond its data")
-    if any(s < 0 for s in stride):
-        raise EOFError("a tensor has a negative stride")
-    strides = [s * data.itemsize for s in stride]
-    view = np.lib.stride_tricks.as_strided(data[offset:], shape, strides)
-    view = np.ascontiguousarray(view).reshape(shape)
-    if kind == "BFloat16Storage":
-        return mx.array(view).view(mx.bfloat16)
-    return mx.array(view.astype(np.float32) if view.dtype == np.float64 else view)
+#: Bytes of tensors that repeat their data, beyond the file's own size.
+REPEATED_BYTES = 16 << 20
 
 
 def read(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None]:
@@ -163,56 +56,111 @@ def read(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None]:
     Raises:
         InputError: Not such a file, truncated, or it asks for code to be run.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entry = next(n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl")
-            tree = _Reader(archive, entry[: -len("data.pkl")]).load()
-    except _Refused as error:
-        raise InputError(
-            f"{path} asks for {error} while it is read: no YOLO checkpoint needs that, and nothing "
-            "was run. Save its weights as .safetensors with a tool that you trust"
-        ) from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # damaged pickles fail in every way there is
-        raise InputError(
-            f"{path} is not a whole PyTorch file of torch.save's zip format "
-            f"({type(error).__name__}): download it again, or save it as .safetensors"
-        ) from error
-    model = tree
-    if isinstance(tree, Mapping):
-        averaged = tree.get("ema")
-        model = averaged if averaged is not None else tree.get("model", tree)
-        model = model if model is not tree else tree.get("state_dict", tree)
-    weights: dict[str, mx.array] = {}
-    names = None
-    if isinstance(model, Record):
-        _collect(model, "", weights, depth=0)
-        names = model.state.get("names") if isinstance(model.state, dict) else None
-    elif isinstance(model, Mapping):
-        weights = {str(k): v for k, v in model.items() if isinstance(v, mx.array)}
+    with files.open_regular(path) as stream:
+        try:
+            weights, names = _read(stream)
+        except Refused as error:
+            raise InputError(
+                f"{path} asks for {error} while it is read: no YOLO checkpoint needs that, and "
+                "nothing was run. Save its weights as .safetensors with a tool that you trust"
+            ) from error
+        except Damaged as error:
+            raise InputError(
+                f"{path} is not a whole PyTorch file of torch.save's zip format ({error}): "
+                "download it again, or save it as .safetensors"
+            ) from error
     if not weights:
         raise InputError(f"{path} holds no weights: give a YOLO26 checkpoint of Ultralytics")
     return weights, class_names(names)
 
 
+def _read(stream: BinaryIO) -> tuple[dict[str, mx.array], Any]:
+    entries = torch_zip.entries(stream)
+    pickled = next((name for name in entries if name.rpartition("/")[2] == "data.pkl"), None)
+    if pickled is None:
+        raise Damaged("no data.pkl in it")
+    if entries[pickled].size > PICKLE_BYTES:
+        raise Damaged("its data.pkl is too large")
+    folder = f"{pickled.removesuffix('data.pkl')}data/"
+    stored = {
+        name.removeprefix(folder): entry
+        for name, entry in entries.items()
+        if name.startswith(folder)
+    }
+    sizes = {key: entry.size for key, entry in stored.items()}
+    model = _model(interpret(torch_zip.content(stream, entries[pickled]), sizes))
+    if isinstance(model, Record):
+        found, names = dict(_state(model)), model.state.get("names")
+    else:
+        pairs = model.items() if isinstance(model, dict) else ()
+        found, names = {str(k): v for k, v in pairs if isinstance(v, Tensor)}, None
+    nbytes = sum(t.elements * np.dtype(TYPES[t.storage.kind]).itemsize for t in found.values())
+    if nbytes > stream.seek(0, 2) + REPEATED_BYTES:
+        raise Damaged("its tensors are larger than the file")
+    return dict(_arrays(stream, stored, found)), names
+
+
+def _model(tree: Any) -> Any:
+    """The network or the state dict in what was saved."""
+    if not isinstance(tree, dict):
+        return tree
+    averaged = tree.get("ema")
+    model = averaged if averaged is not None else tree.get("model", tree)
+    return model if model is not tree else tree.get("state_dict", tree)
+
+
+def _state(root: Record) -> Iterator[tuple[str, Tensor]]:
+    """The state dict of a pickled ``torch.nn.Module``."""
+    waiting, left = [(root, "")], PARTS
+    while waiting:
+        module, prefix = waiting.pop()
+        children: list[tuple[Record, str]] = []
+        for field in ("_parameters", "_buffers", "_modules"):
+            found = module.state.get(field)
+            for part, value in found.items() if isinstance(found, dict) else ():
+                name, left = f"{prefix}{part}", left - 1
+                if left < 0 or len(name) > NAME:
+                    raise Damaged("its modules contain each other")
+                if field != "_modules" and isinstance(value, Tensor):
+                    yield name, value
+                elif field == "_modules" and isinstance(value, Record):
+                    children.append((value, f"{name}."))
+        waiting.extend(reversed(children))
+
+
+def _arrays(
+    stream: BinaryIO, stored: Mapping[str, torch_zip.Entry], found: Mapping[str, Tensor]
+) -> Iterator[tuple[str, mx.array]]:
+    held, data = None, np.empty(0)
+    made: dict[str, mx.array] = {}
+    # One storage at a time: several tensors may share it.
+    for name in sorted(found, key=lambda name: found[name].storage.order):
+        storage = found[name].storage
+        if held != storage.order:
+            held = storage.order
+            whole = torch_zip.content(stream, stored[storage.key])
+            data = np.frombuffer(whole, TYPES[storage.kind])
+        made[name] = _array(data, found[name])
+    return ((name, made[name]) for name in found)
+
+
+def _array(data: np.ndarray, tensor: Tensor) -> mx.array:
+    strides = [step * data.itemsize for step in tensor.stride]
+    start = data[tensor.offset :] if tensor.elements else data[:0]
+    view = np.lib.stride_tricks.as_strided(start, tensor.shape, strides)
+    view = np.ascontiguousarray(view).reshape(tensor.shape)
+    if tensor.storage.kind == "BFloat16Storage":
+        return mx.array(view).view(mx.bfloat16)
+    if tensor.storage.kind == "BoolStorage":
+        return mx.array(view != 0)
+    return mx.array(view.astype(np.float32) if view.dtype == np.float64 else view)
+
+
 def class_names(names: Any) -> dict[int, str] | None:
     """Class names as a dict of index to name, or None if they are anything else."""
     pairs = list(enumerate(names)) if isinstance(names, list | tuple) else None
-    if isinstance(names, Mapping) and not isinstance(names, Record):
+    if isinstance(names, Mapping):
         pairs = list(names.items())
     if not pairs or not all(isinstance(k, int) and isinstance(v, str) for k, v in pairs):
         return None
     return dict(pairs)
-
-
-def _collect(module: Record, prefix: str, into: dict[str, mx.array], depth: int) -> None:
-    """The state dict of a pickled ``torch.nn.Module``."""
-    state = module.state if isinstance(module.state, dict) else {}
-    for field in ("_parameters", "_buffers"):
-        for name, value in (state.get(field) or {}).items():
-            if isinstance(value, mx.array):
-                into[prefix + name] = value
-    for name, child in (state.get("_modules") or {}).items():
-        if isinstance(child, Record) and depth < 64:
-            _collect(child, f"{prefix}{name}.", into, depth + 1)

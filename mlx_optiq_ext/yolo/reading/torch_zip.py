@@ -61,6 +61,8 @@ def entries(stream: BinaryIO) -> dict[str, Entry]:
         length, header = _wide(extra, length, packed, header)
         found.append((header, name, length, checksum))
         at += name_size + extra_size + comment_size
+    if at != len(data):
+        raise Damaged("its zip directory has another size than its end says")
     return _apart(found, start)
 
 

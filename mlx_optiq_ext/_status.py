@@ -8,12 +8,28 @@ from . import _activation
 from ._version import __version__
 
 _reports: list[tuple[Callable[[], list[str]], Callable[[], None]]] = []
+#: What ran otherwise than usual in this process.
+_notes: list[str] = []
 
 
 def register(lines: Callable[[], list[str]], load: Callable[[], None]) -> None:
     """Let the hooks add their lines; the library itself does not know them."""
     if (lines, load) not in _reports:
         _reports.append((lines, load))
+
+
+def note(what: str, why: Exception | None = None) -> None:
+    """Say once on stderr what runs otherwise than usual, and keep it for `status`.
+
+    Args:
+        what: One line without a line break.
+        why: The exception that led to it.
+    """
+    line = what if why is None else f"{what} ({type(why).__name__}: {why})"
+    line = " ".join(line.split())
+    if line not in _notes:
+        _notes.append(line)
+        print(f"[optiq] {line}", file=sys.stderr)
 
 
 def status(*, load: bool = False) -> str:
@@ -42,6 +58,8 @@ def status(*, load: bool = False) -> str:
         if load:
             load_targets()
         lines.extend(report())
+    if _notes:
+        lines += ["notes:", *(f"  {line}" for line in _notes)]
     return "\n".join(lines)
 
 

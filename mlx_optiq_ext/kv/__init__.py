@@ -1,19 +1,32 @@
-"""Per-layer precision of the KV cache."""
+"""Per-layer precision of the KV cache.
 
-from .attention import attention
+A plan is mounted on a loaded model, whose caches then keep each layer at its own precision::
+
+    import mlx_lm
+    from mlx_optiq_ext import kv
+
+    model, tokenizer = mlx_lm.load("Qwen/Qwen3-0.6B")
+    kv.mount(model, kv.parse_spec("k8v4"))
+    text = mlx_lm.generate(model, tokenizer, "Hello", prompt_cache=kv.make_caches(model))
+"""
+
+from . import formats
+from .attention import attend
 from .cache import PackedKVCache
 from .layout import Mounted, make_caches, mount, mounted_on, unmount
-from .packed import Format, Packed
+from .packed_array import Packed
 from .plan import KVPlan, LayerFormat, parse_spec, read_plan
+from .platform import Platform
 
 __all__ = [
-    "Format",
     "KVPlan",
     "LayerFormat",
     "Mounted",
     "Packed",
     "PackedKVCache",
-    "attention",
+    "Platform",
+    "attend",
+    "formats",
     "make_caches",
     "mount",
     "mounted_on",

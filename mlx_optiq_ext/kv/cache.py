@@ -2,22 +2,22 @@
 
 mlx-lm's own caches know where each position goes: growth, sliding windows, batches with padding,
 trimming, merging. They move whole rows and never look inside. So they hold a packed layer, and
-everything about positions stays mlx-lm's: three of them, one each for codes, scales and biases, as
-GPU kernels want them, or one of interleaved rows where each operation on an array costs more than
-what it copies.
+everything about positions stays mlx-lm's: one of them for each part of the formats (codes, scales,
+biases), as GPU kernels want them, or a single one of interleaved rows where each operation on an
+array costs more than what it copies.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 
-from ..turboquant.format import TurboFormat
-from .attention.dispatch import backend
-from .packed import AnyFormat, Format, Packed, joined, split
-from .packing import parts_of
+from .encoding import arrange, encode, packed_of
+from .formats import from_json
+from .packed_array import Packed
+from .plan import LayerFormat
+from .platform import Platform, current
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
@@ -27,42 +27,47 @@ class PackedKVCache:
     """Packed keys and values of one layer, in the place of one of mlx-lm's caches.
 
     Attributes:
-        planes: mlx-lm caches that share all positions. Plane ``i`` of three holds part ``i``
-            (codes, scales, biases) of keys and values; a single one holds all, in 32-bit words.
-        keys_format: Of the keys; None keeps them as they come.
-        values_format: Of the values; None keeps them as they come.
+        planes: mlx-lm caches that share all positions. Of several, plane ``i`` holds part ``i`` of
+            keys and values; a single one holds all, in 32-bit words.
+        formats: Of keys and values, fitted to their dimensions once there are any.
+        dims: Head dimensions of keys and values, once there are any.
+        dtype: Name of the dtype of what was packed, likewise.
         dense: Whether attention is handed plain arrays, for models with attention of their own.
         mergeable: Whether mlx-lm's batch engine may merge it with others.
+        platform: Where new keys and values are packed; None for where MLX's default device is.
     """
 
     def __init__(
         self,
         cache: Any,
-        keys_format: AnyFormat | None,
-        values_format: AnyFormat | None,
+        formats: LayerFormat,
         *,
         dense: bool = False,
         mergeable: bool = True,
         interleaved: bool | None = None,
+        platform: Platform | None = None,
     ):
         """Take the place of an empty mlx-lm cache.
 
-        ``interleaved`` keeps all of a position in one row, which TurboQuant's formats do not allow;
-        None for what suits the default device.
+        ``interleaved`` keeps all of a position in one row, if the formats allow it; None for what
+        suits the platform.
         """
         from copy import deepcopy
 
+        sides = [format for format in (formats.keys, formats.values) if format is not None]
         if interleaved is None:
-            turbo = any(isinstance(f, TurboFormat) for f in (keys_format, values_format))
-            interleaved = backend() == "cpu" and not turbo
-        apart = 0 if interleaved else 2
-        self.planes: list[Any] = [cache, *(deepcopy(cache) for _ in range(apart))]
-        #: Name of the dtype of what was packed, once that is known.
+            interleaved = (platform or current()).name == "cpu"
+        if interleaved and all(format.interleaves for format in sides):
+            count = 1
+        else:
+            count = max((len(format.parts) for format in sides), default=2)
+        self.planes: list[Any] = [cache, *(deepcopy(cache) for _ in range(count - 1))]
+        self.formats = formats
+        self.dims: tuple[int, int] | None = None
         self.dtype: str | None = None
-        self.keys_format = keys_format
-        self.values_format = values_format
         self.dense = dense
         self.mergeable = mergeable
+        self.platform = platform
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append keys and values (batch, heads, length, dim); returns all that attention may see.
@@ -70,13 +75,12 @@ class PackedKVCache:
         Raises:
             UnsupportedError: The head dimension does not fit the format.
         """
-        if self.keys_format is not None:
-            self.keys_format = self.keys_format.fitted(keys.shape[-1])
-        if self.values_format is not None:
-            self.values_format = self.values_format.fitted(values.shape[-1])
-        self.dtype = str(keys.dtype).rpartition(".")[2]
-        sides = parts_of(keys, values, self.keys_format, self.values_format)
-        rows = [map(joined, sides)] if len(self.planes) == 1 else zip(*sides, strict=True)
+        if self.dims is None:
+            dims = keys.shape[-1], values.shape[-1]
+            self.formats = self.formats.fitted(*dims)
+            self.dims, self.dtype = dims, str(keys.dtype).rpartition(".")[2]
+        sides = encode(keys, values, self.formats, self.platform or current())
+        rows = arrange(*sides, self.formats, len(self.planes))
         pairs = zip(self.planes, rows, strict=True)
         return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs])
 
@@ -84,16 +88,11 @@ class PackedKVCache:
         """All that attention may see."""
         return self._views([plane.keys_and_values() for plane in self.planes])
 
-    def _views(self, fetched: list[tuple[mx.array, mx.array]]) -> tuple[Any, Any]:
-        keys, values = zip(*fetched, strict=True)
-        if len(self.planes) == 1:
-            dtype = getattr(mx, self.dtype or "float32")
-            keys = split(keys[0], self.keys_format, dtype)
-            values = split(values[0], self.values_format, dtype)
-        return (
-            _view(keys, self.keys_format, self.dense),
-            _view(values, self.values_format, self.dense),
-        )
+    def _views(self, rows: list[tuple[mx.array, mx.array]]) -> tuple[Any, Any]:
+        keys, values = packed_of(rows, self.formats, self.dtype)
+        if not self.dense:
+            return keys, values
+        return _plain(keys), _plain(values)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         """As mlx-lm's cache makes it."""
@@ -154,9 +153,7 @@ class PackedKVCache:
         """Append another batch's rows."""
         for plane, others in zip(self.planes, other.planes, strict=True):
             plane.extend(others)
-        self.keys_format = _known(self.keys_format, other.keys_format)
-        self.values_format = _known(self.values_format, other.values_format)
-        self.dtype = self.dtype or other.dtype
+        self._learn(other)
 
     def extract(self, index: int) -> "PackedKVCache":
         """One row of the batch as a cache of its own."""
@@ -177,10 +174,13 @@ class PackedKVCache:
             [self.planes[i].merge([c.planes[i] for c in caches]) for i in range(len(self.planes))]
         )
         for cache in caches:
-            merged.keys_format = _known(merged.keys_format, cache.keys_format)
-            merged.values_format = _known(merged.values_format, cache.values_format)
-            merged.dtype = merged.dtype or cache.dtype
+            merged._learn(cache)
         return merged
+
+    def _learn(self, other: "PackedKVCache") -> None:
+        """Take over what only a cache that has held something knows."""
+        if self.dims is None:
+            self.formats, self.dims, self.dtype = other.formats, other.dims, other.dtype
 
     def _with(self, planes: list[Any]) -> "PackedKVCache":
         other = object.__new__(type(self))
@@ -228,14 +228,15 @@ class PackedKVCache:
         return cache
 
     def _description(self) -> str:
+        sides = {"keys": self.formats.keys, "values": self.formats.values}
         return json.dumps(
             {
                 "cache": type(self.planes[0]).__name__,
-                "keys": self.keys_format and asdict(self.keys_format),
-                "values": self.values_format and asdict(self.values_format),
+                **{side: format and format.to_json() for side, format in sides.items()},
+                "dims": self.dims,
+                "dtype": self.dtype,
                 "dense": self.dense,
                 "mergeable": self.mergeable,
-                "dtype": self.dtype,
             }
         )
 
@@ -244,15 +245,24 @@ class PackedKVCache:
 
         found = json.loads(description)
         kind = getattr(caches, found["cache"])
-        self.keys_format = found["keys"] and _format(found["keys"])
-        self.values_format = found["values"] and _format(found["values"])
-        self.dense, self.mergeable = found["dense"], found["mergeable"]
-        self.dtype = found.get("dtype")
+        keys, values = (
+            found[side] and from_json(found[side], f"saved prompt cache, {side}")
+            for side in ("keys", "values")
+        )
+        self.formats = LayerFormat(keys, values)
+        self.dims, self.dtype = found["dims"] and tuple(found["dims"]), found["dtype"]
+        if self.dims is not None:
+            self.formats = self.formats.fitted(*self.dims)
+        self.dense, self.mergeable, self.platform = found["dense"], found["mergeable"], None
         states = [_restored(state, states[0]) for state in states]
         if metas is None:
             self.planes = [kind.from_state(state) for state in states]
         else:
             self.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
+
+
+def _plain(array: Packed | mx.array) -> mx.array:
+    return array.plain() if isinstance(array, Packed) else array
 
 
 def _storable(state: Any) -> Any:
@@ -274,19 +284,3 @@ def _restored(state: Any, first: Any) -> Any:
 
 def _is_rows(array: Any) -> bool:
     return isinstance(array, mx.array) and array.ndim == 4
-
-
-def _view(parts: tuple[mx.array, ...], format: AnyFormat | None, dense: bool) -> Any:
-    if format is None:
-        return parts[0].view(parts[1].dtype)
-    packed = Packed(parts, format)
-    return packed.plain() if dense else packed
-
-
-def _format(found: dict[str, Any]) -> AnyFormat:
-    return TurboFormat(**found) if "seed" in found else Format(**found)
-
-
-def _known(one: AnyFormat | None, other: AnyFormat | None) -> AnyFormat | None:
-    """Of two equal formats the one whose group size was fitted."""
-    return other if one is not None and one.group_size is None else one

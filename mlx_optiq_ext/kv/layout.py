@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import distributed
+from .._status import note
 from ..errors import InputError, OptiqError, UnsupportedError
 from ..model.layers import calls_replaced, decoder_layers
 from .cache import PackedKVCache
@@ -19,6 +20,10 @@ Slot = tuple[int, int | None]
 #: Architectures whose CacheList ends in the index of sparse attention, which picks tokens by its
 #: own keys: it stays as it is.
 INDEXED = ("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl")
+
+#: What code raises that is handed a packed array, or a batch, where it can only take another.
+#: Memory that runs out and kernels that do not compile are neither.
+UNREADABLE = (AttributeError, IndexError, NotImplementedError, TypeError, ValueError)
 
 _NAME = "_optiq_kv"
 
@@ -76,27 +81,29 @@ def _mounted(model: nn.Module, plan: KVPlan, mergeable: bool) -> Mounted:
     """What `mount` leaves, tried out on this rank."""
     found = owners(model)
     formats = _formats(model, plan, found)
-    problem: Exception | None = None
-    # Some architectures compute attention themselves, on plain arrays; some not in batches.
-    for dense in (False, True):
+    name = type(model).__module__
+    dense = False
+    try:
+        _try(model, Mounted(formats, found, dense, mergeable=False), rows=1)
+    except OptiqError:
+        raise
+    except UNREADABLE as error:
+        dense = True
         try:
             _try(model, Mounted(formats, found, dense, mergeable=False), rows=1)
-        except OptiqError:
-            raise
-        except Exception as error:
-            problem = error
-            continue
-        mounted = Mounted(formats, found, dense, mergeable)
-        if mergeable:
-            try:
-                _try(model, mounted, rows=2)
-            except Exception:
-                mounted = replace(mounted, mergeable=False)
-        return mounted
-    raise UnsupportedError(
-        f"{type(model).__module__} cannot work with packed keys and values "
-        f"({type(problem).__name__}: {problem}): leave --optiq-kv out"
-    )
+        except UNREADABLE as second:
+            raise UnsupportedError(
+                f"{name} cannot work with packed keys and values "
+                f"({type(second).__name__}: {second}): leave --optiq-kv out"
+            ) from second
+        note(f"{name} computes attention itself: keys and values are unpacked for it", error)
+    if mergeable:
+        try:
+            _try(model, Mounted(formats, found, dense, mergeable), rows=2)
+        except UNREADABLE as error:
+            mergeable = False
+            note(f"{name} cannot batch packed keys and values: one request at a time", error)
+    return Mounted(formats, found, dense, mergeable)
 
 
 def _layer_count(own: distributed.Stage) -> int:
@@ -126,22 +133,16 @@ def make_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
     """The model's prompt cache, packed as its mounted plan says."""
     mounted = mounted_on(model)
     caches = stock_caches(model, max_kv_size)
-    return caches if mounted is None else packed(caches, mounted)
+    return caches if mounted is None else packed_caches(caches, mounted)
 
 
-def packed(caches: list[Any], mounted: Mounted) -> list[Any]:
+def packed_caches(caches: list[Any], mounted: Mounted) -> list[Any]:
     """Packed caches in place of the empty mlx-lm caches that ``mounted`` names."""
     for slot, formats in mounted.formats.items():
         index, member = slot
         holder = caches[index]
         inner = holder if member is None else holder.caches[member]
-        cache = PackedKVCache(
-            inner,
-            formats.keys,
-            formats.values,
-            dense=mounted.dense,
-            mergeable=mounted.mergeable,
-        )
+        cache = PackedKVCache(inner, formats, dense=mounted.dense, mergeable=mounted.mergeable)
         if member is None:
             caches[index] = cache
         else:
@@ -228,11 +229,11 @@ def _nothing_kept(model: nn.Module) -> UnsupportedError:
 
 def _try(model: nn.Module, mounted: Mounted, rows: int) -> None:
     """Run a prompt of two tokens and one more, in a batch if there are more rows than one."""
-    caches = packed(stock_caches(model), mounted)
+    caches = packed_caches(stock_caches(model), mounted)
     if rows > 1:
         if not all(hasattr(cache, "merge") for cache in caches):
             return
-        others = [packed(stock_caches(model), mounted) for _ in range(rows)]
+        others = [packed_caches(stock_caches(model), mounted) for _ in range(rows)]
         caches = [row[0].merge(list(row)) for row in zip(*others, strict=True)]
     for length in (2, 1):
         mx.eval(model(mx.zeros((rows, length), dtype=mx.int32), cache=caches))

@@ -3,37 +3,41 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..turboquant.codebook import BITS as TURBO_BITS
-from ..turboquant.format import TurboFormat
-from .packed import BITS, GROUP_SIZES, AnyFormat, Format
+from . import formats
+from .formats import Format, registry
 
 #: File beside a model that ``auto`` reads.
 FILE = "kv_config.json"
 #: Width that means "as the model computes them".
 UNPACKED = 16
-#: How keys and values can be packed.
-METHODS = ("affine", "turboquant")
-
-_SPEC = re.compile(
-    r"(?:(?P<both>\d+)(?P<how>[rt]?)|k(?P<k>\d+)(?P<kh>[rt]?)v(?P<v>\d+)(?P<vh>[rt]?))(?:g(?P<group>\d+))?"
-)
-_KEYS = {
-    "layer_idx", "bits", "group_size", "k_bits", "v_bits", "k_group_size", "v_group_size",
-    "k_rotated", "v_rotated", "method", "k_method", "v_method", "seed",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LayerFormat:
     """Formats of one layer; None keeps that side as the model computes it."""
 
-    keys: AnyFormat | None
-    values: AnyFormat | None
+    keys: Format | None
+    values: Format | None
+
+    @cache  # noqa: B019 - formats and dimensions are few
+    def fitted(self, key_dim: int, value_dim: int) -> "LayerFormat":
+        """The same for these head dimensions.
+
+        Raises:
+            UnsupportedError: A format cannot pack vectors of its dimension.
+        """
+        keys, values = self.keys, self.values
+        return replace(
+            self,
+            keys=keys and keys.fitted(key_dim),
+            values=values and values.fitted(value_dim),
+        )
 
     def __str__(self) -> str:
         return f"k{self.keys or UNPACKED}v{self.values or UNPACKED}"
@@ -55,32 +59,29 @@ class KVPlan:
 
 
 def parse_spec(text: str) -> KVPlan | None:
-    """A uniform plan from ``4``, ``k8v4`` or ``k8v4g32``.
+    """A plan that is the same for all layers, from ``4``, ``k8v4`` or ``k8v4g32``.
 
-    Behind a width, ``r`` rotates before packing and ``t`` is TurboQuant.
+    A letter behind a width names another format than plain affine quantization: ``r`` rotates
+    first, ``t`` is TurboQuant, and registered formats bring their own.
 
     Returns None for what does not look like one.
 
     Raises:
-        InputError: It names bits or a group size that MLX cannot pack.
+        InputError: A format does not know the bits or the group size.
     """
-    match = _SPEC.fullmatch(text)
+    letter = f"[{letters}]?" if (letters := registry.letters()) else ""
+    side = rf"(\d+)({letter})"
+    match = re.fullmatch(rf"(?:{side}|k{side}v{side})(?:g(\d+))?", text)
     if match is None:
         return None
-    found = match.groupdict()
-    group = None if found["group"] is None else int(found["group"])
-    where = f"--optiq-kv {text}"
-
-    def side(bits: str, how: str) -> AnyFormat | None:
-        if how == "t":
-            return _turbo(int(bits), 0, where)
-        return _format(int(bits), group, how == "r", where)
-
-    if found["both"]:
-        format = side(found["both"], found["how"])
-        return KVPlan(text, everywhere=LayerFormat(format, format))
-    formats = LayerFormat(side(found["k"], found["kh"]), side(found["v"], found["vh"]))
-    return KVPlan(text, everywhere=formats)
+    *found, group = match.groups()
+    widths = [(bits, letter) for bits, letter in zip(found[::2], found[1::2], strict=True) if bits]
+    where, size = f"--optiq-kv {text}", None if group is None else int(group)
+    sides = [
+        None if int(bits) == UNPACKED else formats.from_spec(int(bits), letter, size, where)
+        for bits, letter in widths
+    ]
+    return KVPlan(text, everywhere=LayerFormat(sides[0], sides[-1]))
 
 
 def read_plan(path: Path) -> KVPlan:
@@ -128,41 +129,29 @@ def entries(plan: Mapping[int, LayerFormat]) -> list[dict[str, Any]]:
     return [_entry(index, plan[index]) for index in sorted(plan)]
 
 
-def _entry(index: int, formats: LayerFormat) -> dict[str, Any]:
-    sides = {"k": formats.keys, "v": formats.values}
-    known = [f for f in sides.values() if f is not None]
-    widest = max(known, key=lambda f: f.bits)
+def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
+    sides = {"k": layer.keys, "v": layer.values}
+    known = [format.to_json() for format in sides.values() if format is not None]
+    if layer.keys == layer.values and not any(value is True for value in known[0].values()):
+        shared = {name: value for name, value in known[0].items() if value is not False}
+        return {"layer_idx": index, **shared}
     # Tools that read the published form only see one width: the safer one.
-    entry: dict[str, Any] = {
+    widest = max(known, key=lambda fields: fields["bits"])
+    entry = {
         "layer_idx": index,
-        "bits": widest.bits,
-        "group_size": widest.group_size or 64,
+        "bits": widest["bits"],
+        "group_size": widest.get("group_size") or 64,
     }
-    turbo = [f for f in known if isinstance(f, TurboFormat)]
-    if formats.keys == formats.values and turbo:
-        return {
-            "layer_idx": index,
-            "bits": widest.bits,
-            "method": METHODS[1],
-            "seed": turbo[0].seed,
-        }
-    if turbo:
-        entry["seed"] = turbo[0].seed
-    if formats.keys != formats.values or any(isinstance(f, Format) and f.rotated for f in known):
-        for side, found in sides.items():
-            entry[f"{side}_bits"] = found.bits if found else UNPACKED
-            if isinstance(found, TurboFormat):
-                entry[f"{side}_method"] = METHODS[1]
-            elif found:
-                entry[f"{side}_group_size"] = found.group_size or 64
-                entry[f"{side}_rotated"] = found.rotated
+    for side, format in sides.items():
+        fields = {"bits": UNPACKED} if format is None else format.to_json()
+        entry |= {f"{side}_{name}": value for name, value in fields.items()}
     return entry
 
 
 def _layer_index(entry: Any, where: str) -> int:
     if not isinstance(entry, dict):
         raise InputError(f"{where} is not an object with layer_idx, bits and group_size")
-    if unknown := set(entry) - _KEYS:
+    if unknown := set(entry) - _known_fields():
         raise InputError(f"{where} has unknown keys: {', '.join(sorted(unknown))}")
     index = entry.get("layer_idx")
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
@@ -170,42 +159,27 @@ def _layer_index(entry: Any, where: str) -> int:
     return index
 
 
+def _known_fields() -> set[str]:
+    sides = {f"{side}{name}" for side in ("", "k_", "v_") for name in registry.fields()}
+    return {"layer_idx", *sides}
+
+
 def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
-    sides: list[AnyFormat | None] = []
-    for side in ("k", "v"):
-        bits = entry.get(f"{side}_bits", entry.get("bits"))
-        method = entry.get(f"{side}_method", entry.get("method", METHODS[0]))
-        if method not in METHODS:
-            names = " or ".join(f'"{name}"' for name in METHODS)
-            raise InputError(f"{where}: method {method!r} is not known: use {names}")
-        rotated = entry.get(f"{side}_rotated", False)
-        if not isinstance(rotated, bool):
-            raise InputError(f"{where}: {side}_rotated {rotated!r} is not true or false")
-        if method == METHODS[0] or bits == UNPACKED:
-            group = entry.get(f"{side}_group_size", entry.get("group_size", 64))
-            sides.append(_format(bits, group, rotated, where))
-        else:
-            sides.append(_turbo(bits, entry.get("seed", 0), where))
-    if sides == [None, None]:
+    keys, values = (_side(entry, side, where) for side in ("k", "v"))
+    if keys is None and values is None:
         raise InputError(f"{where} packs neither keys nor values: leave the layer out")
-    return LayerFormat(*sides)
+    return LayerFormat(keys, values)
 
 
-def _format(bits: Any, group: Any, rotated: bool, where: str) -> Format | None:
+def _side(entry: Mapping[str, Any], side: str, where: str) -> Format | None:
+    """The format of one side; its own fields count before those of both."""
+    given = {
+        name: entry[key]
+        for name in registry.fields()
+        for key in (name, f"{side}_{name}")
+        if key in entry
+    }
+    bits = given.get("bits")
     if bits == UNPACKED and not isinstance(bits, bool):
         return None
-    if bits not in BITS or isinstance(bits, bool):
-        raise InputError(f"{where}: bits {bits!r} is none of {', '.join(map(str, BITS))}")
-    if group is not None and (group not in GROUP_SIZES or isinstance(group, bool)):
-        names = ", ".join(map(str, GROUP_SIZES))
-        raise InputError(f"{where}: group_size {group!r} is none of {names}")
-    return Format(int(bits), group, rotated)
-
-
-def _turbo(bits: Any, seed: Any, where: str) -> TurboFormat:
-    if bits not in TURBO_BITS or isinstance(bits, bool):
-        names = ", ".join(map(str, TURBO_BITS))
-        raise InputError(f"{where}: TurboQuant bits {bits!r} is none of {names}")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"{where}: seed {seed!r} is not a number from 0 on")
-    return TurboFormat(bits, seed)
+    return formats.from_json(given, where)

@@ -1,7 +1,6 @@
 """TurboQuant: vectors as a random rotation, a scalar codebook and a norm."""
 
 from .codebook import BITS, levels
-from .format import TurboFormat
 from .quantizer import Encoded, ProductQuantizer, Quantizer, create_quantizer
 from .rotation import Rotation
 
@@ -11,7 +10,6 @@ __all__ = [
     "ProductQuantizer",
     "Quantizer",
     "Rotation",
-    "TurboFormat",
     "create_quantizer",
     "levels",
 ]

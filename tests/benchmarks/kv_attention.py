@@ -77,6 +77,7 @@ def measure(name: str, spec: str, data: tuple[mx.array, ...], rate: float) -> di
     from mlx_lm.models import base
 
     from mlx_optiq_ext import kv
+    from mlx_optiq_ext.kv import platform
     from mlx_optiq_ext.kv.attention import dispatch
 
     queries, keys, values = data
@@ -102,7 +103,7 @@ def measure(name: str, spec: str, data: tuple[mx.array, ...], rate: float) -> di
         packed = [kv.Packed(f.pack(a), f) for f, a in zip(formats, (keys, values), strict=True)]
         mx.eval([p.parts for p in packed])
         # In the stored basis: the rotation of a query is a kernel of its own.
-        attend: Any = dispatch.choose(dispatch.backend(), queries, packed[0], packed[1], None)
+        attend: Any = dispatch.choose(platform.current(), queries, packed[0], packed[1], None)
         step = lambda q: attend(q, *packed, SCALE, None, None)  # noqa: E731
         row["bytes"] = sum(p.nbytes for p in packed)
         ours = isinstance(attend, partial)

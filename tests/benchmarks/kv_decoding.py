@@ -59,7 +59,7 @@ def caches_of(model, plan: str, layers: int):
     if plan == "16":
         return cache.make_prompt_cache(model)
     if plan == "mixed":
-        formats = [kv.Format(8 if i % 3 == 0 else 4, 64) for i in range(layers)]
+        formats = [kv.formats.Affine(8 if i % 3 == 0 else 4, 64) for i in range(layers)]
         kv.mount(model, kv.KVPlan(plan, {i: kv.LayerFormat(f, f) for i, f in enumerate(formats)}))
     else:
         parsed = kv.parse_spec(plan)

@@ -20,8 +20,8 @@ import numpy as np
 from mlx_lm.utils import dequantize_model
 
 from mlx_optiq_ext.kv import LayerFormat, parse_spec
-from mlx_optiq_ext.kv.layout import Mounted, Slot, packed, stock_caches
-from mlx_optiq_ext.kv.planning.measurement import Costs, choose, judged
+from mlx_optiq_ext.kv.layout import Mounted, Slot, packed_caches, stock_caches
+from mlx_optiq_ext.kv.planning.kv_sensitivity import Costs, choose, judged
 from mlx_optiq_ext.kv.planning.pipeline import plan_kv
 from mlx_optiq_ext.kv.planning.plan_search import search
 
@@ -32,7 +32,9 @@ def mean_loss(
     """Cross-entropy in nats per token with packed caches; none if ``formats`` is empty."""
     total, count = 0.0, 0
     for window in windows:
-        caches = packed(stock_caches(model), Mounted(formats, {}, dense=True, mergeable=False))
+        caches = packed_caches(
+            stock_caches(model), Mounted(formats, {}, dense=True, mergeable=False)
+        )
         for start in range(0, len(window) - 1, chunk):
             tokens = mx.array(window[start : start + chunk + 1])
             logits = model(tokens[None, :-1], cache=caches)[0].astype(mx.float32)

@@ -13,18 +13,19 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_optiq_ext.turboquant import BITS, Quantizer, TurboFormat
+from mlx_optiq_ext.kv.formats import TurboQuant
+from mlx_optiq_ext.turboquant import BITS, Quantizer
 
 AFFINE = [(2, 64), (2, 32), (3, 64), (3, 32), (4, 64), (4, 32)]
 
 
-class Unrotated(TurboFormat):
+class Unrotated(TurboQuant):
     """TurboQuant's codebook on vectors as they come."""
 
-    def pack(self, array: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def pack(self, array: mx.array) -> tuple[mx.array, mx.array]:
         """As TurboQuant, but its rotation."""
         found = _Plain(array.shape[-1], self.bits).encode(array)
-        return found.codes, found.norms, found.norms[..., :0]
+        return found.codes, found.norms
 
     def turn(self, array: mx.array) -> mx.array:
         """Nothing."""
@@ -64,8 +65,8 @@ def main() -> None:
     starts = np.linspace(0, len(tokens) - args.length, args.windows).astype(int)
     runs = [Replay(model, mx.array(tokens[s : s + args.length])[None]) for s in starts]
     dim = next(iter(runs[0].shapes.values()))[0][-1]
-    formats = [kind(bits).fitted(dim) for bits in BITS for kind in (TurboFormat, Unrotated)]
-    formats += [kv.Format(b, g, rotated) for b, g in AFFINE for rotated in (False, True)]
+    formats = [kind(bits).fitted(dim) for bits in BITS for kind in (TurboQuant, Unrotated)]
+    formats += [kv.formats.Affine(b, g, rotated) for b, g in AFFINE for rotated in (False, True)]
     print(f"head dimension {dim}, {args.windows} x {args.length} tokens\n")
     print("| format | stored bits | KL |\n|---|---|---|")
     for format in sorted(formats, key=lambda f: f.bits_per_element):

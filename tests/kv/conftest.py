@@ -75,7 +75,7 @@ PROBE = """
 import importlib, json
 from mlx_optiq_ext.kv import cache, layout
 
-packed, update = layout.packed, cache.PackedKVCache.update_and_fetch
+packed, update = layout.packed_caches, cache.PackedKVCache.update_and_fetch
 
 def marked(caches, mounted):
     caches = packed(caches, mounted)
@@ -94,6 +94,6 @@ def noted(self, keys, values):
         stream.write(json.dumps(note) + "\\n")
     return result
 
-layout.packed, cache.PackedKVCache.update_and_fetch = marked, noted
+layout.packed_caches, cache.PackedKVCache.update_and_fetch = marked, noted
 importlib.import_module("mlx_lm.COMMAND").main()
 """

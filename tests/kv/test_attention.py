@@ -1,19 +1,21 @@
+from functools import partial
+
 import mlx.core as mx
 import pytest
 
-from mlx_optiq_ext.kv import Format, Packed, attention
+from mlx_optiq_ext.kv import Packed, Platform, attend
 from mlx_optiq_ext.kv.attention import blocks, composed, dispatch, fused
-from mlx_optiq_ext.turboquant import TurboFormat
+from mlx_optiq_ext.kv.formats import Affine, Format, TurboQuant
 
 BATCH, HEADS, QUERY_HEADS = 2, 2, 6
 SIDES = {
-    "one width": (Format(8, 64), Format(8, 64)),
-    "two widths": (Format(5, 32), Format(3, 64)),
-    "rotated": (Format(4, 64, rotated=True), Format(4, 32, rotated=True)),
-    "keys only": (Format(6, 64), None),
-    "values only": (None, Format(2, 32)),
-    "turboquant": (TurboFormat(4, seed=3), TurboFormat(2)),
-    "turboquant keys": (TurboFormat(3), Format(8, 64)),
+    "one width": (Affine(8, 64), Affine(8, 64)),
+    "two widths": (Affine(5, 32), Affine(3, 64)),
+    "rotated": (Affine(4, 64, rotated=True), Affine(4, 32, rotated=True)),
+    "keys only": (Affine(6, 64), None),
+    "values only": (None, Affine(2, 32)),
+    "turboquant": (TurboQuant(4, seed=3), TurboQuant(2)),
+    "turboquant keys": (TurboQuant(3), Affine(8, 64)),
 }
 MASKS = {
     "none": lambda rows, tokens: None,
@@ -33,7 +35,7 @@ def problem(rows: int, tokens: int, dim: int = 64, value_dim: int = 64):
     )
 
 
-def pack(array: mx.array, format: Format | TurboFormat | None):
+def pack(array: mx.array, format: Format | None):
     if format is None:
         return array
     fitted = format.fitted(array.shape[-1])
@@ -45,38 +47,41 @@ def plain(array):
 
 
 @pytest.fixture(autouse=True)
-def seed(monkeypatch):
+def seed():
     mx.random.seed(7)
-    # Small enough that every loop of the CPU's blocks runs several times.
-    monkeypatch.setattr(blocks, "QUERIES", 4)
-    monkeypatch.setattr(blocks, "TOKENS", 16)
 
 
-@pytest.mark.parametrize("name", ["cpu", "metal", "cuda"])
+#: Small enough that every loop of the CPU's blocks runs several times.
+small_blocks = partial(blocks.attend, block=4, tile=16)
+#: Platforms without kernels of our own, and what is asked before the platform's own choice.
+PLATFORMS = {"cpu": [small_blocks], "metal": [], "cuda": []}
+
+
+@pytest.mark.parametrize("name", PLATFORMS)
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 37), (11, 37)])
-def test_every_back_end_agrees_with_plain_attention(
-    rows, tokens, sides, mask, sinks, name, monkeypatch
-):
-    monkeypatch.setattr(dispatch, "backend", lambda: name)
+def test_every_back_end_agrees_with_plain_attention(rows, tokens, sides, mask, sinks, name):
     queries, keys, values = problem(rows, tokens)
     keys, values = (pack(a, f) for a, f in zip((keys, values), SIDES[sides], strict=True))
     chosen = MASKS[mask](rows, tokens)
     extra = mx.random.normal((QUERY_HEADS,)) if sinks else None
-    found = attention(queries, keys, values, scale=0.125, mask=chosen, sinks=extra)
+    found = attend(
+        queries, keys, values, scale=0.125, mask=chosen, sinks=extra,
+        backends=PLATFORMS[name], platform=Platform(name),
+    )  # fmt: skip
     expected = mx.fast.scaled_dot_product_attention(
         queries, plain(keys), plain(values), scale=0.125, mask=chosen, sinks=extra
     )
     assert mx.allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("attend", [blocks.attend, composed.attend])
-def test_values_may_be_wider_than_keys(attend):
+@pytest.mark.parametrize("backend", [small_blocks, composed.attend])
+def test_values_may_be_wider_than_keys(backend):
     queries, keys, values = problem(2, 21, dim=64, value_dim=96)
-    packed = pack(keys, Format(8, 64)), pack(values, Format(8, 32))
-    found = attend(queries, *packed, 0.125, None, None)
+    packed = pack(keys, Affine(8, 64)), pack(values, Affine(8, 32))
+    found = backend(queries, *packed, 0.125, None, None)
     expected = fused.attend(queries, *packed, 0.125, None, None)
     assert mx.allclose(found, expected, atol=1e-5)
 
@@ -85,7 +90,7 @@ def test_values_may_be_wider_than_keys(attend):
 def test_of_no_tokens_nothing_is_seen(sides):
     queries, keys, values = problem(2, 37)
     kept, read = (pack(a, f)[:, :, :0] for a, f in zip((keys, values), SIDES[sides], strict=True))
-    found = attention(queries, kept, read, scale=0.1)
+    found = attend(queries, kept, read, scale=0.1)
     assert found.shape == (*queries.shape[:-1], values.shape[-1])
     assert float(mx.abs(found).max()) == 0
 
@@ -93,32 +98,28 @@ def test_of_no_tokens_nothing_is_seen(sides):
 def test_the_callers_arrays_stay_as_they_are():
     queries, keys, values = problem(3, 20)
     before = mx.array(queries)
-    format = Format(4, 64, rotated=True)
+    format = Affine(4, 64, rotated=True)
     for name in ("cpu", "metal", "cuda"):
         packed = pack(keys, format), pack(values, format)
-        attend = dispatch.choose(name, queries, *packed, "causal")
-        mx.eval(attend(queries, *packed, 0.5, "causal", None))
+        chosen = dispatch.choose(Platform(name), queries, *packed, "causal")
+        mx.eval(chosen(queries, *packed, 0.5, "causal", None))
         assert mx.array_equal(queries, before)
 
 
 def test_the_result_has_the_queries_type():
     queries, keys, values = (a.astype(mx.bfloat16) for a in problem(3, 20))
-    format = Format(4, 64)
-    assert (
-        attention(queries, pack(keys, format), pack(values, format), scale=1).dtype == mx.bfloat16
-    )
+    format = Affine(4, 64)
+    assert attend(queries, pack(keys, format), pack(values, format), scale=1).dtype == mx.bfloat16
 
 
-def test_scores_of_a_prompt_are_never_held_at_once(monkeypatch):
-    monkeypatch.setattr(blocks, "QUERIES", 32)
-    monkeypatch.setattr(blocks, "TOKENS", 256)
+def test_scores_of_a_prompt_are_never_held_at_once():
     queries, keys, values = problem(1024, 2048)
-    format = Format(4, 64)
+    format = Affine(4, 64)
     keys, values = pack(keys, format), pack(values, format)
     mx.eval(queries, plain(keys), plain(values))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(attention(queries, keys, values, scale=1, mask="causal"))
+    mx.eval(blocks.attend(queries, keys, values, 1, "causal", None, block=32, tile=256))
     scores = 4 * BATCH * QUERY_HEADS * 1024 * 2048
     assert mx.get_peak_memory() - before < scores / 3
 

@@ -4,11 +4,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_optiq_ext import hookimpl
-from mlx_optiq_ext.kv import Format, Packed, attention
+from mlx_optiq_ext.kv import Packed, attend
+from mlx_optiq_ext.kv.formats import Affine
 from mlx_optiq_hooks import plugin_manager
 from mlx_optiq_hooks.patches.models import base
 
-FORMAT = Format(8, 64, rotated=True)
+FORMAT = Affine(8, 64, rotated=True)
 
 
 @pytest.fixture
@@ -26,11 +27,11 @@ def test_a_backend_computes_in_the_stored_basis_or_declines(problem):
     def values_of_the_first_token(queries, keys, values, scale, mask, sinks):
         return mx.repeat(values.stored()[:, :, :1], queries.shape[2], axis=2)
 
-    found = attention(*problem, scale=1, backends=(declines, values_of_the_first_token))
+    found = attend(*problem, scale=1, backends=(declines, values_of_the_first_token))
     assert mx.allclose(found[:, :, 2], problem[2].plain()[:, :, 0], atol=1e-5)
     assert len(asked) == 1
-    ours = attention(*problem, scale=1, backends=(declines,))
-    assert mx.allclose(ours, attention(*problem, scale=1))
+    ours = attend(*problem, scale=1, backends=(declines,))
+    assert mx.allclose(ours, attend(*problem, scale=1))
 
 
 def test_a_plugin_offers_backends(problem):

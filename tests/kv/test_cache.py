@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import cache as stock
 
-from mlx_optiq_ext.kv import Format, PackedKVCache
-from mlx_optiq_ext.turboquant import TurboFormat
+from mlx_optiq_ext.kv import LayerFormat, Packed, PackedKVCache
+from mlx_optiq_ext.kv.formats import Affine, Format, TurboQuant
 
 HEADS, DIM = 2, 64
-KEYS, VALUES = Format(4, 32), Format(3, 64, rotated=True)
-TURBO = TurboFormat(4), TurboFormat(2, seed=5)
+KEYS, VALUES = Affine(4, 32), Affine(3, 64, rotated=True)
+TURBO = TurboQuant(4), TurboQuant(2, seed=5)
 BATCHED = hasattr(stock.KVCache, "keys_and_values")  # mlx-lm 0.32 keeps the caches it is given
 
 KINDS = {
@@ -31,13 +31,15 @@ if not BATCHED:
     del KINDS["chunked"]  # before mlx-lm 0.32 it loses track after its front was dropped
 
 
-def fake(array: mx.array, format: Format | TurboFormat | None) -> mx.array:
+def fake(array: mx.array, format: Format | None) -> mx.array:
     """What packing and unpacking leave of an array."""
-    from mlx_optiq_ext.kv import Packed
-
     if format is None:
         return array
     return Packed(format.pack(array), format).plain()
+
+
+def packed_cache(cache: Any, formats: tuple = (KEYS, VALUES), **options: Any) -> PackedKVCache:
+    return PackedKVCache(cache, LayerFormat(*formats), **options)
 
 
 class Pair:
@@ -51,7 +53,7 @@ class Pair:
         interleaved: bool | None = None,
     ):
         self.formats = formats
-        self.packed = PackedKVCache(KINDS[kind](), *formats, dense=True, interleaved=interleaved)
+        self.packed = packed_cache(KINDS[kind](), formats, dense=True, interleaved=interleaved)
         self.plain = KINDS[kind]()
         self.key = mx.random.key(seed)
 
@@ -182,7 +184,7 @@ SIDES = [(KEYS, VALUES), (KEYS, None), (None, VALUES)]
     ("sides", "interleaved"), [*itertools.product(SIDES, [True, False]), (TURBO, False)]
 )
 def test_bytes_are_those_of_the_plan(sides, interleaved):
-    cache = PackedKVCache(stock.KVCache(), *sides, interleaved=interleaved)
+    cache = packed_cache(stock.KVCache(), sides, interleaved=interleaved)
     rows = mx.random.normal((1, HEADS, 256, DIM)).astype(mx.bfloat16)
     cache.update_and_fetch(rows, rows)
     fitted = [side and side.fitted(DIM) for side in sides]
@@ -208,8 +210,7 @@ def test_saved_and_loaded(kind, formats, interleaved, tmp_path, monkeypatch):
         pair.append(tokens)
     stock.save_prompt_cache(str(tmp_path / "cache.safetensors"), [pair.packed])
     loaded: Any = stock.load_prompt_cache(str(tmp_path / "cache.safetensors"))[0]
-    fitted = [side and side.fitted(DIM) for side in formats]
-    assert [loaded.keys_format, loaded.values_format] == fitted
+    assert loaded.formats == LayerFormat(*formats).fitted(DIM, DIM)
     pair.packed = loaded
     pair.append(1)
     pair.append(3)
@@ -224,12 +225,12 @@ def test_a_copy_is_apart():
 
 
 def test_mlx_lm_sees_no_cache_that_it_could_quantize_or_merge_itself():
-    cache = PackedKVCache(stock.KVCache(), KEYS, VALUES, mergeable=False)
+    cache = packed_cache(stock.KVCache(), mergeable=False)
     assert not hasattr(cache, "bits")  # its own attention would take it for QuantizedKVCache
     assert not hasattr(cache, "to_quantized")
     assert not hasattr(cache, "merge")
-    assert not hasattr(PackedKVCache(stock.ChunkedKVCache(8), KEYS, VALUES), "merge")
-    assert PackedKVCache(stock.KVCache(), KEYS, VALUES).empty()
+    assert not hasattr(packed_cache(stock.ChunkedKVCache(8)), "merge")
+    assert packed_cache(stock.KVCache()).empty()
     assert mlx_lm.__version__
 
 
@@ -237,9 +238,9 @@ def test_mlx_lm_sees_no_cache_that_it_could_quantize_or_merge_itself():
 @pytest.mark.parametrize("dim", [64, 96])
 def test_interleaved_rows_hold_the_very_same(dim, dtype):
     rows = mx.random.normal((2, HEADS, 5, dim)).astype(dtype)
-    for formats in ((Format(4, 32), Format(5, 32)), (Format(8, 32), None)):
+    for formats in ((Affine(4, 32), Affine(5, 32)), (Affine(8, 32), None)):
         one, other = (
-            PackedKVCache(stock.KVCache(), *formats, dense=True, interleaved=interleaved)
+            packed_cache(stock.KVCache(), formats, dense=True, interleaved=interleaved)
             for interleaved in (True, False)
         )
         assert (len(one.planes), len(other.planes)) == (1, 3)

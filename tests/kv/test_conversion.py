@@ -10,7 +10,7 @@ import pytest
 from mlx_optiq_ext.errors import BudgetError
 from mlx_optiq_ext.kv import read_plan
 from mlx_optiq_ext.kv.planning import pipeline as conversion
-from mlx_optiq_ext.kv.planning.measurement import choose, judged, measure
+from mlx_optiq_ext.kv.planning.kv_sensitivity import choose, judged, measure
 from mlx_optiq_ext.kv.planning.replay import Replay
 
 

@@ -1,6 +1,7 @@
 """The decoding kernels' own source, run on the CPU, beside plain attention."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -8,25 +9,24 @@ import numpy as np
 import pytest
 from kernel_shim import kernel_factory
 
-from mlx_optiq_ext.kv import Format, Packed, attention
+from mlx_optiq_ext.kv import Packed, Platform, attend, platform
 from mlx_optiq_ext.kv.attention import dispatch, fused, kernels
-from mlx_optiq_ext.kv.attention.kernels import launch
-from mlx_optiq_ext.turboquant import TurboFormat
+from mlx_optiq_ext.kv.formats import Affine, TurboQuant
 
 pytestmark = pytest.mark.newest
 
 #: Every width, group size, head dimension and mask; for each a kernel is compiled, so that a case
 #: takes several: (keys, values, (key dim, value dim), repeats, length, tokens, mask).
 CASES = {
-    "4 bits": (Format(4, 64), Format(4, 64), (128, 128), 4, 1, 333, "none"),
-    "8 and 3": (Format(8, 32), Format(3, 64), (64, 64), 2, 2, 101, "causal"),
-    "3 and 8, left padding": (Format(3, 128), Format(8, 128), (128, 128), 1, 1, 70, "padding"),
-    "5 and 6, a window": (Format(5, 32), Format(6, 32), (96, 96), 3, 3, 97, "window"),
-    "6 and 2, two widths": (Format(6, 64), Format(2, 32), (256, 64), 5, 1, 45, "none"),
-    "2 and 5, many rows": (Format(2, 32), Format(5, 64), (64, 256), 9, 8, 40, "added"),
-    "TurboQuant 4": (TurboFormat(4), TurboFormat(4), (128, 128), 4, 1, 130, "causal"),
-    "TurboQuant 3 and 2": (TurboFormat(3), TurboFormat(2), (96, 96), 2, 1, 50, "none"),
-    "TurboQuant 1, affine 4": (TurboFormat(1), Format(4, 32), (64, 64), 2, 4, 16, "causal"),
+    "4 bits": (Affine(4, 64), Affine(4, 64), (128, 128), 4, 1, 333, "none"),
+    "8 and 3": (Affine(8, 32), Affine(3, 64), (64, 64), 2, 2, 101, "causal"),
+    "3 and 8, left padding": (Affine(3, 128), Affine(8, 128), (128, 128), 1, 1, 70, "padding"),
+    "5 and 6, a window": (Affine(5, 32), Affine(6, 32), (96, 96), 3, 3, 97, "window"),
+    "6 and 2, two widths": (Affine(6, 64), Affine(2, 32), (256, 64), 5, 1, 45, "none"),
+    "2 and 5, many rows": (Affine(2, 32), Affine(5, 64), (64, 256), 9, 8, 40, "added"),
+    "TurboQuant 4": (TurboQuant(4), TurboQuant(4), (128, 128), 4, 1, 130, "causal"),
+    "TurboQuant 3 and 2": (TurboQuant(3), TurboQuant(2), (96, 96), 2, 1, 50, "none"),
+    "TurboQuant 1, affine 4": (TurboQuant(1), Affine(4, 32), (64, 64), 2, 4, 16, "causal"),
 }
 BATCH, HEADS = 2, 2
 
@@ -76,98 +76,78 @@ def expected(queries, keys, values, mask, sinks) -> np.ndarray:
     return weights / total @ v
 
 
-@pytest.fixture(autouse=True)
-def gpu(monkeypatch):
-    """A GPU with tensor cores, as MLX from 0.31 on describes it."""
-    dispatch._tensor_cores.cache_clear()
-    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 9}, raising=False)
-    yield
-    dispatch._tensor_cores.cache_clear()
+#: Several splits, and few threads to run one by one.
+BLOCKS = 24
 
 
 @pytest.fixture(params=["cuda", "metal"])
-def platform(request, monkeypatch, tmp_path):
-    name = request.param
-    launch._call.cache_clear()
-    monkeypatch.setattr(mx.fast, f"{name}_kernel", kernel_factory(name, tmp_path))
-    monkeypatch.setattr(launch, "BLOCKS", 24)  # several splits, and few threads to run one by one
-    yield name
-    launch._call.cache_clear()
+def gpu(request, tmp_path) -> Platform:
+    return Platform(request.param, kernel_factory(request.param, tmp_path))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_agree_with_attention_in_float64(name, platform):
+def test_kernels_agree_with_attention_in_float64(name, gpu):
     queries, keys, values, mask = problem(name)
     sinks = mx.random.normal((queries.shape[1],)) if mask is not None else None
     assert kernels.supports(queries, keys, values, mask)
     scale = queries.shape[-1] ** -0.5
-    attend = partial(kernels.attend, platform, dtype=mx.float32)
-    found = np.array(attend(queries, keys, values, scale, mask, sinks))
+    exact = partial(kernels.attend, gpu, dtype=mx.float32, blocks=BLOCKS)
+    found = np.array(exact(queries, keys, values, scale, mask, sinks))
     reference = expected(queries, keys, values, mask, sinks)
     error = np.linalg.norm(found - reference) / np.linalg.norm(reference)
     # Products are in half precision on CUDA, in float32 on Metal.
-    assert error < (1e-3 if platform == "cuda" else 1e-6)
+    assert error < (1e-3 if gpu.name == "cuda" else 1e-6)
 
 
-def test_rows_with_gaps_between_them_are_read_too(platform, monkeypatch, tmp_path):
-    queries, keys, values, mask = problem("TurboQuant 1, affine 4")
-    straight = kernels.attend(platform, queries, keys, values, 0.1, mask, None)
-    launch._call.cache_clear()
-    make = kernel_factory(platform, tmp_path, gaps=True)
-    monkeypatch.setattr(mx.fast, f"{platform}_kernel", make)
-    assert mx.array_equal(
-        kernels.attend(platform, queries, keys, values, 0.1, mask, None), straight
-    )
+def test_rows_with_gaps_between_them_are_read_too(gpu, tmp_path):
+    call: Any = (*problem("TurboQuant 1, affine 4")[:3], 0.1, "causal", None)
+    apart = Platform(gpu.name, kernel_factory(gpu.name, tmp_path, gaps=True))
+    straight, found = (kernels.attend(each, *call, blocks=BLOCKS) for each in (gpu, apart))
+    assert mx.array_equal(found, straight)
 
 
-def test_a_row_that_may_look_nowhere_is_finite(platform):
+def test_a_row_that_may_look_nowhere_is_finite(gpu):
     queries, keys, values, _ = problem("TurboQuant 1, affine 4")
     mask = mx.zeros((1, 1, queries.shape[2], keys.shape[2]), mx.bool_)
-    found = kernels.attend(platform, queries, keys, values, 0.1, mask, None)
+    found = kernels.attend(gpu, queries, keys, values, 0.1, mask, None, blocks=BLOCKS)
     assert bool(mx.isfinite(found.astype(mx.float32)).all())
 
 
-def test_the_kernel_is_chosen_where_it_can_compute_the_call(monkeypatch):
+def is_ours(found: Any) -> bool:
+    return getattr(found, "func", None) is kernels.attend
+
+
+def test_the_kernel_is_chosen_where_it_can_compute_the_call():
     queries, keys, values, mask = problem("4 bits")
-
-    def chosen(name, *call):
-        found: Any = dispatch.choose(name, *call)
-        return found.func if isinstance(found, partial) else found
-
-    assert chosen("cuda", queries, keys, values, mask) is kernels.attend
-    assert chosen("metal", queries, keys, values, mask) is not kernels.attend
-    monkeypatch.setenv("MLX_OPTIQ_EXT_METAL_KERNEL", "1")
-    assert chosen("metal", queries, keys, values, mask) is kernels.attend
-    assert chosen("cpu", queries, keys, values, mask) is not kernels.attend
-    for other in (
+    with_kernels = Platform("cuda", kernel_factory("cuda", Path()))
+    assert is_ours(dispatch.choose(with_kernels, queries, keys, values, mask))
+    for other in ("cuda", "metal", "cpu"):
+        assert not is_ours(dispatch.choose(Platform(other), queries, keys, values, mask))
+    for call in (
         (mx.repeat(queries, 9, axis=2), keys, values, mask),  # a prompt
         (queries.astype(mx.float32), keys, values, mask),
         (queries, keys, values.plain(), mask),
         (queries, keys[:, :, :15], values[:, :, :15], mask),
     ):
-        assert chosen("cuda", *other) is not kernels.attend
+        assert not is_ours(dispatch.choose(with_kernels, *call))
+    assert dispatch.choose(Platform("cuda"), queries, keys, values, mask) is fused.attend
 
 
 @pytest.mark.parametrize(("capability", "ours"), [(7, False), (8, True), (9, True)])
 def test_older_gpus_and_older_mlx_do_without(capability, ours, monkeypatch):
-    call = problem("4 bits")
-    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": capability})
-    chosen = dispatch.choose("cuda", *call)
-    assert (getattr(chosen, "func", None) is kernels.attend) is ours
-    dispatch._tensor_cores.cache_clear()
+    described = {"compute_capability_major": capability}
+    monkeypatch.setattr(mx, "device_info", lambda: described, raising=False)
+    assert (platform.detected("cuda").compile is not None) is ours
     monkeypatch.delattr(mx.fast, "cuda_kernel")
-    assert dispatch.choose("cuda", *call) is fused.attend
+    assert platform.detected("cuda").compile is None
 
 
-def test_attention_rotates_around_the_kernel(monkeypatch, tmp_path):
-    launch._call.cache_clear()
-    monkeypatch.setattr(dispatch, "backend", lambda: "cuda")
-    monkeypatch.setattr(mx.fast, "cuda_kernel", kernel_factory("cuda", tmp_path))
+def test_attention_rotates_around_the_kernel(tmp_path):
+    gpu = Platform("cuda", kernel_factory("cuda", tmp_path))
     queries, keys, values, _ = problem("TurboQuant 1, affine 4")
-    found = attention(queries, keys, values, scale=0.125, mask="causal").astype(mx.float32)
+    found = attend(queries, keys, values, scale=0.125, mask="causal", platform=gpu)
     reference = mx.fast.scaled_dot_product_attention(
         queries.astype(mx.float32), keys.plain(mx.float32), values.plain(mx.float32),
         scale=0.125, mask="causal",
     )  # fmt: skip
-    assert mx.allclose(found, reference, atol=0.02)
-    launch._call.cache_clear()
+    assert mx.allclose(found.astype(mx.float32), reference, atol=0.02)

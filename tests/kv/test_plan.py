@@ -3,19 +3,19 @@ import json
 import pytest
 
 from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.kv import Format, LayerFormat, parse_spec, read_plan
+from mlx_optiq_ext.kv import LayerFormat, parse_spec, read_plan
+from mlx_optiq_ext.kv.formats import Affine, TurboQuant
 from mlx_optiq_ext.kv.plan import check_layers, entries
-from mlx_optiq_ext.turboquant import TurboFormat
 
 SPECS = {
-    "4": LayerFormat(Format(4), Format(4)),
-    "k8v4": LayerFormat(Format(8), Format(4)),
-    "k8v4g32": LayerFormat(Format(8, 32), Format(4, 32)),
-    "4r": LayerFormat(Format(4, None, True), Format(4, None, True)),
-    "k4rv3g64": LayerFormat(Format(4, 64, True), Format(3, 64)),
-    "k16v4": LayerFormat(None, Format(4)),
-    "4t": LayerFormat(TurboFormat(4), TurboFormat(4)),
-    "k8v3tg32": LayerFormat(Format(8, 32), TurboFormat(3)),
+    "4": LayerFormat(Affine(4), Affine(4)),
+    "k8v4": LayerFormat(Affine(8), Affine(4)),
+    "k8v4g32": LayerFormat(Affine(8, 32), Affine(4, 32)),
+    "4r": LayerFormat(Affine(4, None, True), Affine(4, None, True)),
+    "k4rv3g64": LayerFormat(Affine(4, 64, True), Affine(3, 64)),
+    "k16v4": LayerFormat(None, Affine(4)),
+    "4t": LayerFormat(TurboQuant(4), TurboQuant(4)),
+    "k8v3tg32": LayerFormat(Affine(8, 32), TurboQuant(3)),
 }
 
 
@@ -61,13 +61,17 @@ BAD = {
     "negative group": (json.dumps([{**ENTRY, "group_size": -64}]), "group_size -64 is none of"),
     "nothing packed": (json.dumps([{**ENTRY, "bits": 16}]), "packs neither keys nor values"),
     "unknown key": (json.dumps([{**ENTRY, "bitz": 8}]), "entry 0 has unknown keys: bitz"),
+    "a method of two": (json.dumps([{**ENTRY, "method": ["affine"]}]), "is not known"),
     "unknown method": (json.dumps([{**ENTRY, "method": "magic"}]), "method 'magic' is not known"),
     "too many bits": (json.dumps([{**ENTRY, "method": "turboquant"}]), "TurboQuant bits 8 is none"),
     "a seed in words": (
         json.dumps([{"layer_idx": 0, "bits": 4, "method": "turboquant", "seed": "x"}]),
         "seed 'x' is not a number",
     ),
-    "rotation in words": (json.dumps([{**ENTRY, "k_rotated": "yes"}]), "k_rotated 'yes' is not"),
+    "rotation in words": (
+        json.dumps([{**ENTRY, "k_rotated": "yes"}]),
+        "rotated 'yes' is not true or false",
+    ),
 }
 
 
@@ -97,13 +101,15 @@ def test_a_layer_that_the_model_does_not_have(tmp_path):
 
 def test_a_plan_is_read_back_as_it_was_written(tmp_path):
     layers = {
-        0: LayerFormat(Format(8, 64), Format(8, 64)),
-        2: LayerFormat(Format(4, 64, True), Format(3, 32)),
-        5: LayerFormat(None, Format(6, 128)),
-        6: LayerFormat(TurboFormat(4, 9), TurboFormat(4, 9)),
-        7: LayerFormat(TurboFormat(3, 2), TurboFormat(4, 2)),
-        8: LayerFormat(Format(8, 64), TurboFormat(2)),
-        9: LayerFormat(None, TurboFormat(1)),
+        0: LayerFormat(Affine(8, 64), Affine(8, 64)),
+        2: LayerFormat(Affine(4, 64, True), Affine(3, 32)),
+        5: LayerFormat(None, Affine(6, 128)),
+        6: LayerFormat(TurboQuant(4, 9), TurboQuant(4, 9)),
+        7: LayerFormat(TurboQuant(3, 2), TurboQuant(4, 2)),
+        8: LayerFormat(Affine(8, 64), TurboQuant(2)),
+        9: LayerFormat(None, TurboQuant(1)),
+        10: LayerFormat(TurboQuant(3, 2), TurboQuant(3, 7)),
+        11: LayerFormat(Affine(4), Affine(4)),
     }
     path = tmp_path / "kv_config.json"
     path.write_text(json.dumps(entries(layers)))

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_optiq_ext.errors import InputError, UnsupportedError
+from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.turboquant import (
     Encoded,
     Quantizer,
     Rotation,
-    TurboFormat,
     bitstream,
     codebook,
     create_quantizer,
@@ -133,5 +132,3 @@ def test_an_inner_product_quantizer_needs_a_bit_for_the_residual():
 def test_vectors_of_another_length_are_refused():
     with pytest.raises(InputError, match=r"\(2, 64\) do not end in the quantizer's 128"):
         create_quantizer(128, 4).encode(mx.zeros((2, 64)))
-    with pytest.raises(UnsupportedError, match="width 80 are no multiple of 32"):
-        TurboFormat(4).fitted(80)

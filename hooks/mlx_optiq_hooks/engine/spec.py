@@ -62,7 +62,7 @@ def optiq_attention_backends():
     """Offer functions that attend over packed keys and values, as a list. All results, joined.
 
     Called once, before the first such attention. A function takes ``(queries, keys, values, scale,
-    mask, sinks)`` as ``mlx_optiq_ext.kv.attention`` describes them, in the basis in which they are
+    mask, sinks)`` as ``mlx_optiq_ext.kv.attend`` describes them, in the basis in which they are
     stored. It returns the output, or None for a call that it leaves to the others.
     """
 

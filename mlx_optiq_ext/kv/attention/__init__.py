@@ -1,5 +1,5 @@
 """Attention over packed keys and values."""
 
-from .dispatch import attention, backend
+from .dispatch import attend
 
-__all__ = ["attention", "backend"]
+__all__ = ["attend"]

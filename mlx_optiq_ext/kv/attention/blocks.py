@@ -6,23 +6,18 @@ more than it saves, MLX's quantized products read packed data as it is.
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import TypeGuard
 
 import mlx.core as mx
 
-from ..packed import Format, Packed
+from ..packed_array import Packed
 from .composed import product
 from .scores import grouped, probabilities, rows_of
 
 #: Queries of a block.
-QUERIES = 256
+BLOCK = 256
 #: Tokens of a tile.
-TOKENS = 1024
-#: Queries of a key/value head up to which a quantized product is faster, by bits: times its keys,
-#: and times its values (measured in float32, tests/benchmarks/kv_attention.py).
-KEY_ROWS = {2: 2, 3: 10, 4: 2, 5: 14, 6: 20, 8: 2}
-VALUE_ROWS = {2: 3, 3: 10, 4: 6, 5: 14, 6: 20, 8: 5}
+TILE = 1024
 
 
 def attend(
@@ -32,38 +27,44 @@ def attend(
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
+    *,
+    block: int = BLOCK,
+    tile: int = TILE,
 ) -> mx.array:
-    """Attention in the stored basis; see `mlx_optiq_ext.kv.attention.attention`."""
+    """Attention in the stored basis, ``block`` queries and ``tile`` tokens at a time.
+
+    The other arguments are those of `mlx_optiq_ext.kv.attend`.
+    """
     length, (heads, tokens) = queries.shape[2], keys.shape[1:3]
-    rows = queries.shape[1] // heads * min(length, QUERIES)
-    score, weigh = _scores(keys, rows), _outputs(values, rows)
+    rows = queries.shape[1] // heads * min(length, block)
+    score, weigh = _scores(keys, rows, tile), _outputs(values, rows, tile)
     outputs = []
-    for start in range(0, length, QUERIES):
-        stop = min(start + QUERIES, length)
-        block = grouped(queries[:, :, start:stop].astype(mx.float32) * scale, heads)
-        weights = probabilities(score(block), rows_of(mask, start, stop, length, tokens), sinks)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        part = grouped(queries[:, :, start:stop].astype(mx.float32) * scale, heads)
+        weights = probabilities(score(part), rows_of(mask, start, stop, length, tokens), sinks)
         outputs.append(weigh(weights).flatten(1, 2).astype(queries.dtype))
-        if length > QUERIES:
+        if length > block:
             mx.eval(outputs)  # else MLX sets memory aside for many blocks before it runs the first
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 
-def _scores(keys: Packed | mx.array, rows: int) -> Callable[[mx.array], mx.array]:
+def _scores(keys: Packed | mx.array, rows: int, tile: int) -> Callable[[mx.array], mx.array]:
     """``block -> block @ keys.T`` over (batch, heads, repeats, length, ...)."""
-    if _direct(keys, rows, KEY_ROWS):
+    if _direct(keys, rows, transpose=True):
         exact = _in_float32(keys)
         return lambda block: product(block, exact, transpose=True)
-    tiles = [_tile(keys, *span).swapaxes(-1, -2) for span in _spans(keys)]
+    tiles = [_unpacked(keys, *span).swapaxes(-1, -2) for span in _spans(keys, tile)]
     return lambda block: _joined([block @ tile for tile in tiles])
 
 
-def _outputs(values: Packed | mx.array, rows: int) -> Callable[[mx.array], mx.array]:
+def _outputs(values: Packed | mx.array, rows: int, tile: int) -> Callable[[mx.array], mx.array]:
     """``weights -> weights @ values``."""
-    if _direct(values, rows, VALUE_ROWS):
+    if _direct(values, rows, transpose=False):
         exact = _in_float32(values)
         return lambda weights: product(weights, exact, transpose=False)
-    spans = _spans(values)
-    tiles = [_tile(values, *span) for span in spans]
+    spans = _spans(values, tile)
+    tiles = [_unpacked(values, *span) for span in spans]
 
     def weigh(weights: mx.array) -> mx.array:
         parts = [weights[..., slice(*span)] @ tile for span, tile in zip(spans, tiles, strict=True)]
@@ -72,12 +73,8 @@ def _outputs(values: Packed | mx.array, rows: int) -> Callable[[mx.array], mx.ar
     return weigh
 
 
-def _direct(side: Packed | mx.array, rows: int, limits: dict[int, int]) -> TypeGuard[Packed]:
-    return (
-        isinstance(side, Packed)
-        and isinstance(side.format, Format)
-        and rows <= limits[side.format.bits]
-    )
+def _direct(side: Packed | mx.array, rows: int, *, transpose: bool) -> TypeGuard[Packed]:
+    return isinstance(side, Packed) and rows <= side.format.product_rows(transpose=transpose)
 
 
 def _in_float32(side: Packed) -> Packed:
@@ -85,42 +82,22 @@ def _in_float32(side: Packed) -> Packed:
     return Packed([codes, *(part.astype(mx.float32) for part in others)], side.format)
 
 
-def _spans(side: Packed | mx.array) -> list[tuple[int, int]]:
+def _spans(side: Packed | mx.array, tile: int) -> list[tuple[int, int]]:
     tokens = side.shape[2]
-    return [(t, min(t + TOKENS, tokens)) for t in range(0, tokens, TOKENS)]
+    return [(t, min(t + tile, tokens)) for t in range(0, tokens, tile)]
 
 
-def _tile(array: Packed | mx.array, start: int, stop: int) -> mx.array:
+def _unpacked(array: Packed | mx.array, start: int, stop: int) -> mx.array:
     """Tokens from start to stop as (batch, heads, 1, tokens, dim) in float32."""
     whole = (start, stop) == (0, array.shape[2])
     part = array if whole else array[:, :, start:stop]
     if not isinstance(part, Packed):
         part = part.astype(mx.float32)
-    elif isinstance(part.format, Format) and 32 % part.format.bits == 0 and stop > start:
-        part = _unpacked(part, part.format.bits)
+    elif stop > start:
+        part = part.format.tile(part.parts)
     else:
         part = part.stored(mx.float32)
     return mx.expand_dims(part, 2)
-
-
-def _unpacked(part: Packed, bits: int) -> mx.array:
-    """What ``mx.dequantize`` gives in float32, in a third of its time here."""
-    codes, scales, biases = part.parts
-    codes = mx.unflatten(codes, -1, (scales.shape[-1], -1))
-    return _affine(bits)(codes, scales[..., None], biases[..., None]).flatten(-3)
-
-
-@cache
-def _affine(bits: int) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
-    """Words (..., groups, words) and (..., groups, 1) to (..., groups, words, codes of a word)."""
-
-    def affine(words: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        places = bits * mx.arange(32 // bits, dtype=mx.uint32)
-        codes = mx.right_shift(words[..., None], places) & (2**bits - 1)
-        scales, biases = (each[..., None].astype(mx.float32) for each in (scales, biases))
-        return codes.astype(mx.float32) * scales + biases
-
-    return mx.compile(affine, shapeless=True)
 
 
 def _joined(parts: list[mx.array]) -> mx.array:

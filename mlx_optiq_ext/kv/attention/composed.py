@@ -2,13 +2,13 @@
 
 import mlx.core as mx
 
-from ..packed import Format, Packed
+from ..packed_array import Packed
 from .scores import grouped, probabilities, rows_of
 
 
 def supports(*sides: Packed | mx.array) -> bool:
     """Whether MLX has a product with data in these forms."""
-    return all(not isinstance(s, Packed) or isinstance(s.format, Format) for s in sides)
+    return all(not isinstance(side, Packed) or side.format.multiplies for side in sides)
 
 
 def attend(
@@ -19,7 +19,7 @@ def attend(
     mask: mx.array | str | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """Attention in the stored basis; see `mlx_optiq_ext.kv.attention.attention`.
+    """Attention in the stored basis; see `mlx_optiq_ext.kv.attend`.
 
     The scores of all queries are held at once, so it is for few of them.
     """
@@ -36,13 +36,5 @@ def product(left: mx.array, right: Packed | mx.array, *, transpose: bool) -> mx.
     if not isinstance(right, Packed):
         right = mx.expand_dims(right, 2)
         return left @ (right.swapaxes(-1, -2) if transpose else right)
-    codes, scales, biases = (mx.expand_dims(part, 2) for part in right.parts)
-    return mx.quantized_matmul(
-        left,
-        codes,
-        scales,
-        biases,
-        transpose=transpose,
-        group_size=right.format.group_size,
-        bits=right.format.bits,
-    )
+    parts = [mx.expand_dims(part, 2) for part in right.parts]
+    return right.format.multiply(left, parts, transpose=transpose)

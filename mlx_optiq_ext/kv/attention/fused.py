@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ..packed import Packed
+from ..packed_array import Packed
 
 
 def attend(
@@ -13,7 +13,7 @@ def attend(
     mask: mx.array | str | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """Attention in the stored basis; see `mlx_optiq_ext.kv.attention.attention`."""
+    """Attention in the stored basis; see `mlx_optiq_ext.kv.attend`."""
     return mx.fast.scaled_dot_product_attention(
         queries,
         _stored(keys, queries.dtype),

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...errors import InputError
 from ...model.loading import load, local_folder, model_digest, to_compute_dtype
 from ...planning import calibration as calibrations
 from ..plan import FILE, entries
-from .measurement import Costs, measure
+from .kv_sensitivity import Costs, measure
 from .plan_search import Found, search
 
 #: File beside the plan that holds what was measured.
@@ -91,7 +90,7 @@ def _record(found: Found, costs: Costs, model: str, budget: float) -> dict[str, 
                 "side": side,
                 "n_kv_heads": shape[1],
                 "head_dim": shape[3],
-                "sensitivities": [{**asdict(f), "kl": kl} for f, kl in measured.items()],
+                "sensitivities": [{**f.to_json(), "kl": kl} for f, kl in measured.items()],
             }
         )
     return {

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ... import distributed
 from ...errors import BudgetError
-from ..packed import BITS, GROUP_SIZES, Format
+from ..formats import Affine
 from ..plan import LayerFormat
-from .measurement import Costs, Side, as_layers, choose, judged
+from .kv_sensitivity import Costs, Side, as_layers, choose, judged
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Found:
         uniform: Name, bits per element and KL of the best uniform plan that fits, if one does.
     """
 
-    choice: Mapping[Side, Format]
+    choice: Mapping[Side, Affine]
     bits_per_element: float
     kl: float
     name: str
@@ -68,7 +68,7 @@ def search(found: Costs, budget: float) -> Found:
     with suppress(BudgetError):
         plans["allocated, K and V alike"] = choose(found, budget, alike=True)
     plans |= _uniform(found, budget)
-    distinct: dict[str, Mapping[Side, Format]] = {}
+    distinct: dict[str, Mapping[Side, Affine]] = {}
     for name, plan in plans.items():
         if plan not in distinct.values():
             distinct[name] = plan
@@ -84,17 +84,17 @@ def search(found: Costs, budget: float) -> Found:
     return Found(distinct[best], *tried[best], best, tried, uniform)
 
 
-def _uniform(found: Costs, budget: float) -> dict[str, dict[Side, Format]]:
+def _uniform(found: Costs, budget: float) -> dict[str, dict[Side, Affine]]:
     """The finest uniform plan that fits, plain and rotated."""
     result = {}
+    shared = [
+        format
+        for format in next(iter(found.costs.values()))
+        if all(format in costs for costs in found.costs.values())
+    ]
     for rotated in (False, True):
-        fitting = [
-            dict.fromkeys(found.costs, Format(bits, size, rotated))
-            for bits in BITS
-            for size in GROUP_SIZES
-            if all(Format(bits, size, rotated) in costs for costs in found.costs.values())
-        ]
-        fitting = [plan for plan in fitting if found.bits_per_element(plan) <= budget + 1e-9]
+        plans = [dict.fromkeys(found.costs, f) for f in shared if f.rotated is rotated]
+        fitting = [plan for plan in plans if found.bits_per_element(plan) <= budget + 1e-9]
         if fitting:
             plan = max(fitting, key=found.bits_per_element)
             format = next(iter(plan.values()))

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from ...model.layers import calls_replaced, decoder_layers
 from ...planning.divergence import Reference
-from ..layout import Mounted, Slot, owners, packed, stock_caches
+from ..layout import Mounted, Slot, owners, packed_caches, stock_caches
 from ..plan import LayerFormat
 
 
@@ -57,7 +57,7 @@ class Replay:
 
     def _caches(self, formats: Mapping[Slot, LayerFormat]) -> list[Any]:
         mounted = Mounted(formats, self.owners, dense=True, mergeable=False)
-        return packed(stock_caches(self.model), mounted)
+        return packed_caches(stock_caches(self.model), mounted)
 
     @cached_property
     def _readers(self) -> bool:

@@ -29,12 +29,12 @@ def scaled_dot_product_attention(wrapped, instance, args, kwargs):
     values = args[2] if len(args) > 2 else kwargs["values"]
     if not (hasattr(keys, "format") or hasattr(values, "format")):
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.kv import attention
+    from mlx_optiq_ext.kv import attend
 
     call = dict(zip(_names(wrapped), args, strict=False)) | kwargs
     # Which cache it came from does not matter: what is packed knows its own format.
     call.pop("cache", None)
-    return attention(**call, backends=attention_backends())
+    return attend(**call, backends=attention_backends())
 
 
 PATCHES = (

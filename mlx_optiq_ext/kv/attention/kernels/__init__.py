@@ -1,5 +1,5 @@
 """Flash decoding over packed keys and values, as kernels of our own."""
 
-from .launch import attend, supports
+from .decode_kernel import attend, supports
 
 __all__ = ["attend", "supports"]

@@ -1,6 +1,6 @@
 // Packs one row of keys or values, a group by 32 lanes: scale and bias are fitted to the group by
 // least squares, FITS times to the codes of the fit before, from each of STARTS shares of its range;
-// those that explain most are kept (see rounding.py).
+// those that explain most are kept (see affine_ranges.py).
 
 template <int BITS, int GROUP, int GROUPS, int STARTS, int FITS, typename P, typename S, typename C, typename O>
 INLINE void pack_row(

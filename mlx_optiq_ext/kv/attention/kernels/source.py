@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ...formats import CodeLayout
+
 #: Warps of a block; each takes every eighth tile of 16 tokens.
 WARPS = 8
 #: Rows of a product's right factor.
@@ -32,23 +34,6 @@ PLACES = {
 
 
 @dataclass(frozen=True)
-class Side:
-    """How keys or values are packed.
-
-    Attributes:
-        dim: Of a head.
-        bits: Width of a code.
-        group_size: Elements that share a scale and a bias; ``dim`` with a codebook.
-        levels: With a codebook, the magnitudes that a code without its sign bit stands for.
-    """
-
-    dim: int
-    bits: int
-    group_size: int
-    levels: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
 class Family:
     """Shapes that one compiled kernel serves.
 
@@ -64,8 +49,8 @@ class Family:
         out: Type of the output.
     """
 
-    keys: Side
-    values: Side
+    keys: CodeLayout
+    values: CodeLayout
     repeats: int
     length: int
     scale: float

@@ -6,8 +6,10 @@ from functools import cache
 
 import mlx.core as mx
 
-from ...packed import AnyFormat, Packed
-from .source import COMBINE, DECODE, WARPS, Family, Side, combine, decode, name_of
+from ...formats import CodeLayout, Format
+from ...packed_array import Packed
+from ...platform import Platform
+from .source import COMBINE, DECODE, WARPS, Family, combine, decode, name_of
 
 #: Head dimensions, group sizes and types that the kernels are written for.
 DIMS, GROUP_SIZES, DTYPES = (64, 96, 128, 256), (32, 64, 128), (mx.bfloat16, mx.float16)
@@ -41,17 +43,20 @@ def supports(
 
 # A step of decoding comes here once a layer: one look-up has to find all that does not change.
 @cache
-def _fits(format: AnyFormat, width: int, queries: mx.Dtype, stored: mx.Dtype) -> bool:
+def _fits(format: Format, width: int, queries: mx.Dtype, stored: mx.Dtype) -> bool:
+    dim = format.head_dim(width)
+    layout = format.code_layout(dim)
     return (
-        queries in DTYPES
+        layout is not None
+        and queries in DTYPES
         and stored == queries
-        and width * 32 // format.bits in DIMS
-        and (format.group_size in GROUP_SIZES or bool(format.levels(width * 32 // format.bits)))
+        and dim in DIMS
+        and (layout.group_size in GROUP_SIZES or bool(layout.levels))
     )
 
 
 def attend(
-    platform: str,
+    platform: Platform,
     queries: mx.array,
     keys: Packed,
     values: Packed,
@@ -60,11 +65,12 @@ def attend(
     sinks: mx.array | None,
     *,
     dtype: mx.Dtype | None = None,
+    blocks: int = BLOCKS,
 ) -> mx.array:
-    """Attention in the stored basis; see `mlx_optiq_ext.kv.attention.attention`.
+    """Attention in the stored basis; see `mlx_optiq_ext.kv.attend`.
 
     Args:
-        platform: ``"cuda"`` or ``"metal"``.
+        platform: One that compiles kernels.
         queries: As there, like the others.
         keys: Packed.
         values: Packed.
@@ -72,6 +78,7 @@ def attend(
         mask: None, ``"causal"`` or an array.
         sinks: Logits or None.
         dtype: Of the output; the queries' by default.
+        blocks: Blocks to spread the call over.
     """
     batch, query_heads, length, _ = queries.shape
     _, heads, tokens, width = keys.parts[0].shape
@@ -81,7 +88,7 @@ def attend(
         platform, keys.format, values.format, width, values.parts[0].shape[3],
         query_heads // heads, length, scale, kind, sinks is not None, queries.dtype, out,
     )  # fmt: skip
-    splits = BLOCKS // (batch * heads * call.chunks)
+    splits = blocks // (batch * heads * call.chunks)
     splits = max(1, min(splits, -(-tokens // (TILE * WARPS))))
     shape = (batch, heads, splits, call.rows)
     states, parts = call.decode(
@@ -106,8 +113,8 @@ _NO_MASK = ("none", None)
 
 
 def _parts(side: Packed) -> tuple[mx.array, ...]:
-    codes, scales, biases = side.parts
-    return codes, scales, biases if biases.size else scales
+    codes, scales, *biases = side.parts
+    return codes, scales, biases[0] if biases else scales
 
 
 def _mask(mask: mx.array | str, shape: tuple[int, ...]) -> tuple[str, mx.array | None]:
@@ -133,9 +140,9 @@ class _Call:
 
 @cache
 def _call(
-    platform: str,
-    keys: AnyFormat,
-    values: AnyFormat,
+    platform: Platform,
+    keys: Format,
+    values: Format,
     key_width: int,
     value_width: int,
     repeats: int,
@@ -146,13 +153,14 @@ def _call(
     dtype: mx.Dtype,
     out: mx.Dtype,
 ) -> _Call:
-    sides = (_side(keys, key_width), _side(values, value_width))
+    sides = (_layout(keys, key_width), _layout(values, value_width))
     names = (str(d).removeprefix("mlx.core.") for d in (dtype, out))
     family = Family(*sides, repeats, length, scale, mask, sinks, *names)
-    make = getattr(mx.fast, f"{platform}_kernel")
+    make = platform.compile
+    assert make is not None
     kernels = [
         make(
-            name=name_of(platform, family, *names, *texts),
+            name=name_of(platform.name, family, *names, *texts),
             input_names=list(names[0]),
             output_names=list(names[1]),
             header=texts[0],
@@ -160,13 +168,14 @@ def _call(
             ensure_row_contiguous=False,
         )
         for names, texts in (
-            (DECODE, decode(family, platform)),
-            (COMBINE, combine(family, platform)),
+            (DECODE, decode(family, platform.name)),
+            (COMBINE, combine(family, platform.name)),
         )
     ]
     return _Call(family.rows, family.chunks, family.joiners, family.values.dim, *kernels)
 
 
-def _side(format: AnyFormat, width: int) -> Side:
-    dim = width * 32 // format.bits
-    return Side(dim, format.bits, format.group_size or dim, format.levels(dim))
+def _layout(format: Format, width: int) -> CodeLayout:
+    layout = format.code_layout(format.head_dim(width))
+    assert layout is not None  # else `supports` is false
+    return layout

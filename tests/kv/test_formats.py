@@ -4,16 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_optiq_ext.errors import UnsupportedError
-from mlx_optiq_ext.kv.packed import (
-    BITS,
-    GROUP_SIZES,
-    Format,
-    Packed,
-    rotatable,
-    rotate,
-    rotate_back,
-)
-from mlx_optiq_ext.kv.rounding import COVERED, FEW
+from mlx_optiq_ext.kv import Packed
+from mlx_optiq_ext.kv.formats import Affine, TurboQuant
+from mlx_optiq_ext.kv.formats.affine import BITS, GROUP_SIZES
+from mlx_optiq_ext.kv.formats.affine_ranges import COVERED, FEW
+from mlx_optiq_ext.turboquant.hadamard import rotatable, rotate, rotate_back
 
 
 @pytest.mark.parametrize("rotated", [False, True])
@@ -21,7 +16,7 @@ from mlx_optiq_ext.kv.rounding import COVERED, FEW
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_every_width_packs_every_head_dimension_it_divides(dim, bits, group_size, rotated):
-    format = Format(bits, group_size, rotated)
+    format = Affine(bits, group_size, rotated)
     if dim % group_size:
         with pytest.raises(UnsupportedError, match=f"width {dim} do not divide into groups"):
             format.fitted(dim)
@@ -42,7 +37,7 @@ def test_every_width_packs_every_head_dimension_it_divides(dim, bits, group_size
 
 @pytest.mark.parametrize("bits", BITS)
 def test_prompts_of_all_shapes_are_packed_one_after_the_other(bits):
-    format = Format(bits, 32)
+    format = Affine(bits, 32)
     for shape in [(1, 2, 16, 64), (1, 2, 16, 96), (1, 2, 40, 96), (2, 2, 16, 64)]:
         array = mx.random.normal(shape, key=mx.random.key(bits))
         packed = Packed(format.pack(array), format)
@@ -62,7 +57,7 @@ def test_narrow_codes_err_less_than_mlx_does(bits, group_size, dtype):
     def error(found):
         return float(mx.square(found.astype(mx.float32) - array.astype(mx.float32)).mean())
 
-    format = Format(bits, group_size)
+    format = Affine(bits, group_size)
     clipped = Packed(format.pack(array), format).stored()
     searched = Packed(format.pack(array.reshape(1, -1, 128)), format).stored()
     assert searched.dtype == clipped.dtype == dtype
@@ -74,7 +69,7 @@ def test_narrow_codes_err_less_than_mlx_does(bits, group_size, dtype):
 def test_groups_of_one_value_and_of_zeros_are_kept(rows):
     array = mx.concatenate([mx.full((rows, 64), 3.0), mx.zeros((rows, 64))], axis=-1)
     for bits in BITS:
-        format = Format(bits, 64)
+        format = Affine(bits, 64)
         assert mx.allclose(Packed(format.pack(array), format).stored(), array, atol=1e-5)
 
 
@@ -86,19 +81,25 @@ def test_rotation_keeps_products_and_is_undone(dim, seed):
 
 
 def test_a_width_alone_takes_the_largest_group_that_fits():
-    assert Format(4).fitted(128).group_size == 64
-    assert Format(4).fitted(96).group_size == 32
+    assert Affine(4).fitted(128).group_size == 64
+    assert Affine(4).fitted(96).group_size == 32
     with pytest.raises(UnsupportedError, match="width 80 do not divide into groups of 64 or 32"):
-        Format(4).fitted(80)
+        Affine(4).fitted(80)
+
+
+def test_a_head_that_turboquant_cannot_pack_is_refused():
+    assert TurboQuant(4).fitted(96).bits_per_element == 4 + 16 / 96
+    with pytest.raises(UnsupportedError, match="width 80 are no multiple of 32"):
+        TurboQuant(4).fitted(80)
 
 
 def test_what_has_no_hadamard_matrix_is_refused():
     with pytest.raises(UnsupportedError, match="width 352 have no Hadamard rotation"):
-        Format(4, 32, rotated=True).fitted(352)
+        Affine(4, 32, rotated=True).fitted(352)
 
 
 def test_indexing_takes_rows_of_every_part():
-    format = Format(3, 32)
+    format = Affine(3, 32)
     array = mx.random.normal((2, 3, 7, 64))
     packed = Packed(format.pack(array), format)
     part = packed[:, :, 2:5]

@@ -20,8 +20,9 @@ from ...errors import BudgetError, UnsupportedError
 from ...planning.allocation import allocate
 from ...planning.journal import Journal
 from ...weights.precision import Precision
+from ..formats import Affine, Format
+from ..formats.affine import candidates
 from ..layout import Slot, owners
-from ..packed import BITS, GROUP_SIZES, AnyFormat, Format, rotatable
 from ..plan import LayerFormat
 from .replay import Replay
 
@@ -49,34 +50,22 @@ class Costs:
 
     slots: Mapping[int, tuple[Slot, ...]]
     shapes: Mapping[Side, list[tuple[int, ...]]]
-    costs: Mapping[Side, Mapping[Format, float]]
+    costs: Mapping[Side, Mapping[Affine, float]]
     held_out: list[Replay]
 
     def elements(self, side: Side) -> int:
         """Numbers that one side holds at the measured length."""
         return sum(math.prod(shape) for shape in self.shapes[side])
 
-    def bits_per_element(self, choice: Mapping[Side, AnyFormat]) -> float:
+    def bits_per_element(self, choice: Mapping[Side, Format]) -> float:
         """Stored bits over elements of a whole choice."""
         total = sum(self.elements(side) for side in choice)
         return sum(self.elements(s) * f.bits_per_element for s, f in choice.items()) / total
 
-    def formats(self, choice: Mapping[Side, AnyFormat]) -> dict[Slot, LayerFormat]:
+    def formats(self, choice: Mapping[Side, Format]) -> dict[Slot, LayerFormat]:
         """A choice as formats of the caches."""
         layers = as_layers(choice)
         return {slot: layers[layer] for layer in layers for slot in self.slots[layer]}
-
-
-def candidates(shapes: list[tuple[int, ...]], *, rotation: bool = True) -> list[Format]:
-    """Every format that fits keys or values of these shapes."""
-    dims = {shape[3] for shape in shapes}
-    return [
-        Format(bits, size, rotated)
-        for bits in BITS
-        for size in GROUP_SIZES
-        if all(dim and dim % size == 0 for dim in dims)
-        for rotated in ((False, True) if rotation and all(map(rotatable, dims)) else (False,))
-    ]
 
 
 def measure(
@@ -115,17 +104,17 @@ def measure(
         for layer, own in slots.items()
         for which in "kv"
     }
-    shapes = {side: found for side, found in shapes.items() if candidates(found)}
+    shapes = {side: found for side, found in shapes.items() if candidates(_dims(found))}
     if not shapes:
         raise UnsupportedError(
             "no layer of this model keeps keys and values in groups that MLX can pack: leave "
             "--optiq-kv-budget out"
         )
-    costs: dict[Side, dict[Format, float]] = {}
+    costs: dict[Side, dict[Affine, float]] = {}
     for side in tqdm(
         distributed.share(list(shapes)), desc="Measuring keys and values", disable=not progress
     ):
-        formats = candidates(shapes[side], rotation=rotation)
+        formats = candidates(_dims(shapes[side]), rotation=rotation)
         costs[side] = _costs(runs, slots[side[0]], side, formats, journal)
     journal.exchange()
     parts = {side: found for part in distributed.gathered(costs) for side, found in part.items()}
@@ -134,18 +123,22 @@ def measure(
     return Costs(slots, shapes, costs, judges)
 
 
+def _dims(shapes: list[tuple[int, ...]]) -> set[int]:
+    return {shape[3] for shape in shapes}
+
+
 def _costs(
     runs: list[Replay],
     slots: tuple[Slot, ...],
     side: Side,
-    formats: list[Format],
+    formats: list[Affine],
     journal: Journal,
-) -> dict[Format, float]:
+) -> dict[Affine, float]:
     known = {f: journal.get(_name(side, f), _precision(f)) for f in formats}
     if all(cost is not None for cost in known.values()):
         return {f: cost or 0.0 for f, cost in known.items()}
 
-    def packed(format: Format) -> dict[Slot, LayerFormat]:
+    def packed(format: Affine) -> dict[Slot, LayerFormat]:
         return dict.fromkeys(slots, as_layers({side: format})[side[0]])
 
     anchor = next(f for f in formats if f.bits == ANCHOR)
@@ -165,11 +158,11 @@ def _costs(
     return found
 
 
-def _precision(format: Format) -> Precision:
+def _precision(format: Affine) -> Precision:
     return Precision(format.bits, format.group_size or 64)
 
 
-def _name(side: Side, format: Format) -> str:
+def _name(side: Side, format: Affine) -> str:
     return f"{side[0]}.{side[1]}{'r' if format.rotated else ''}"
 
 
@@ -177,9 +170,9 @@ def choose(
     found: Costs,
     budget: float,
     *,
-    allow: Callable[[Format], bool] = lambda _: True,
+    allow: Callable[[Affine], bool] = lambda _: True,
     alike: bool = False,
-) -> dict[Side, Format]:
+) -> dict[Side, Affine]:
     """The cheapest formats within a budget of stored bits per element.
 
     Args:
@@ -218,13 +211,13 @@ def choose(
     return {side: options[i][picked[i]] for i, own in enumerate(sides) for side in own}
 
 
-def judged(found: Costs, choice: Mapping[Side, AnyFormat]) -> float:
+def judged(found: Costs, choice: Mapping[Side, Format]) -> float:
     """KL of a whole choice on the held-out windows, in nats per token."""
     formats = found.formats(choice)
     return float(np.mean([run.divergence(formats) for run in found.held_out]))
 
 
-def as_layers(choice: Mapping[Side, AnyFormat]) -> dict[int, LayerFormat]:
+def as_layers(choice: Mapping[Side, Format]) -> dict[int, LayerFormat]:
     """Both sides of each layer together."""
     result: dict[int, LayerFormat] = {}
     for (layer, which), format in choice.items():

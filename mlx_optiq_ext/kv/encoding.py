@@ -1,0 +1,91 @@
+"""New keys and values of a layer as rows of its cache, and those rows as packed arrays.
+
+The cache keeps the rows in planes, each one of mlx-lm's caches: one plane for each part of the
+formats, or a single plane of rows in which all parts lie side by side.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import mlx.core as mx
+
+from .attention.kernels import pack_kernel
+from .formats import Format
+from .packed_array import Packed
+from .plan import LayerFormat
+from .platform import Platform
+
+Parts = tuple[mx.array, ...]
+
+
+def encode(
+    keys: mx.array, values: mx.array, formats: LayerFormat, platform: Platform
+) -> tuple[Parts, Parts]:
+    """The parts of both.
+
+    Args:
+        keys: (batch, heads, length, dim).
+        values: (batch, heads, length, value dim).
+        formats: Fitted to the dimensions.
+        platform: Where to pack.
+    """
+    if platform.compile is not None and pack_kernel.packs(keys, values, formats):
+        found = pack_kernel.pack(platform, keys, values, formats)
+        return tuple(found[:3]), tuple(found[3:])
+    return _parts(keys, formats.keys), _parts(values, formats.values)
+
+
+def _parts(array: mx.array, format: Format | None) -> Parts:
+    """What a format packs an array into; without one, the array's bits and a part of no width.
+
+    mlx-lm's batches give keys and values one dtype, so bits are taken for codes.
+    """
+    if format is not None:
+        return format.pack(array)
+    return array.view(mx.uint32), array[..., :0]
+
+
+def arrange(
+    keys: Parts, values: Parts, formats: LayerFormat, planes: int
+) -> Iterable[tuple[mx.array, mx.array]]:
+    """The rows of keys and of values for each plane.
+
+    The side with fewer parts gets some of no width; two planes or more hold all parts of both.
+    """
+    if planes == 1:
+        return [(_joined(keys, formats.keys), _joined(values, formats.values))]
+    return zip(_padded(keys, planes), _padded(values, planes), strict=True)
+
+
+def packed_of(
+    rows: Sequence[tuple[mx.array, mx.array]], formats: LayerFormat, dtype: str | None
+) -> tuple[Packed | mx.array, Packed | mx.array]:
+    """Undo `arrange`: keys and values, each a plain array where it has no format.
+
+    ``dtype`` is the name of what was packed, None where nothing was yet.
+    """
+    keys, values = zip(*rows, strict=True)
+    if len(rows) == 1:
+        given = getattr(mx, dtype or "float32")
+        keys = _split(keys[0], formats.keys, given)
+        values = _split(values[0], formats.values, given)
+    return _packed(keys, formats.keys), _packed(values, formats.values)
+
+
+def _joined(parts: Parts, format: Format | None) -> mx.array:
+    return parts[0] if format is None else format.join(parts)
+
+
+def _split(words: mx.array, format: Format | None, dtype: mx.Dtype) -> Parts:
+    if format is None:
+        return words, mx.zeros((*words.shape[:-1], 0), dtype)
+    return format.split(words, dtype)
+
+
+def _padded(parts: Parts, count: int) -> Parts:
+    return parts if len(parts) == count else (*parts, *[parts[-1][..., :0]] * (count - len(parts)))
+
+
+def _packed(parts: Parts, format: Format | None) -> Packed | mx.array:
+    if format is None:
+        return parts[0].view(parts[1].dtype)
+    return Packed(parts[: len(format.parts)], format)

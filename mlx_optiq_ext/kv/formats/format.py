@@ -1,0 +1,136 @@
+"""What every format of a KV cache answers."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class CodeLayout:
+    """How codes lie in memory, for the kernels of our own.
+
+    Attributes:
+        dim: Head dimension.
+        bits: Width of a code; codes follow each other without gaps, least significant bits first.
+        group_size: Elements that share a scale and a bias; ``dim`` with a codebook.
+        levels: Magnitudes that a code without its sign bit stands for, times the vector's norm.
+            Empty where a code is a multiple of its group's scale, above its bias.
+    """
+
+    dim: int
+    bits: int
+    group_size: int
+    levels: tuple[float, ...] = ()
+
+
+class Format(abc.ABC):
+    """How keys or values are stored.
+
+    A format is a frozen dataclass with a field ``bits``. Six methods are its own: `from_json`,
+    `to_json`, `fitted`, `bits_per_element`, `pack` and `unpack`. With these alone attention unpacks
+    one layer at a time. The others let faster kernels read the parts as they are.
+
+    Attributes:
+        name: ``"method"`` in kv_config.json.
+        letters: Letter behind a width in a spec -> the JSON fields that it stands for.
+        fields: Names of the JSON fields that `from_json` reads, besides ``"method"``.
+        parts: What `pack` returns, in order, two or more. The first is uint32, the others have the
+            dtype of the packed array. A cache holds the same part of keys and of values in one of
+            mlx-lm's caches.
+        interleaves: Whether `join` and `split` keep all parts of a vector in one row.
+        multiplies: Whether `multiply` works.
+        packed_by_kernel: Whether the kernel that packs new keys and values may replace `pack`.
+    """
+
+    name: ClassVar[str]
+    letters: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    fields: ClassVar[tuple[str, ...]] = ("bits",)
+    parts: ClassVar[tuple[str, ...]]
+    interleaves: ClassVar[bool] = False
+    multiplies: ClassVar[bool] = False
+    packed_by_kernel: ClassVar[bool] = False
+
+    bits: int
+
+    @classmethod
+    @abc.abstractmethod
+    def from_json(cls, fields: Mapping[str, Any], where: str) -> "Format":
+        """Read the format of keys or of values.
+
+        Args:
+            fields: Those of `fields` that an entry of kv_config.json gives this side.
+            where: The file and the entry, for messages.
+
+        Raises:
+            InputError: A field has a value that the format does not know.
+        """
+
+    @abc.abstractmethod
+    def to_json(self) -> dict[str, Any]:
+        """The fields that `from_json` reads; ``"bits"`` first."""
+
+    @abc.abstractmethod
+    def fitted(self, dim: int) -> "Format":
+        """The same for a head dimension.
+
+        Raises:
+            UnsupportedError: Vectors of ``dim`` elements cannot be packed.
+        """
+
+    @property
+    @abc.abstractmethod
+    def bits_per_element(self) -> float:
+        """Stored bits of an element, with its share of scales and the like in 16 bits."""
+
+    @abc.abstractmethod
+    def pack(self, array: mx.array) -> tuple[mx.array, ...]:
+        """Pack (batch, heads, length, dim) into `parts`, each of its own last axis."""
+
+    @abc.abstractmethod
+    def unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
+        """Undo `pack`, up to rounding and `turn`; never called on an empty array."""
+
+    def turn(self, array: mx.array) -> mx.array:
+        """Bring (..., dim) into the basis in which vectors are stored; it keeps inner products."""
+        return array
+
+    def turn_back(self, array: mx.array) -> mx.array:
+        """Undo `turn`."""
+        return array
+
+    def head_dim(self, words: int) -> int:
+        """Head dimension of vectors whose first part is so many words wide."""
+        return words * 32 // self.bits
+
+    def join(self, parts: Sequence[mx.array]) -> mx.array:
+        """All parts side by side in uint32 words (..., words)."""
+        raise NotImplementedError
+
+    def split(self, words: mx.array, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        """Undo `join` for an array of ``dtype``."""
+        raise NotImplementedError
+
+    def tile(self, parts: Sequence[mx.array]) -> mx.array:
+        """`unpack` in float32, as fast as a CPU can."""
+        return self.unpack(parts, mx.float32)
+
+    def multiply(self, left: mx.array, parts: Sequence[mx.array], *, transpose: bool) -> mx.array:
+        """``left @ array``, or ``left @ array.T``, in the stored basis; leading axes broadcast."""
+        raise NotImplementedError
+
+    def product_rows(self, *, transpose: bool) -> int:
+        """Most rows of ``left`` for which a CPU gains by `multiply` over `tile` and a product."""
+        return 0
+
+    def code_layout(self, dim: int) -> CodeLayout | None:
+        """How the decoding kernels find codes, scales and biases; None if they cannot.
+
+        They are handed the first three parts, or, with a codebook, the first two.
+        """
+        return None
+
+    def __str__(self) -> str:
+        return f"{self.bits} ({self.name})"

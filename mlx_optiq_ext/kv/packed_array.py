@@ -1,0 +1,60 @@
+"""Keys or values in packed form, along the head dimension."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .formats import Format
+
+
+class Packed:
+    """An array of keys or values (batch, heads, length, dim) in packed form.
+
+    Attributes:
+        parts: What the format packs into, each (batch, heads, length, its own width).
+        format: How they are packed, fitted to the head dimension.
+    """
+
+    __slots__ = ("format", "parts")
+
+    def __init__(self, parts: Sequence[mx.array], format: Format):
+        self.parts = tuple(parts)
+        self.format = format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that it stands for."""
+        codes = self.parts[0]
+        return (*codes.shape[:-1], self.format.head_dim(codes.shape[-1]))
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Type of the array that it stands for."""
+        return self.parts[1].dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of its axes."""
+        return self.parts[0].ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+    def __getitem__(self, index: Any) -> "Packed":
+        """Index the axes before the last."""
+        return Packed([part[index] for part in self.parts], self.format)
+
+    def stored(self, dtype: mx.Dtype | None = None) -> mx.array:
+        """The array in the basis in which it is stored, that is rotated if the format is."""
+        dtype = dtype or self.dtype
+        if self.parts[0].size == 0:  # a row of a batch that holds nothing yet
+            return mx.zeros(self.shape, dtype)
+        return self.format.unpack(self.parts, dtype)
+
+    def plain(self, dtype: mx.Dtype | None = None) -> mx.array:
+        """The array that it stands for, up to rounding."""
+        array = self.stored(dtype)
+        return self.format.turn_back(array) if array.size else array

@@ -6,13 +6,15 @@ stored transposed to mlx-lm's: ``lora_A.weight`` (rank, in) and ``lora_B.weight`
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
 
 from ...errors import InputError
+from ...files import shown
 from ..adapter import LayerAdapter
+from . import patterns
 
 PREFIX = "base_model.model."
 
@@ -65,7 +67,23 @@ def layers(
             f"{source}: {rest[0]} is no LoRA tensor (modules_to_save, bias and the like): mlx-lm "
             "has no place for it; merge it into the base model with PEFT"
         )
-    return {path: _layer(path, parts[path], config, source) for path in sorted(parts)}
+    ranks = _by_path("rank_pattern", parts, config, config["r"], source)
+    alphas = _by_path("alpha_pattern", parts, config, config["lora_alpha"], source)
+    rooted = bool(config.get("use_rslora"))
+    return {
+        path: _layer(path, parts[path], ranks[path], alphas[path], rooted, source)
+        for path in sorted(parts)
+    }
+
+
+def _by_path(
+    name: str, paths: Collection[str], config: Mapping[str, Any], default: Any, source: str
+) -> dict[str, Any]:
+    """What a ``rank_pattern`` or ``alpha_pattern`` says of each path."""
+    table = config.get(name) or {}
+    fits = patterns.first_fits(table, paths, f"{source}: {name}")
+    values = list(table.values())
+    return {path: values[fits[path]] if path in fits else default for path in paths}
 
 
 def check_config(config: Mapping[str, Any], source: str) -> None:
@@ -74,8 +92,8 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         raise InputError(
             f"{source}: peft_type {config.get('peft_type')!r} is not LORA, the one that mlx-lm has"
         )
-    for name in ("r", "lora_alpha"):
-        _number(config.get(name), name, source)
+    _number(config.get("r"), "r", source, whole=True)
+    _number(config.get("lora_alpha"), "lora_alpha", source)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
         raise InputError(
@@ -90,31 +108,16 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
         if not isinstance(table, dict):
             raise InputError(f"{source}: {name} is not a table of module to number")
         for key, value in table.items():
-            _number(value, f"{name} of {key}", source)
-
-
-def pattern_value(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """What a ``rank_pattern`` or ``alpha_pattern`` says of a path: the first key that fits."""
-    for key, value in (table or {}).items():
-        if matches(key, path):
-            return value
-    return default
-
-
-def matches(key: str, path: str) -> bool:
-    """Whether a pattern's key, a regular expression or the end of a path, fits a path.
-
-    Raises:
-        InputError: The key is no regular expression.
-    """
-    try:
-        return re.match(rf"(.*\.)?({key})$", path) is not None
-    except re.error as error:
-        raise InputError(f"pattern {key!r} is no regular expression ({error})") from error
+            _number(value, f"{name} of {key:.100}", source, whole=name == "rank_pattern")
 
 
 def _layer(
-    path: str, parts: Mapping[str, mx.array], config: Mapping[str, Any], source: str
+    path: str,
+    parts: Mapping[str, mx.array],
+    said: Any,
+    alpha: Any,
+    rooted: bool,
+    source: str,
 ) -> LayerAdapter:
     first, second = parts.get("lora_A"), parts.get("lora_B")
     if first is None and second is None:
@@ -127,22 +130,21 @@ def _layer(
             "a linear layer"
         )
     rank = first.shape[0]
-    said = pattern_value(config.get("rank_pattern"), path, config["r"])
     if rank != said:
         raise InputError(
             f"{source}: {path} has rank {rank}, but adapter_config.json says {said}: the two files "
             "are of different adapters"
         )
-    alpha = pattern_value(config.get("alpha_pattern"), path, config["lora_alpha"])
-    scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = float(alpha) / (math.sqrt(rank) if rooted else rank)
     magnitude = parts.get("lora_magnitude_vector")
     return LayerAdapter(
         first.T, second.T, scale, None if magnitude is None else magnitude.reshape(-1)
     )
 
 
-def _number(value: Any, name: str, source: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+def _number(value: Any, name: str, source: str, *, whole: bool = False) -> None:
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < 1 << 53:
         raise InputError(
-            f"{source}: {name} in adapter_config.json is {value!r}: give a number above 0"
+            f"{source}: {name} in adapter_config.json is {shown(value)}: give a "
+            f"{'whole ' if whole else ''}number above 0"
         )

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Run as a script, so that this folder is on sys.path.
-from mlx_optiq_compat import rows
+from mlx_optiq_compat import rows, source
 from mlx_optiq_compat import signature as sig
 from mlx_optiq_compat.version import release
 
@@ -49,7 +49,7 @@ def fetch(version: str) -> dict[str, str]:
         try:
             with zipfile.ZipFile(wheels[0]) as wheel:
                 wheel.extractall(folder)
-            found = sig.package_signatures(Path(folder, "mlx_lm"))
+            found = source.package_signatures(Path(folder, "mlx_lm"))
         except (zipfile.BadZipFile, SyntaxError) as error:
             raise FetchError(f"cannot read {wheels[0].name}: {error}") from error
         if not found:

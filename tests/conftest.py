@@ -184,13 +184,16 @@ def command(monkeypatch, capsys, tmp_path) -> Callable[..., Outcome]:
 def fake_mlx_lm(tmp_path) -> Callable[..., dict[str, str]]:
     """Copies a small stand-in for mlx-lm and returns the environment that puts it first.
 
-    Give it the version that it should claim.
+    Give it the version that it should claim, and that of the mlx beside it.
     """
 
-    def fake(version: str = "0.32.2") -> dict[str, str]:
+    def fake(version: str = "0.32.2", mlx: str = rows()[-1].tested_mlx) -> dict[str, str]:
         folder = tmp_path / "fake"
         shutil.copytree(TESTS / "fake_mlx_lm", folder, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "mlx_lm" / "_version.py").write_text(f'__version__ = "{version}"\n')
+        metadata = folder / f"mlx-{mlx}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: mlx\nVersion: {mlx}\n")
         return {"PYTHONPATH": str(folder)}
 
     return fake

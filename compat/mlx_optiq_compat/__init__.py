@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .gate import FeatureState, Verdict, feature, verdict
     from .matrix import Feature, Row, features, readme_table, rows
     from .signature import matching
-    from .version import installed_version
+    from .version import installed_mlx, installed_version
 
 __all__ = [
     "Feature",
@@ -21,6 +21,7 @@ __all__ = [
     "Verdict",
     "feature",
     "features",
+    "installed_mlx",
     "installed_version",
     "matching",
     "readme_table",
@@ -35,6 +36,7 @@ _HOME = {
     "Verdict": "gate",
     "feature": "gate",
     "features": "matrix",
+    "installed_mlx": "version",
     "installed_version": "version",
     "matching": "signature",
     "readme_table": "matrix",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .matrix import Kind, features, rows, supported
-from .version import release
+from .matrix import Kind, Row, features, rows, supported
+from .version import release, within
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What we know of one mlx-lm version.
+    """What we know of one mlx-lm version, beside one MLX.
 
     Attributes:
-        version: The version asked about.
+        version: The version of mlx-lm asked about.
         kind: ``"pinned"`` (tested), ``"untested"`` (on where signatures match) or ``"outside"``
             (off; mlx-lm runs as stock).
         reason: A sentence for the user.
@@ -39,15 +39,19 @@ class FeatureState:
     reason: str
 
 
-def verdict(version: str) -> Verdict:
-    """What we know of an mlx-lm version.
+def verdict(version: str, mlx: str | None = None) -> Verdict:
+    """What we know of an mlx-lm version, and of the MLX beside it.
 
     A row of the matrix decides for exactly its release. Everything else newer than the oldest
     supported release is untested: later releases, releases in between that have no row, and
     ``.dev``, ``rc``, ``.post`` or local builds of a tested one.
 
+    An MLX that the release does not run with puts it outside; one that is newer than what it was
+    tested with makes it untested. A version without a row has the range of the row before it.
+
     Args:
         version: For example ``"0.32.2"`` or ``"0.33.0.dev1"``.
+        mlx: The version of MLX; None leaves it out of account.
 
     Returns:
         The verdict; never raises. A version that starts with no number is outside.
@@ -56,21 +60,44 @@ def verdict(version: str) -> Verdict:
         numbers = release(version)
     except ValueError:
         return Verdict(version, "outside", f"mlx-lm's version {version!r} cannot be read")
-    for row in rows():
-        # A suffix makes it another build than the one that was tested.
-        if release(row.mlx_lm) == numbers and not version.lstrip("0123456789."):
-            return Verdict(version, row.verdict, _row_reason(version, row.verdict))
-    if numbers < release(supported()[0].mlx_lm):
+    row = next((row for row in reversed(rows()) if release(row.mlx_lm) <= numbers), None)
+    if row is None or numbers < release(supported()[0].mlx_lm):
         return Verdict(version, "outside", _row_reason(version, "outside"))
-    return Verdict(version, "untested", _row_reason(version, "untested"))
+    # A suffix makes it another build than the one that was tested.
+    same = release(row.mlx_lm) == numbers and not version.lstrip("0123456789.")
+    kind: Kind = row.verdict if same else "untested"
+    return _beside(mlx, row, Verdict(version, kind, _row_reason(version, kind)))
 
 
-def feature(name: str, version: str) -> FeatureState:
-    """What a feature does on an mlx-lm version.
+def _beside(mlx: str | None, row: Row, alone: Verdict) -> Verdict:
+    """The verdict on a release, once the MLX beside it counts too."""
+    if mlx is None or alone.kind == "outside":
+        return alone
+    version = alone.version
+    try:
+        fits, newer = within(mlx, row.mlx), release(mlx) > release(row.tested_mlx)
+    except ValueError:
+        return Verdict(version, "untested", f"{alone.reason}; mlx's version {mlx!r} cannot be read")
+    if not fits:
+        why = f" ({row.beyond})" if row.beyond and release(mlx) >= release(row.tested_mlx) else ""
+        return Verdict(
+            version,
+            "outside",
+            f"mlx-lm {version} does not run with mlx {mlx}{why}: pip install 'mlx{row.mlx}', or a "
+            f"release of mlx-lm from the compat table that does",
+        )
+    if newer and alone.kind == "pinned":
+        return Verdict(version, "untested", f"{alone.reason}; mlx {mlx} is newer and untested")
+    return alone
+
+
+def feature(name: str, version: str, mlx: str | None = None) -> FeatureState:
+    """What a feature does on an mlx-lm version, beside an MLX.
 
     Args:
         name: A feature of ``matrix.toml``.
         version: For example ``"0.31.3"``.
+        mlx: The version of MLX; None leaves it out of account.
 
     Returns:
         The state, with a sentence for the user.
@@ -81,7 +108,7 @@ def feature(name: str, version: str) -> FeatureState:
     known = {each.name: each for each in features()}
     if name not in known:
         raise ValueError(f"unknown feature {name!r}; known: {', '.join(known)}")
-    found, overall = known[name], verdict(version)
+    found, overall = known[name], verdict(version, mlx)
     if overall.kind == "outside":
         return FeatureState(name, False, overall.reason)
     if release(version) < release(found.since):

@@ -26,6 +26,7 @@ class Row:
         tested_mlx: The mlx that ``compat/constraints`` pins for it.
         tested_transformers: The transformers pinned for it.
         ci: Whether its tests run on every push.
+        beyond: What happens with an mlx that is newer than the range; empty if nobody knows.
     """
 
     mlx_lm: str
@@ -35,6 +36,7 @@ class Row:
     tested_mlx: str
     tested_transformers: str
     ci: bool
+    beyond: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def rows() -> tuple[Row, ...]:
             tested_mlx=row["tested_with"]["mlx"],
             tested_transformers=row["tested_with"]["transformers"],
             ci=row.get("ci", False),
+            beyond=row.get("beyond", ""),
         )
         for row in _data()["row"]
     )

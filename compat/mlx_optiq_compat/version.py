@@ -1,4 +1,4 @@
-"""Which mlx-lm an import would find, and how its versions compare."""
+"""Which mlx-lm and MLX an import would find, and how versions compare."""
 
 from __future__ import annotations
 
@@ -46,6 +46,36 @@ def installed_version() -> str | None:
         return None
     found = _VERSION_LINE.search(text)
     return found.group(1) if found else None
+
+
+def installed_mlx() -> str | None:
+    """The version of the installed MLX by its metadata, or None if there is none."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("mlx")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def within(version: str, bounds: str) -> bool:
+    """Whether a version lies in a range such as ``">=0.30.4,<0.31.2"``.
+
+    A pre-release counts as the release that it leads to.
+
+    Raises:
+        ValueError: The version cannot be read, or a bound is of another kind.
+    """
+    for bound in bounds.split(","):
+        if bound.startswith(">="):
+            inside = release(version) >= release(bound[2:])
+        elif bound.startswith("<"):
+            inside = release(version) < release(bound[1:])
+        else:
+            raise ValueError(f"not a bound: {bound!r}")
+        if not inside:
+            return False
+    return True
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -48,13 +48,13 @@ def tables() -> tuple[Patch, ...]:
 @functools.cache
 def gate() -> Gate:
     """Which features are on for the installed mlx-lm."""
-    return Gate.for_installed(tables())
+    return Gate.for_installed(tables(), patch_engine)
 
 
 @functools.cache
 def patch_engine() -> Engine:
-    """The engine over the patches of the features that are on."""
-    return Engine(tuple(patch for patch in tables() if gate().state(patch.feature).on))
+    """The engine over the patches of the features that the installed mlx-lm carries."""
+    return Engine(tuple(patch for patch in tables() if gate().states[patch.feature].on))
 
 
 @functools.cache

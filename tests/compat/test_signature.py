@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from mlx_optiq_compat import installed_version, matching, signature
+from mlx_optiq_compat import installed_version, matching, signature, source
 from mlx_optiq_compat.matrix import rows, supported
 from mlx_optiq_compat.version import package_folder
 
@@ -187,8 +187,10 @@ def test_properties_dataclasses_and_class_methods_are_told_apart(tmp_path):
         "    @classmethod\n    def c(cls, *args, **kw): ...\n"
         "class B:\n    class Inner:\n        def f(self, a: int, /, b=-1, *, k: str = 'v'): ...\n"
     )
-    assert signature.module_signatures(tmp_path, "mlx_lm.server") == {
+    assert source.module_signatures(tmp_path, "mlx_lm.server") == {
         "A": "dataclass(Base) (x, y=field())",
+        "A.x": "attribute",
+        "A.y": "attribute",
         "A.p": "@property (self)",
         "A.c": "@classmethod (cls, *args, **kw)",
         "B": "class()",
@@ -220,7 +222,7 @@ def test_signatures_are_recorded_for_every_row(row):
     assert row.mlx_lm in signature.recorded()[0]
     found = signature.of_release(row.mlx_lm)
     modules = {target.partition(":")[0] for target in found}
-    expected = set(signature.MODULES)
+    expected = set(source.MODULES)
     # The umbrella command came with 0.30.6.
     assert modules | {"mlx_lm.cli"} == expected
 
@@ -228,14 +230,10 @@ def test_signatures_are_recorded_for_every_row(row):
 @pytest.mark.parametrize("row", supported(), ids=lambda row: row.mlx_lm)
 @pytest.mark.parametrize(
     "module",
-    [
-        each
-        for each in signature.MODULES
-        if each.count(".") == 1 and each[7:] not in ("cli", "utils")
-    ],
+    [m for m in source.MODULES if m.count(".") == 1 and not m.endswith(("cli", "utils"))],
 )
 def test_every_command_binds_argparse_at_module_level(row, module):
-    assert signature.of_release(row.mlx_lm)[f"{module}:argparse"] == "import"
+    assert signature.of_release(row.mlx_lm)[f"{module}:argparse"] == "import argparse"
 
 
 def test_recorded_drift_is_what_the_releases_did():
@@ -255,7 +253,7 @@ def test_signatures_equal_the_installed_source():
     assert folder is not None
     if version not in signature.recorded()[0]:
         pytest.skip(f"mlx-lm {version} is not recorded")
-    assert signature.package_signatures(folder) == signature.of_release(version)
+    assert source.package_signatures(folder) == signature.of_release(version)
 
 
 def test_record_writes_what_it_reads(monkeypatch):

@@ -123,10 +123,11 @@ def test_no_feature_patches_an_attribute_twice():
 
 
 @pytest.mark.parametrize("version", [row.mlx_lm for row in rows() if row.verdict != "outside"])
-def test_every_patched_attribute_is_recorded_for_the_releases_of_its_feature(version):
+def test_what_patches_replace_and_use_is_recorded_for_the_releases_of_its_feature(version):
     recorded = of_release(version)
     modules = {target.partition(":")[0] for target in recorded}
-    wanted = [p.target for p in tables() if p.feature == "flags" or feature(p.feature, version).on]
+    carried = [p for p in tables() if p.feature == "flags" or feature(p.feature, version).on]
+    wanted = [name for patch in carried for name in (patch.target, *patch.uses)]
     missing = [target for target in wanted if target not in recorded]
     assert [target for target in missing if target.partition(":")[0] in modules] == []
     assert {target.partition(":")[0] for target in missing} <= {"mlx_lm.cli"}

@@ -70,7 +70,7 @@ def test_status_says_why_a_feature_failed(run, fake_mlx_lm):
     Path(env["PYTHONPATH"], "mlx_lm", "tuner", "trainer.py").write_text("# nothing here\n")
     code = f"import mlx_lm.tuner.trainer, mlx_lm.tuner.utils; {STATUS}"
     found = entries(run("python", "-c", code, env=env, check=True).stdout)
-    assert found["lora"].startswith("off (mlx_lm.tuner.trainer:train: Attrib")
+    assert found["lora"].startswith("off (lora needs a patch that failed (mlx_lm.tuner.trainer:")
     assert found["weights"].startswith("on (")
     assert found["mlx_lm.tuner.utils:load_adapters"].startswith("NOT live (")
 

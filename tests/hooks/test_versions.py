@@ -9,15 +9,17 @@ import mlx_optiq_hooks
 from mlx_optiq_ext.errors import UnsupportedError
 from mlx_optiq_hooks.engine.gate import FEATURES, Gate
 
+NEWEST_MLX = compat.rows()[-1].tested_mlx
 ASK = ("python", "-m", "mlx_lm", "convert", "--hf-path", "no/such-model", "--optiq-budget", "4")
 
 
 @pytest.fixture
 def claim(monkeypatch):
-    """Makes the installed mlx-lm claim another version."""
+    """Makes the installed mlx-lm, and the mlx beside it, claim other versions."""
 
-    def claim(version):
+    def claim(version, mlx=NEWEST_MLX):
         monkeypatch.setattr(compat, "installed_version", lambda: version)
+        monkeypatch.setattr(compat, "installed_mlx", lambda: mlx)
 
     return claim
 
@@ -85,10 +87,20 @@ def test_a_flag_is_refused_when_the_installed_release_claims_an_old_number(
     assert "mlx-lm 0.29.1 is older than" in outcome.err
 
 
-@pytest.mark.parametrize("version", ["0.30.4", "0.32.2", "0.29.1", "0.99.0", "who knows", None])
-def test_every_feature_has_a_state_and_a_reason(claim, version):
-    claim(version)
-    gate = Gate.for_installed(mlx_optiq_hooks.tables())
+def judged():
+    return Gate.for_installed(mlx_optiq_hooks.tables(), mlx_optiq_hooks.patch_engine)
+
+
+@pytest.mark.parametrize(
+    ("version", "mlx"),
+    [
+        ("0.30.4", "0.30.3"),
+        *((version, "0.32.4") for version in ("0.32.2", "0.29.1", "0.99.0", "who knows", None)),
+    ],
+)
+def test_every_feature_has_a_state_and_a_reason(claim, version, mlx):
+    claim(version, mlx)
+    gate = judged()
     assert tuple(gate.states) == FEATURES
     assert all(state.reason for state in gate.states.values())
     on = version in ("0.30.4", "0.32.2", "0.99.0")
@@ -100,5 +112,5 @@ def test_every_feature_has_a_state_and_a_reason(claim, version):
 
 def test_without_mlx_lm_the_reason_says_how_to_get_it(claim):
     claim(None)
-    gate = Gate.for_installed(mlx_optiq_hooks.tables())
+    gate = judged()
     assert gate.reason == "mlx-lm is not installed: pip install mlx-lm"

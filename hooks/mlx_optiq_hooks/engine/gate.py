@@ -1,13 +1,14 @@
-"""Decides, per feature, whether the installed mlx-lm can carry it."""
+"""Decides, per feature, whether the installed mlx-lm can carry it, and whether its patches work."""
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import mlx_optiq_compat as compat
 from mlx_optiq_ext import plugins
 from mlx_optiq_ext.errors import UnsupportedError
 
-from .patch import Patch
+from .patch import Engine, Patch
 
 #: The capabilities that patches belong to. ``flags`` is ours alone, compat/ knows the others.
 FEATURES = (
@@ -26,6 +27,13 @@ FEATURES = (
     "plugins",
 )
 
+#: Feature -> features it cannot do without: packed caches are made where plugins make theirs.
+NEEDS = {"kv": ("plugins",)}
+
+#: Feature -> features whose patches must work wherever mlx-lm carries them: rows of a batch would
+#: be given another request's adapter.
+BESIDE = {"adapters": ("adapters_batched",)}
+
 
 @dataclass(frozen=True)
 class State:
@@ -37,57 +45,96 @@ class State:
 
 @dataclass(frozen=True)
 class Gate:
-    """The verdict on one mlx-lm release.
+    """The verdict on one mlx-lm release beside one MLX, and what became of the patches.
 
     Attributes:
-        version: Its version, or None if mlx-lm is not installed.
+        version: mlx-lm's version, or None if it is not installed.
         verdict: ``"pinned"``, ``"untested"`` or ``"outside"``.
         reason: A sentence that says why.
-        states: Feature -> state.
+        states: Feature -> what the release allows.
+        patches: Every patch.
+        engine: Gives the engine that applies those of the features that are on.
     """
 
     version: str | None
     verdict: str
     reason: str
     states: Mapping[str, State]
+    patches: tuple[Patch, ...]
+    engine: Callable[[], Engine]
 
     def state(self, feature: str) -> State:
-        """The state of one feature."""
-        return self.states[feature]
+        """Whether a feature is on, as far as its patches' modules are loaded."""
+        state = self.states[feature]
+        problem = self.engine().problem(feature) if state.on else None
+        return state if problem is None else State(False, problem)
 
     def require(self, feature: str) -> None:
-        """Raise UnsupportedError with the reason unless the feature is on."""
-        state = self.state(feature)
-        if not state.on:
-            raise UnsupportedError(state.reason)
+        """Make sure that a feature works before anything is done with it.
+
+        Its patches' modules are imported, so that every patch can be proved live, and mlx-lm's
+        source is compared with what is recorded of all that they use.
+
+        Raises:
+            UnsupportedError: The feature is off, with the reason and the remedy.
+        """
+        beside = (each for each in BESIDE.get(feature, ()) if self.states[each].on)
+        wanted = (feature, *NEEDS.get(feature, ()), *beside)
+        for each in wanted:
+            _refuse_if_off(self.states[each])
+        self.engine().load(wanted)
+        for each in wanted:
+            _refuse_if_off(self.state(each))
+            if wrong := _differing(names(self.patches, each)):
+                raise UnsupportedError(
+                    f"mlx-lm {self.version} is not what was released under that number where "
+                    f"{each} needs it ({wrong}): install it anew"
+                )
 
     @classmethod
-    def for_installed(cls, patches: Iterable[Patch]) -> "Gate":
+    def for_installed(cls, patches: Iterable[Patch], engine: Callable[[], Engine]) -> "Gate":
         """Judge the mlx-lm that is, or would be, imported."""
-        version = compat.installed_version()
+        patches, version = tuple(patches), compat.installed_version()
         if version is None:
             off = State(False, "mlx-lm is not installed: pip install mlx-lm")
-            return cls(None, "outside", off.reason, dict.fromkeys(FEATURES, off))
-        verdict = compat.verdict(version)
-        targets: dict[str, list[str]] = {feature: [] for feature in FEATURES}
-        for patch in patches:
-            targets[patch.feature].append(patch.target)
+            states = dict.fromkeys(FEATURES, off)
+            return cls(None, "outside", off.reason, states, patches, engine)
+        mlx = compat.installed_mlx()
+        verdict, unknown = compat.verdict(version, mlx), compat.verdict(version).kind == "untested"
         blocked = plugins.blocked()
-        states = {}
+        states: dict[str, State] = {}
         for feature in FEATURES:
             if feature in blocked:
                 states[feature] = State(False, f"{feature} is in MLX_OPTIQ_EXT_BLOCK: remove it")
             elif feature == "flags":
                 # The flags stay even where nothing else works: they carry the reason to the user.
                 states[feature] = State(True, "options are parsed and refused if off")
-            elif not (known := compat.feature(feature, version)).on:
+            elif not (known := compat.feature(feature, version, mlx)).on:
                 states[feature] = State(False, known.reason)
-            elif verdict.kind == "untested" and (wrong := compat.matching(targets[feature])):
+            elif unknown and (wrong := _differing(names(patches, feature))):
                 states[feature] = State(
                     False,
                     f"mlx-lm {version} is untested and differs where {feature} needs it "
-                    f"({wrong[0]}): install a release from the compat table",
+                    f"({wrong}): install a release from the compat table",
                 )
             else:
                 states[feature] = State(True, verdict.reason)
-        return cls(version, verdict.kind, verdict.reason, states)
+        return cls(version, verdict.kind, verdict.reason, states, patches, engine)
+
+
+def names(patches: Iterable[Patch], feature: str) -> tuple[str, ...]:
+    """What a feature's patches replace, then what they use."""
+    own = [patch for patch in patches if patch.feature == feature]
+    targets = (patch.target for patch in own)
+    return tuple(dict.fromkeys([*targets, *(use for patch in own for use in patch.uses)]))
+
+
+@functools.cache
+def _differing(names: tuple[str, ...]) -> str | None:
+    """The first of these names that mlx-lm's source has not as any release recorded."""
+    return next(iter(compat.matching(names)), None)
+
+
+def _refuse_if_off(state: State) -> None:
+    if not state.on:
+        raise UnsupportedError(state.reason)

@@ -1,6 +1,8 @@
 """Patches as data, and the engine that applies and undoes them from one table."""
 
+import contextlib
 import functools
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -24,6 +26,8 @@ class Patch:
         upstream: The issue or PR that would make it unnecessary, or ``"none: <reason>"``.
         wrapper: ``(wrapped, instance, args, kwargs)``, for a function or method.
         replace: Maps the original to its stand-in, for anything that is not called.
+        uses: What else of mlx-lm the patch, or the library behind it, relies on, private or
+            unstated: names as `mlx_optiq_compat.source` records them for each release.
     """
 
     target: str
@@ -32,6 +36,7 @@ class Patch:
     upstream: str
     wrapper: Wrapper | None = None
     replace: Callable[[Any], Any] | None = None
+    uses: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -42,6 +47,11 @@ class Patch:
     def attribute(self) -> str:
         """The target's attribute, dotted inside a class."""
         return self.target.partition(":")[2]
+
+
+def of(module: str, *names: str) -> tuple[str, ...]:
+    """Names of one module, for ``Patch.uses``."""
+    return tuple(f"{module}:{name}" for name in names)
 
 
 @dataclass
@@ -97,10 +107,41 @@ class Engine:
         applied = self._applied.get((patch.feature, patch.target))
         if applied is None or _aliases(applied.original):
             return False
-        current = vars(applied.parent).get(applied.name)
+        try:
+            # Looked up anew: a reload puts other classes in place of the patched ones.
+            parent = _parent(module, patch)
+        except AttributeError:
+            return False
+        current = vars(parent).get(applied.name)
         while current is not None and current is not applied.stand_in:
             current = getattr(current, "__wrapped__", None)  # another tool may sit on top
         return current is not None
+
+    def problem(self, feature: str) -> str | None:
+        """Why a feature's patches do not all work, in one sentence; None if they do.
+
+        Patches whose modules are not loaded do not count: see `load`.
+        """
+        if feature in self.failures:
+            return (
+                f"{feature} needs a patch that failed ({self.failures[feature]}): install a "
+                "release of mlx-lm from the compat table"
+            )
+        for patch in self.patches:
+            if patch.feature == feature and self.live(patch) is False:
+                return (
+                    f"{feature} needs a patch that is gone ({patch.target}): {patch.module} was "
+                    "reloaded, or another tool put its own in its place: start anew without that"
+                )
+        return None
+
+    def load(self, features: Iterable[str]) -> None:
+        """Import the modules that features patch, as far as they import here."""
+        wanted = set(features)
+        for module in dict.fromkeys(p.module for p in self.patches if p.feature in wanted):
+            # mlx_lm.evaluate needs the lm-eval package, which few have.
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
 
     def _on_import(self, module: ModuleType) -> None:
         # Whatever goes wrong here must not break the import that is going on.
@@ -114,14 +155,11 @@ class Engine:
                     continue
                 try:
                     self._apply(patch, module)
-                except Exception as error:
+                except Exception as error:  # named in status(), and refused by the gate
                     self._fail(patch.feature, f"{patch.target}: {type(error).__name__}: {error}")
 
     def _apply(self, patch: Patch, module: ModuleType) -> None:
-        *path, name = patch.attribute.split(".")
-        parent: Any = module
-        for step in path:
-            parent = getattr(parent, step)
+        parent, name = _parent(module, patch), patch.attribute.rpartition(".")[2]
         own = name in vars(parent)
         # vars() keeps staticmethod and classmethod objects, which wrapt needs to bind rightly.
         original = vars(parent)[name] if own else getattr(parent, name)
@@ -160,6 +198,14 @@ class Engine:
                 if other.original is entry.stand_in:
                     other.original, other.own = entry.original, entry.own
             del self._applied[entry.patch.feature, entry.patch.target]
+
+
+def _parent(module: ModuleType, patch: Patch) -> Any:
+    """The module or class that holds a patch's attribute."""
+    parent: Any = module
+    for step in patch.attribute.split(".")[:-1]:
+        parent = getattr(parent, step)
+    return parent
 
 
 def _aliases(value: Any) -> list[tuple[ModuleType, str]]:

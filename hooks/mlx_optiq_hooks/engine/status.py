@@ -1,19 +1,15 @@
 """Our lines of ``mlx_optiq_ext.status()``."""
 
-import contextlib
-import importlib
-
 from mlx_optiq_ext import plugins
+
+from .gate import FEATURES
 
 
 def load() -> None:
     """Import every patched module that imports here, so that its patches can be proved live."""
     from ..installation import patch_engine
 
-    for module in dict.fromkeys(patch.module for patch in patch_engine().patches):
-        # mlx_lm.evaluate needs the lm-eval package, which few have.
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+    patch_engine().load(FEATURES)
 
 
 def lines() -> list[str]:
@@ -22,10 +18,9 @@ def lines() -> list[str]:
 
     verdict, patches = gate(), patch_engine()
     result = [f"mlx-lm {verdict.version}: {verdict.verdict} ({verdict.reason})", "features:"]
-    for feature, state in verdict.states.items():
-        failure = patches.failures.get(feature)
-        word = "on" if state.on and failure is None else "off"
-        result.append(f"  {feature}: {word} ({failure or state.reason})")
+    for feature in verdict.states:
+        state = verdict.state(feature)
+        result.append(f"  {feature}: {'on' if state.on else 'off'} ({state.reason})")
     result.append("patches:")
     words = {True: "live", False: "NOT live", None: "waiting for its import"}
     for patch in patches.patches:

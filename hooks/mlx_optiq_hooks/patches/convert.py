@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..engine import session
-from ..engine.patch import Patch, bind
+from ..engine.patch import Patch, bind, of
 
 
 def convert(wrapped, instance, args, kwargs):
@@ -146,5 +146,10 @@ PATCHES = (
         why="measures the model and plans the precisions before stock quantizes",
         upstream="none: stock takes a predicate, but only from code",
         wrapper=convert,
+        uses=(
+            *of("mlx_lm.models.cache", "make_prompt_cache"),
+            *of("mlx_lm.quant.utils", "load_data", "'.cache/mlx-lm/calibration_v5.txt'"),
+            *of("mlx_lm.utils", "hf_repo_to_path", "upload_to_hub"),
+        ),
     ),
 )

@@ -4,7 +4,7 @@ import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from ..engine.patch import Patch
+from ..engine.patch import Patch, of
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.adapters import Routes
@@ -74,6 +74,8 @@ def run_batch(wrapped, instance, args, kwargs):
 
 _UPSTREAM = "none: one adapter for a loaded model (server.py)"
 
+RESPONSE = ("finish_reason", "prompt_cache", "uid")
+
 PATCHES = (
     Patch(
         "mlx_lm.generate:BatchGenerator.insert_segments",
@@ -81,6 +83,7 @@ PATCHES = (
         why="notes the adapter that is active while a row is inserted",
         upstream=_UPSTREAM,
         wrapper=insert_segments,
+        uses=of("mlx_lm.generate", "BatchGenerator.model"),
     ),
     Patch(
         "mlx_lm.generate:BatchGenerator._next",
@@ -88,6 +91,7 @@ PATCHES = (
         why="tells the batches whose rows they hold, and lets adapters of finished rows go",
         upstream=_UPSTREAM,
         wrapper=advance,
+        uses=of("mlx_lm.generate", *(f"GenerationBatch.Response.{name}" for name in RESPONSE)),
     ),
     Patch(
         "mlx_lm.generate:BatchGenerator.extract_cache",
@@ -109,6 +113,7 @@ PATCHES = (
         why="gives each prompt its adapter",
         upstream=_UPSTREAM,
         wrapper=run_batch,
+        uses=of("mlx_lm.generate", "PromptProcessingBatch.uids"),
     ),
     Patch(
         "mlx_lm.generate:GenerationBatch._step",
@@ -116,5 +121,6 @@ PATCHES = (
         why="gives each row its adapter, in the order of the batch's uids",
         upstream=_UPSTREAM,
         wrapper=run_batch,
+        uses=of("mlx_lm.generate", "GenerationBatch.uids"),
     ),
 )

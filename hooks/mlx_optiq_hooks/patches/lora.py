@@ -6,7 +6,7 @@ from typing import Any
 
 from ..commands import lora as lora_options
 from ..engine import session
-from ..engine.patch import Patch, bind
+from ..engine.patch import Patch, bind, of
 
 
 def run(wrapped, instance, args, kwargs):
@@ -135,5 +135,6 @@ PATCHES = (
         why="says what the running training was asked for",
         upstream="none: one rank for all layers",
         wrapper=train_model,
+        uses=of("mlx_lm.tuner.datasets", "CacheDataset.__getitem__", "CacheDataset.__len__"),
     ),
 )

@@ -3,7 +3,7 @@
 import sys
 
 from ..engine import session
-from ..engine.patch import Patch, bind
+from ..engine.patch import Patch, bind, of
 
 
 def load(wrapped, instance, args, kwargs):
@@ -92,6 +92,9 @@ def save_config(wrapped, instance, args, kwargs):
     return checkpoint.write_config(config)
 
 
+#: What tells which layers of a split model a process runs.
+PIPELINE = ("pipeline_rank", "pipeline_size", "start_idx", "end_idx")
+
 PATCHES = (
     Patch(
         "mlx_lm.utils:load",
@@ -99,6 +102,10 @@ PATCHES = (
         why="hands the convert command the text model of a multimodal checkpoint",
         upstream="none: mlx-lm keeps the wrapper and its config keys",
         wrapper=load,
+        uses=(
+            *of("mlx_lm.models.base", "BaseModelArgs.from_dict"),
+            *of("mlx_lm.utils", "MODEL_REMAPPING"),
+        ),
     ),
     Patch(
         "mlx_lm.utils:sharded_load",
@@ -106,6 +113,10 @@ PATCHES = (
         why="keeps how a model was split, for adapters to be split the same way",
         upstream="none: adapters are refused on several ranks (server.py)",
         wrapper=sharded_load,
+        uses=(
+            *of("mlx_lm.models.pipeline", *(f"PipelineMixin.{name}" for name in PIPELINE)),
+            *of("mlx_lm.utils", "_download", "load_model", "mx"),
+        ),
     ),
     Patch(
         "mlx_lm.utils:quantize_model",
@@ -120,6 +131,7 @@ PATCHES = (
         why="keeps shards of a model larger than memory as small as one of its layers",
         upstream="none: stock evaluates up to 5 GB at once when it writes",
         wrapper=make_shards,
+        uses=of("mlx_lm.utils", "save_model"),
     ),
     Patch(
         "mlx_lm.utils:save_config",

@@ -3,7 +3,7 @@
 import sys
 
 from ...engine import session
-from ...engine.patch import Patch, bind
+from ...engine.patch import Patch, bind, of
 
 
 def make_prompt_cache(wrapped, instance, args, kwargs):
@@ -29,6 +29,32 @@ def load_prompt_cache(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
+#: What `kv.PackedKVCache` reads of the caches whose place it takes, alone and in a batch.
+CACHES = of(
+    "mlx_lm.models.cache",
+    "globals",
+    "CacheList.caches",
+    "_BaseCache.from_state",
+    *(
+        f"{kind}.{name}"
+        for kind in ("KVCache", "RotatingKVCache")
+        for name in (
+            *("keys", "values", "offset", "state", "update_and_fetch", "make_mask"),
+            *("is_trimmable", "trim", "size", "merge"),
+        )
+    ),
+    *(f"RotatingKVCache.{name}" for name in ("keep", "max_size", "_idx")),
+    *(
+        f"{kind}.{name}"
+        for kind in ("BatchKVCache", "BatchRotatingKVCache")
+        for name in (
+            *("keys", "values", "offset", "state", "left_padding", "_idx"),
+            *("extend", "extract", "filter", "finalize", "merge", "prepare"),
+        )
+    ),
+    *(f"ChunkedKVCache.{n}" for n in ("chunk_size", "start_position", "maybe_trim_front")),
+)
+
 PATCHES = (
     Patch(
         "mlx_lm.models.cache:make_prompt_cache",
@@ -43,5 +69,6 @@ PATCHES = (
         why="reads saved prompt caches with packed layers",
         upstream="none: cache classes are looked up in globals() (cache.py)",
         wrapper=load_prompt_cache,
+        uses=CACHES,
     ),
 )

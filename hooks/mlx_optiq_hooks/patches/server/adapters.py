@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from mlx_optiq_ext.errors import OptiqError
 
 from ...engine import session
-from ...engine.patch import Patch, bind
+from ...engine.patch import Patch, bind, of
 from . import model as server
 
 
@@ -144,6 +144,27 @@ def handle_models_request(wrapped, instance, args, kwargs):
     adapter_requests.answer(instance, 200, {"object": "list", "data": data})
 
 
+#: What the wrappers read and set.
+USES = of(
+    "mlx_lm.server",
+    *(
+        f"APIHandler.{name}"
+        for name in (
+            *("adapter", "created", "requested_draft_model", "requested_model"),
+            *("response_generator", "_set_completion_headers"),
+        )
+    ),
+    "GenerationArguments.model",
+    "LRUPromptCache",
+    "ModelDescription.adapter",
+    "ModelDescription.model",
+    "ModelProvider.model",
+    "ResponseGenerator.cli_args",
+    "ResponseGenerator.prompt_cache",
+    "ResponseGenerator.requests",
+)
+
+
 def _patch(attribute: str, wrapper, why: str) -> Patch:
     return Patch(
         f"mlx_lm.server:{attribute}",
@@ -151,6 +172,7 @@ def _patch(attribute: str, wrapper, why: str) -> Patch:
         why=why,
         upstream="none: another adapter loads the model anew (server.py)",
         wrapper=wrapper,
+        uses=USES,
     )
 
 

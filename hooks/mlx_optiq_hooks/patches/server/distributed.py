@@ -9,7 +9,7 @@ from mlx_optiq_compat import symbols
 from mlx_optiq_ext import distributed
 
 from ...engine import session
-from ...engine.patch import Patch, bind
+from ...engine.patch import Patch, bind, of
 
 
 def _on_several_ranks() -> bool:
@@ -100,6 +100,10 @@ PATCHES = (
         why="ends all ranks when one fails at a request, and none when a client leaves",
         upstream=_UPSTREAM,
         wrapper=_serve_single,
+        uses=(
+            *of("mlx_lm.generate", "generation_stream"),
+            *of("mlx_lm.server", "GenerationContext._should_stop", "GenerationContext.stop"),
+        ),
     ),
     Patch(
         "mlx_lm.server:ResponseGenerator._next_request",

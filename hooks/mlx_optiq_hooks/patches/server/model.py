@@ -15,7 +15,7 @@ from mlx_optiq_ext.errors import OptiqError
 
 from ...commands import kv as kv_options
 from ...engine import session
-from ...engine.patch import Patch
+from ...engine.patch import Patch, of
 
 
 def ending(load):
@@ -86,6 +86,8 @@ def load_with_plan(wrapped, instance, args, kwargs):
     return result
 
 
+PROVIDER = of("mlx_lm.server", *(f"ModelProvider.{n}" for n in ("cli_args", "model", "model_key")))
+
 PATCHES = (
     Patch(
         "mlx_lm.server:ModelProvider.load",
@@ -93,6 +95,7 @@ PATCHES = (
         why="ends the server when its adapter cannot be loaded",
         upstream="none: stock serves without a model then (server.py)",
         wrapper=load,
+        uses=PROVIDER,
     ),
     Patch(
         "mlx_lm.server:ModelProvider.load",
@@ -100,5 +103,6 @@ PATCHES = (
         why="gives the served model its KV plan",
         upstream="none: --kv-bits is one width, sequential only (server.py)",
         wrapper=load_with_plan,
+        uses=(*PROVIDER, *of("mlx_lm.server", "ModelProvider.is_batchable")),
     ),
 )

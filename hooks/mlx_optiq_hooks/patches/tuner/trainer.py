@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from ...engine import session
-from ...engine.patch import Patch, bind
+from ...engine.patch import Patch, bind, of
 
 
 class _View(ModuleType):
@@ -51,5 +51,6 @@ PATCHES = (
         why="saves what stock mlx-lm and PEFT load, and weights all ranks' tokens alike",
         upstream="none: checkpoints are written in place; every rank's mean loss counts the same",
         wrapper=train,
+        uses=of("mlx_lm.tuner.trainer", "mx", "mx.compile", "mx.save_safetensors", "default_loss"),
     ),
 )

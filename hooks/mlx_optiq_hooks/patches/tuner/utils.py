@@ -1,7 +1,7 @@
 """``mlx_lm.tuner.utils``: LoRA ranks of their own, and adapters in every form."""
 
 from ...engine import session
-from ...engine.patch import Patch, bind
+from ...engine.patch import Patch, bind, of
 
 
 def linear_to_lora_layers(wrapped, instance, args, kwargs):
@@ -71,6 +71,26 @@ def load_adapters(wrapped, instance, args, kwargs):
     return lora.attach(call["model"], lora.read_adapter(source))
 
 
+#: LoRA layers, and what they adapt.
+LAYERS = (
+    *(
+        name
+        for module, layer, base in (
+            ("lora", "LoRALinear", "linear"),
+            ("lora", "LoRAEmbedding", "embedding"),
+            ("lora", "LoRASwitchLinear", "linear"),
+            ("dora", "DoRALinear", "linear"),
+            ("dora", "DoRAEmbedding", "embedding"),
+        )
+        for name in of(
+            f"mlx_lm.tuner.{module}",
+            *(f"{layer}.{part}" for part in (base, "from_base", "lora_a", "lora_b", "scale")),
+        )
+    ),
+    *of("mlx_lm.tuner.dora", "DoRALinear.m", "DoRAEmbedding.m"),
+    *of("mlx_lm.models.switch_layers", "SwitchLinear", "QuantizedSwitchLinear"),
+)
+
 PATCHES = (
     Patch(
         "mlx_lm.tuner.utils:linear_to_lora_layers",
@@ -78,6 +98,7 @@ PATCHES = (
         why="gives each layer the rank that was asked for, or that a plugin names",
         upstream="none: stock has one rank for all layers",
         wrapper=linear_to_lora_layers,
+        uses=LAYERS,
     ),
     Patch(
         "mlx_lm.tuner.utils:load_adapters",
@@ -85,5 +106,6 @@ PATCHES = (
         why="reads PEFT adapters, ranks of their own and names on the Hub",
         upstream="mlx-lm #1119 (PEFT adapters)",
         wrapper=load_adapters,
+        uses=(*of("mlx_lm.utils", "load_adapters"), *LAYERS),
     ),
 )

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..kv import make_caches
-from ..planning.divergence import Reference
+from ..planning.divergence import TOP, Reference
 from .journal import Journal
 from .models import Subject
 from .statistics import clustered_error
@@ -43,7 +43,12 @@ def target_log_probs(logits: mx.array, targets: np.ndarray) -> mx.array:
 
 
 def compare(
-    model: Subject, reference: Subject, tokens: np.ndarray, *, progress: bool = True
+    model: Subject,
+    reference: Subject,
+    tokens: np.ndarray,
+    *,
+    top: int = TOP,
+    progress: bool = True,
 ) -> dict[str, float]:
     """How far a model's distributions are from a reference's.
 
@@ -51,13 +56,14 @@ def compare(
         model: To be judged.
         reference: To be held against.
         tokens: int32 windows, (windows, context), in the tokens of both.
+        top: Most likely tokens of the reference to keep at each position.
         progress: Whether to show progress bars.
 
     Returns:
         ``mean`` with ``error``, ``median``, quantiles and ``max`` of the KL divergence in nats per
         token; ``same_top`` in %; ``probability_change`` (mean) and ``rms_probability_change`` of
         the token that follows, in %; ``perplexity``, ``reference_perplexity`` and their ratio with
-        its error; ``tokens``. The divergence is exact up to a vocabulary of 1024, above it the
+        its error; ``tokens``. The divergence is exact up to a vocabulary of ``top``, above it the
         tail counts as one outcome (a lower bound).
 
     Raises:
@@ -69,6 +75,7 @@ def compare(
             "model": model.key(),
             "reference": reference.key(),
             "tokens": digest_of(tokens),
+            "top": top,
         }
     )
     open_windows = [n for n in range(len(tokens)) if journal.arrays(f"window-{n}") is None]
@@ -76,7 +83,7 @@ def compare(
     if missing:
         loaded, _ = reference.load()
         for n in _bar(missing, f"Reference {reference.name}", progress):
-            journal.put_arrays(f"reference-{n}", **_kept(loaded, tokens[n]))
+            journal.put_arrays(f"reference-{n}", **_kept(loaded, tokens[n], top))
         del loaded
         mx.clear_cache()
     if open_windows:
@@ -102,7 +109,7 @@ def _bar(items: list[int], label: str, progress: bool) -> Any:
     return tqdm(items, desc=label[-40:], disable=not progress)
 
 
-def _kept(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _kept(model: Any, tokens: np.ndarray, top: int) -> dict[str, np.ndarray]:
     """What is kept of the reference's distributions behind each token but the last."""
     parts: dict[str, list[np.ndarray]] = {
         name: [] for name in ("indices", "log_probs", "rest", "top", "target")
@@ -112,7 +119,7 @@ def _kept(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
         width, logits = logits.shape[-1], logits[:, : len(tokens) - 1 - start]
         if not logits.shape[1]:
             continue
-        reference = Reference.of(logits)
+        reference = Reference.of(logits, top)
         parts["indices"].append(np.array(reference.indices[0]).astype(np.int32))
         parts["log_probs"].append(np.array(reference.log_probs[0]))
         parts["rest"].append(np.array(reference.rest[0]))

@@ -1,4 +1,4 @@
-"""Calibration text as token windows."""
+"""Calibration text, cut into sequences of tokens."""
 
 import hashlib
 import json
@@ -14,28 +14,46 @@ import numpy as np
 from .. import distributed
 from ..errors import InputError
 
-#: Tokens of one window, and how many windows to use.
-WINDOW = 256
-COUNT = 16
-#: Every so many windows one is held out of the measurement, to judge finished plans on.
-HELD_OUT = 4
-#: Windows that refinement uses at most.
-REFINING = 256
+#: A plain text, or the messages of a chat.
+Text = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How calibration sequences are cut from a text.
+
+    Attributes:
+        length: Tokens of a sequence; a shorter text is one sequence of all its tokens.
+        count: Sequences to plan with, spread evenly over the text.
+        held_out_every: One in so many of them is not measured, to judge finished plans on.
+        refining: Sequences for GPTQ-style rounding and distillation at most, those measured on
+            and the held-out ones among them.
+    """
+
+    length: int = 256
+    count: int = 16
+    held_out_every: int = 4
+    refining: int = 256
+
+
+DEFAULT = Sampling()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows and where they come from.
+    """Calibration sequences and where they come from.
 
     Attributes:
-        tokens: int32 of shape (windows, window length).
+        tokens: Sequences to plan with, int32 (sequences, length).
         source: A file's name, ``"mlx-lm"`` or ``"sampled from the model"``.
-        more: Further windows of the same text, (n, window length), for refinement only.
+        more: Further sequences of the same text, int32 (n, length), for refinement only.
+        held_out_every: One in so many of ``tokens`` is held out.
     """
 
     tokens: np.ndarray
     source: str
     more: np.ndarray | None = None
+    held_out_every: int = DEFAULT.held_out_every
 
     @property
     def digest(self) -> str:
@@ -44,32 +62,40 @@ class Calibration:
 
     @property
     def whole_digest(self) -> str:
-        """Hash of all windows."""
+        """Hash of all sequences."""
         more = b"" if self.more is None else self.more.tobytes()
         return hashlib.sha256(self.tokens.tobytes() + more).hexdigest()
 
     @property
     def measured(self) -> np.ndarray:
-        """Windows to measure on."""
+        """Sequences to measure on, (n, length)."""
         if len(self.tokens) < 2:
             return self.tokens
-        return np.delete(self.tokens, np.s_[HELD_OUT - 1 :: HELD_OUT], axis=0)
+        return np.delete(self.tokens, self._held_out, axis=0)
 
     @property
     def refining(self) -> np.ndarray:
-        """Windows to refine on: all but the held-out ones."""
+        """Sequences to refine on, (n, length): all but the held-out ones."""
         if self.more is None:
             return self.measured
         return np.concatenate([self.measured, self.more])
 
     @property
     def held_out(self) -> np.ndarray:
-        """Windows to judge plans on; those measured on when there are too few."""
-        held_out = self.tokens[HELD_OUT - 1 :: HELD_OUT]
-        return held_out if len(held_out) else self.tokens
+        """Sequences to judge plans on, (n, length); all of them if there are too few."""
+        return self.tokens[self._held_out] if self.holds_out else self.tokens
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether plans are judged on sequences that nothing was measured on."""
+        return len(self.tokens) >= self.held_out_every
+
+    @property
+    def _held_out(self) -> slice:
+        return slice(self.held_out_every - 1, None, self.held_out_every)
 
 
-def read_texts(path: Path) -> list[str | list[dict[str, str]]]:
+def read_texts(path: Path) -> list[Text]:
     """Read a calibration file.
 
     Args:
@@ -89,7 +115,7 @@ def read_texts(path: Path) -> list[str | list[dict[str, str]]]:
             f"cannot read the calibration file {path} ({error}): give a UTF-8 .txt or .jsonl file"
         ) from error
     if path.suffix != ".jsonl":
-        texts: list[str | list[dict[str, str]]] = [content] if content.strip() else []
+        texts: list[Text] = [content] if content.strip() else []
     else:
         lines = enumerate(content.splitlines(), 1)
         texts = [_line(path, number, line) for number, line in lines if line.strip()]
@@ -98,7 +124,7 @@ def read_texts(path: Path) -> list[str | list[dict[str, str]]]:
     return texts
 
 
-def _line(path: Path, number: int, line: str) -> str | list[dict[str, str]]:
+def _line(path: Path, number: int, line: str) -> Text:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -120,22 +146,33 @@ def _line(path: Path, number: int, line: str) -> str | list[dict[str, str]]:
     )
 
 
-def from_texts(texts: list[str | list[dict[str, str]]], tokenizer: Any, source: str) -> Calibration:
-    """Tokenize texts and take evenly spread windows."""
+def from_texts(
+    texts: list[Text], tokenizer: Any, source: str, sampling: Sampling = DEFAULT
+) -> Calibration:
+    """Tokenize texts and take evenly spread sequences.
+
+    Args:
+        texts: Joined in this order.
+        tokenizer: Whose chat template renders messages.
+        source: For `Calibration`.
+        sampling: How long the sequences are and how many.
+
+    Raises:
+        InputError: The texts have fewer than two tokens.
+    """
     tokens = tokenized(texts, tokenizer)
     if len(tokens) < 2:
         raise InputError(f"the calibration data ({source}) has no tokens: give it some text")
-    length = min(WINDOW, len(tokens))
-    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
-    chosen = np.unique(np.linspace(0, len(windows) - 1, COUNT).round().astype(int))
-    others = np.delete(windows, chosen, axis=0)
-    wanted = min(len(others), REFINING - len(chosen))
-    spread = np.unique(np.linspace(0, max(len(others) - 1, 0), wanted).round().astype(int))
-    more = others[spread] if wanted > 0 else None
-    return Calibration(np.ascontiguousarray(windows[chosen]), source, more)
+    sequences = cut(tokens, min(sampling.length, len(tokens)))
+    chosen = spread(len(sequences), sampling.count)
+    others = np.delete(sequences, chosen, axis=0)
+    wanted = min(len(others), sampling.refining - len(chosen))
+    more = others[spread(len(others), wanted)] if wanted > 0 else None
+    planned = np.ascontiguousarray(sequences[chosen])
+    return Calibration(planned, source, more, sampling.held_out_every)
 
 
-def tokenized(texts: list[str | list[dict[str, str]]], tokenizer: Any) -> np.ndarray:
+def tokenized(texts: list[Text], tokenizer: Any) -> np.ndarray:
     """All texts as one row of int32 tokens."""
     tokens: list[int] = []
     for text in texts:
@@ -151,6 +188,16 @@ def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:
     return "\n".join(str(message.get("content", "")) for message in messages) + "\n"
 
 
+def cut(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Tokens (n,) as sequences (n // length, length); the rest is left out."""
+    return tokens[: len(tokens) // length * length].reshape(-1, length)
+
+
+def spread(total: int, count: int) -> np.ndarray:
+    """At most ``count`` indices below ``total``, the first and the last among them."""
+    return np.unique(np.linspace(0, max(total - 1, 0), count).round().astype(int))
+
+
 def stock_text() -> str | None:
     """mlx-lm's own calibration text if it is cached or can be downloaded, else None."""
     path = Path.home() / ".cache" / "mlx-lm" / "calibration_v5.txt"
@@ -158,7 +205,7 @@ def stock_text() -> str | None:
         from mlx_lm.quant.utils import load_data
 
         try:
-            load_data(_NoTokenizer(), 0, WINDOW)
+            load_data(_NoTokenizer(), 0, 1)
         except Exception:
             if not path.exists():
                 return None
@@ -175,25 +222,32 @@ class _NoTokenizer:
         raise InputError("not needed")
 
 
-def sampled(model: Any, tokenizer: Any, *, seed: int = 0) -> Calibration:
-    """Text drawn from the model itself at temperature 1, for want of anything better."""
-    rows = list(_sample(model, _start(tokenizer, seed), seed))
-    return Calibration(np.stack(rows, axis=1).astype(np.int32), "sampled from the model")
+def sampled(
+    model: Any, tokenizer: Any, sampling: Sampling = DEFAULT, *, seed: int = 0
+) -> Calibration:
+    """Text drawn from the model itself at temperature 1, for want of anything better.
+
+    Its sequences are half as long as ``sampling`` says: drawing them is slow.
+    """
+    start = _start(tokenizer, sampling.count, seed)
+    tokens = np.stack(list(_sample(model, start, sampling.length // 2, seed)), axis=1)
+    every = sampling.held_out_every
+    return Calibration(tokens.astype(np.int32), "sampled from the model", None, every)
 
 
-def _start(tokenizer: Any, seed: int) -> np.ndarray:
+def _start(tokenizer: Any, count: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     special = set(getattr(tokenizer, "all_special_ids", None) or [])
     ordinary = [t for t in range(tokenizer.vocab_size) if t not in special]
-    return rng.choice(ordinary, size=COUNT)
+    return rng.choice(ordinary, size=count)
 
 
-def _sample(model: Any, start: np.ndarray, seed: int) -> Iterator[np.ndarray]:
+def _sample(model: Any, start: np.ndarray, length: int, seed: int) -> Iterator[np.ndarray]:
     from mlx_lm.models.cache import make_prompt_cache
 
     cache, token, key = make_prompt_cache(model), mx.array(start), mx.random.key(seed)
     yield start
-    for _ in range(WINDOW // 2 - 1):
+    for _ in range(length - 1):
         key, draw = mx.random.split(key)
         logits = model(token[:, None], cache=cache)[:, -1].astype(mx.float32)
         token = mx.random.categorical(logits, key=draw)
@@ -201,19 +255,53 @@ def _sample(model: Any, start: np.ndarray, seed: int) -> Iterator[np.ndarray]:
 
 
 def load_calibration(
-    model: nn.Module, tokenizer: Any, path: Path | None, say: Callable[[str], None] = print
+    model: nn.Module,
+    tokenizer: Any,
+    path: Path | None,
+    say: Callable[[str], None] = print,
+    sampling: Sampling = DEFAULT,
 ) -> Calibration:
-    """Calibration windows from a file, else mlx-lm's own text, else drawn from the model.
+    """Calibration sequences from a file, else mlx-lm's own text, else drawn from the model.
 
-    Each rank reads its own file; the others are rank 0's.
+    Each process reads its own file; what is not from a file, process 0 finds for all.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer.
+        path: A file for `read_texts`, or None.
+        say: Receives one-line messages.
+        sampling: How long the sequences are and how many.
+
+    Raises:
+        InputError: The file cannot be used.
     """
+    found = _texts(path)
+    if found is not None:
+        return from_texts(found[0], tokenizer, found[1], sampling)
+    say(_SAMPLED)
+    return distributed.first(lambda: sampled(model, tokenizer, sampling))
+
+
+def load_tokens(
+    model: nn.Module, tokenizer: Any, path: Path | None, say: Callable[[str], None] = print
+) -> tuple[np.ndarray, str]:
+    """The whole text of `load_calibration` as one row of int32 tokens, and its source."""
+    found = _texts(path)
+    if found is not None:
+        return tokenized(found[0], tokenizer), found[1]
+    say(_SAMPLED)
+    drawn = distributed.first(lambda: sampled(model, tokenizer))
+    return drawn.tokens.ravel(), drawn.source
+
+
+_SAMPLED = (
+    "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
+    "sampled from the model itself (--optiq-calibration FILE gives better plans)"
+)
+
+
+def _texts(path: Path | None) -> tuple[list[Text], str] | None:
     if path is not None:
-        return from_texts(read_texts(path), tokenizer, path.name)
+        return read_texts(path), path.name
     text = distributed.first(stock_text)
-    if text is not None:
-        return from_texts([text], tokenizer, "mlx-lm")
-    say(
-        "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
-        "sampled from the model itself (--optiq-calibration FILE gives better plans)"
-    )
-    return distributed.first(lambda: sampled(model, tokenizer))
+    return None if text is None else ([text], "mlx-lm")

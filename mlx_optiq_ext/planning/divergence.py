@@ -23,16 +23,21 @@ class Reference:
     rest: mx.array
 
     @classmethod
-    def of(cls, logits: mx.array) -> "Reference":
-        """Keep what is needed of logits (batch, length, vocabulary)."""
+    def of(cls, logits: mx.array, top: int = TOP) -> "Reference":
+        """Keep what is needed of logits (batch, length, vocabulary).
+
+        Args:
+            logits: Of the reference model.
+            top: Tokens to keep at each position; all are kept if there are no more.
+        """
         logits = logits.astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
         vocabulary = logits.shape[-1]
-        if vocabulary <= TOP:
+        if vocabulary <= top:
             indices = mx.broadcast_to(mx.arange(vocabulary), logits.shape)
             log_probs, rest = logits - total, mx.zeros(logits.shape[:-1])
         else:
-            indices = mx.argpartition(-logits, TOP, axis=-1)[..., :TOP]
+            indices = mx.argpartition(-logits, top, axis=-1)[..., :top]
             log_probs = mx.take_along_axis(logits, indices, axis=-1) - total
             rest = mx.maximum(1 - mx.exp(log_probs).sum(axis=-1), 0)
         reference = cls(indices, log_probs, rest)
@@ -51,12 +56,13 @@ class Reference:
         """
         logits = logits.astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        if logits.shape[-1] <= TOP:
+        whole = logits.shape[-1] == self.indices.shape[-1]
+        if whole:
             other = logits - total
         else:
             other = mx.take_along_axis(logits, self.indices, axis=-1) - total
         kept = (mx.exp(self.log_probs) * (self.log_probs - other)).sum(axis=-1)
-        if logits.shape[-1] <= TOP:
+        if whole:
             return kept
         tail = mx.maximum(1 - mx.exp(other).sum(axis=-1), 1e-9)
         rest = mx.maximum(self.rest, 1e-9)

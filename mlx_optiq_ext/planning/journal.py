@@ -2,33 +2,39 @@
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import distributed, files
-from ..weights.precision import Precision
-
-#: Tensor path and precision -> KL in nats.
-Measured = dict[tuple[str, Precision], float]
 
 
 class Journal:
-    """A JSON-lines file of probes, keyed by everything that decides their result.
+    """A JSON-lines file of measured numbers, each under a key of its own.
 
-    With ``key`` None it is kept in memory only. Of several ranks only the first one reads and
-    writes the file; what the others measure reaches it, and all of them, at `exchange`.
+    What decides the result of every measurement in it, such as the model and the calibration data,
+    names the file. A key says which measurement it is: any value that JSON can hold.
+
+    Of several processes only the first one reads and writes the file; what the others measure
+    reaches it, and all of them, at `exchange`.
     """
 
-    def __init__(self, key: dict[str, Any] | None):
-        self.path: Path | None = None
-        if key is not None:
-            name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-            self.path = files.cache_dir() / "sensitivity" / f"{name}.jsonl"
-        self._known: Measured = distributed.first(self._read)
-        self._added: Measured = {}
+    def __init__(self, name: Mapping[str, Any] | None):
+        """Read what is known.
 
-    def _read(self) -> Measured:
-        found: Measured = {}
+        Args:
+            name: Everything that decides the measurements, as JSON can hold it; None keeps them in
+                memory only.
+        """
+        self.path: Path | None = None
+        if name is not None:
+            digest = hashlib.sha256(json.dumps(name, sort_keys=True).encode()).hexdigest()[:32]
+            self.path = files.cache_dir() / "sensitivity" / f"{digest}.jsonl"
+        self._known: dict[str, float] = distributed.first(self._read)
+        self._added: dict[str, float] = {}
+
+    def _read(self) -> dict[str, float]:
+        found: dict[str, float] = {}
         try:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path else []
         except OSError:
@@ -36,23 +42,22 @@ class Journal:
         for line in lines:
             try:
                 entry = json.loads(line)
-                precision = Precision(entry["bits"], entry["group_size"])
-                found[entry["path"], precision] = float(entry["kl"])
+                found[_text(entry["key"])] = float(entry["value"])
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of an interrupted run may be cut off
         return found
 
-    def get(self, path: str, precision: Precision) -> float | None:
-        """A stored measurement in nats, or None."""
-        return self._known.get((path, precision))
+    def get(self, key: Any) -> float | None:
+        """A stored measurement, or None."""
+        return self._known.get(_text(key))
 
-    def add(self, path: str, precision: Precision, kl: float) -> None:
+    def add(self, key: Any, value: float) -> None:
         """Store one measurement at once."""
-        self.add_all(path, {precision: kl})
+        self.add_all([(key, value)])
 
-    def add_all(self, path: str, costs: dict[Precision, float]) -> None:
-        """Store one tensor's measurements, alone at once."""
-        found = {(path, precision): kl for precision, kl in costs.items()}
+    def add_all(self, measured: Iterable[tuple[Any, float]]) -> None:
+        """Store some measurements, each with its key; a single process writes them at once."""
+        found = {_text(key): value for key, value in measured}
         self._known.update(found)
         if distributed.size() > 1:
             self._added.update(found)
@@ -60,10 +65,10 @@ class Journal:
             self._write(found)
 
     def exchange(self) -> None:
-        """Let all ranks know what each has measured since the last time."""
+        """Let all processes know what each has measured since the last time."""
         if distributed.size() == 1:
             return
-        found: Measured = {}
+        found: dict[str, float] = {}
         for part in distributed.gathered(self._added):
             found.update(part)
         self._known.update(found)
@@ -71,13 +76,10 @@ class Journal:
         if distributed.leads():
             self._write(found)
 
-    def _write(self, found: Measured) -> None:
+    def _write(self, found: dict[str, float]) -> None:
         if self.path is None or not found:
             return
-        lines = [
-            json.dumps({"path": path, "bits": p.bits, "group_size": p.group_size, "kl": kl})
-            for (path, p), kl in found.items()
-        ]
+        lines = [json.dumps({"key": json.loads(k), "value": v}) for k, v in found.items()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # A line break first closes a line that an earlier run may have left cut off.
         with self.path.open("a", encoding="utf-8") as stream:
@@ -85,3 +87,7 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _text(key: Any) -> str:
+    return json.dumps(key, sort_keys=True)

@@ -14,6 +14,7 @@ from .. import distributed
 from ..errors import InputError, OptiqError
 from ..model.loading import load_unquantized, reload
 from ..model.memory import block_bytes, streams
+from ..planning.calibration import DEFAULT, Sampling
 from .plan import Plan
 from .plan_file import read_plan
 from .plan_search import Study, search
@@ -38,6 +39,7 @@ class Request:
         bits: Widths to consider; None for all.
         group_sizes: Group sizes to consider; None for all.
         calibration: Calibration file; None for mlx-lm's own text.
+        sampling: How long the calibration sequences are and how many.
         method: Name of the sensitivity method.
         methods: All methods by name.
         refine: Whether to round anew with error feedback.
@@ -52,6 +54,7 @@ class Request:
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
     calibration: Path | None = None
+    sampling: Sampling = DEFAULT
     method: str = "taylor"
     methods: dict[str, Method] = field(default_factory=lambda: dict(METHODS))
     refine: bool = False
@@ -134,6 +137,7 @@ def prepare(
         bits=request.bits,
         group_sizes=request.group_sizes,
         calibration=request.calibration,
+        sampling=request.sampling,
         method=_unmeasured if request.plan_file else request.methods[request.method],
         method_name=request.method,
         refine=request.refine,
@@ -192,7 +196,7 @@ def refined(conversion: Conversion, study: Study) -> Conversion:
 def distilled(
     conversion: Conversion, study: Study, say: Callable[[str], None] = print
 ) -> Conversion:
-    """Tune a refined conversion's scales and biases, if that lowers its KL on held-out windows."""
+    """Tune a refined conversion's scales and biases; keep them if the held-out KL falls."""
     plan, problem = conversion.plan, study.problem
     values = distill(problem, plan.precisions, conversion.refined)
     kl = judge(problem, plan.precisions, values)
@@ -200,7 +204,7 @@ def distilled(
     entry = {"op": "distill", "steps": STEPS, "kl_before": plan.kl, "kl": kl, "kept": kept}
     conversion = replace(conversion, post_processing=[*conversion.post_processing, entry])
     if not kept:
-        say("[optiq] Distillation did not lower the KL on held-out windows: left out")
+        say("[optiq] Distillation did not lower the KL on held-out sequences: left out")
         return conversion
     return replace(conversion, plan=replace(plan, kl=kl), refined=values)
 

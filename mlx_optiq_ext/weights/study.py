@@ -15,7 +15,7 @@ from ..model import memory
 from ..model.layers import quantizable
 from ..model.loading import load_unquantized, reload, to_compute_dtype
 from ..model.stream import Stream, runs_whole
-from ..planning.calibration import load_calibration
+from ..planning.calibration import DEFAULT, Sampling, load_calibration
 from .plan import Plan
 from .plan_search import Study, search
 from .precision import BITS, GROUP_SIZES, Size, Tensor, tensors
@@ -34,6 +34,7 @@ def study_model(
     bits: tuple[int, ...] | None = None,
     group_sizes: tuple[int, ...] | None = None,
     calibration: Path | None = None,
+    sampling: Sampling = DEFAULT,
     method: Method = taylor,
     method_name: str = "taylor",
     refine: bool = False,
@@ -55,6 +56,7 @@ def study_model(
         bits: Widths to consider; None for all, with "leave unquantized" among the candidates.
         group_sizes: Group sizes to consider; None for all.
         calibration: A text or JSON-lines file, or None for mlx-lm's own text.
+        sampling: How long its sequences are and how many.
         method: Measures the sensitivities.
         method_name: Its name, for the metadata.
         refine: Whether the quantized weights will be refined.
@@ -84,7 +86,7 @@ def study_model(
     modules = dict(quantizable(model))
     weights = stream or {t.path: modules[t.path].weight for t in candidates}
     model.update(tree_map(to_compute_dtype, model.parameters()))
-    data = load_calibration(model, tokenizer, calibration, say)
+    data = load_calibration(model, tokenizer, calibration, say, sampling)
     distributed.compare(**{"model": digest, "calibration data": data.whole_digest})
     key = {"model": digest, "device": str(mx.default_device())} if digest else None
     problem = Problem(model, weights, candidates, data, key, progress, refine, say, stream=stream)

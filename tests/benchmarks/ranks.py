@@ -38,6 +38,7 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     from mlx_optiq_ext.weights import METHODS
     from mlx_optiq_ext.weights import study as planning
     from mlx_optiq_ext.weights.sensitivity import fisher, kl, taylor
+    from mlx_optiq_ext.weights.sensitivity.problem import journal_key
 
     counts: dict[str, int] = dict.fromkeys(COUNTED, 0)
     waited = 0.0
@@ -60,7 +61,7 @@ def sweep(model: str, calibration: Path, method: str) -> None:
             waited += time.process_time() - before
 
     def unknown(probes: Any, tensor: Any, precision: Any) -> bool:
-        return probes.journal.get(tensor.path, precision) is None
+        return probes.journal.get(journal_key(tensor.path, precision)) is None
 
     def costed(problem: Any, tensor: Any, found: Any, precisions: Any = None, **_: Any) -> int:
         return len(list(precisions or tensor.precisions))

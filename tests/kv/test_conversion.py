@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx_lm
 import numpy as np
@@ -16,12 +17,9 @@ from mlx_optiq_ext.kv.planning.replay import Replay
 
 @pytest.fixture(scope="module")
 def measured(exact, tiny):
-    """The tiny model's keys and values, measured on short windows."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "LENGTH", 96)
-        return conversion.plan_kv(
-            str(exact), 4.0, calibration=tiny.parent / "calibration.jsonl", progress=False
-        )
+    """The tiny model's keys and values, measured on short sequences."""
+    text, sampling = tiny.parent / "calibration.jsonl", replace(conversion.LONG, length=96)
+    return conversion.plan_kv(str(exact), 4.0, calibration=text, sampling=sampling, progress=False)
 
 
 def test_a_plan_keeps_its_budget_and_is_no_worse_than_uniform(measured):

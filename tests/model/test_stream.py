@@ -1,6 +1,7 @@
 """Models larger than memory: the same result, with one layer resident."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlx_optiq_ext.model import memory
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.replay import record
 from mlx_optiq_ext.model.stream import Stream, parameters, runs_whole
-from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import (
     Precision,
     Request,
@@ -40,12 +41,8 @@ def dense() -> qwen3.Model:
     return qwen3.Model(qwen3.ModelArgs.from_dict(toy_config()))
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """A few short windows of calibration text."""
-    monkeypatch.setattr(calibration, "WINDOW", 32)
-    monkeypatch.setattr(calibration, "COUNT", 8)
-    monkeypatch.setattr(calibration, "REFINING", 12)
+#: A few short calibration sequences.
+SHORT = Sampling(length=32, count=8, refining=12)
 
 
 def study(folder, text, monkeypatch, *, streaming: bool, **settings):
@@ -55,6 +52,7 @@ def study(folder, text, monkeypatch, *, streaming: bool, **settings):
         model,
         tokenizer,
         calibration=text,
+        sampling=SHORT,
         load=lambda: planning.reload(str(folder)),
         progress=False,
         say=lambda line: None,
@@ -63,18 +61,19 @@ def study(folder, text, monkeypatch, *, streaming: bool, **settings):
 
 
 @pytest.mark.parametrize("method", ["taylor", "kl"])
-def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, short, tmp_path, monkeypatch, method):
+def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, tmp_path, monkeypatch, method):
     plans = {}
     for switch in "01":
         monkeypatch.setenv(memory.SWITCH, switch)
         monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / switch))
-        settings = {"method": planning.METHODS[method], "method_name": method, "progress": False}
-        plan = plan_folder(str(toy), 4.0, calibration=text, **settings)
+        settings = {"calibration": text, "sampling": SHORT, "progress": False}
+        chosen = {"method": planning.METHODS[method], "method_name": method}
+        plan = plan_folder(str(toy), 4.0, **settings, **chosen)
         plans[switch] = (plan.precisions, plan.costs, plan.kl, plan.uniform_kl, plan.variant)
     assert plans["0"] == plans["1"]
 
 
-def test_refined_values_are_the_same_bit_for_bit(toy, text, short, monkeypatch):
+def test_refined_values_are_the_same_bit_for_bit(toy, text, monkeypatch):
     results = []
     for streaming in (False, True):
         found = study(toy, text, monkeypatch, streaming=streaming, refine=True, method=nothing)
@@ -138,12 +137,12 @@ def deep(tmp_path_factory):
 
 
 @pytest.mark.newest
-def test_memory_holds_one_layer_not_the_model(deep, text, short, monkeypatch):
+def test_memory_holds_one_layer_not_the_model(deep, text, monkeypatch):
     stored = sum(path.stat().st_size for path in deep.glob("model*.safetensors"))
     assert stored > 200e6
-    monkeypatch.setattr(calibration, "COUNT", 2)
     monkeypatch.setenv(memory.SWITCH, "1")
-    request = Request(budget=4.6, bits=(4,), group_sizes=(64,), calibration=text)
+    sampling = replace(SHORT, count=2)
+    request = Request(4.6, bits=(4,), group_sizes=(64,), calibration=text, sampling=sampling)
     prepare(str(deep), request, progress=False, say=lambda line: None)
     # A layer takes 10 MB in float32, its moments and what is computed with them some more.
     assert mx.get_peak_memory() < stored / 4
@@ -193,17 +192,17 @@ def test_the_state_that_enters_the_layers_needs_none_of_them(loaded):
     assert mx.array_equal(lockstep.entry(model, TOKENS), record(model, TOKENS)[1][0].hidden)
 
 
-def test_a_model_that_cannot_be_replayed_is_measured_directly(toy, text, short, monkeypatch):
+def test_a_model_that_cannot_be_replayed_is_measured_directly(toy, text, monkeypatch):
     monkeypatch.setattr("mlx_optiq_ext.model.layerwise.plain", lambda part: False)
     said = []
     monkeypatch.setenv(memory.SWITCH, "1")
-    settings = {"bits": (3,), "group_sizes": (32,), "progress": False, "say": said.append}
-    plan = plan_folder(str(toy), 4.2, calibration=text, **settings)
+    settings = {"bits": (3,), "group_sizes": (32,), "sampling": SHORT, "progress": False}
+    plan = plan_folder(str(toy), 4.2, calibration=text, say=said.append, **settings)
     assert any("do not run one by one" in line for line in said)
     assert plan.kl is not None
 
 
-def test_a_model_whose_layers_run_in_parts_stays_in_memory(toy, text, short, monkeypatch):
+def test_a_model_whose_layers_run_in_parts_stays_in_memory(toy, text, monkeypatch):
     model = planning.reload(str(toy))
     assert runs_whole(model)
 
@@ -222,6 +221,7 @@ def test_a_model_whose_layers_run_in_parts_stays_in_memory(toy, text, short, mon
         loaded,
         tokenizer,
         calibration=text,
+        sampling=SHORT,
         load=lambda: pytest.fail("read twice"),
         method=nothing,
         progress=False,

@@ -17,7 +17,7 @@ from toy_models import FAMILIES, NO_METAL, TOYS, UNSAFE, UNSUPPORTED, build, con
 from mlx_optiq_ext.model.layers import decoder_layers, quantizable
 from mlx_optiq_ext.model.replay import record, resume
 from mlx_optiq_ext.model.stream import Stream, runs_whole
-from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import METHODS, Plan, Precision, plan_model, tensors
 from mlx_optiq_ext.weights.precision import Size
 from mlx_optiq_ext.weights.sensitivity import fisher
@@ -71,10 +71,8 @@ def uncompiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(calibration, "WINDOW", 8)
-    monkeypatch.setattr(calibration, "COUNT", 2)
+#: Two short calibration sequences.
+SHORT = Sampling(length=8, count=2)
 
 
 def test_every_architecture_has_a_toy_config_or_a_reason():
@@ -119,6 +117,7 @@ def test_an_architecture_is_planned_and_packed_within_its_budget(name, text):
         bits=BITS,
         group_sizes=GROUP_SIZES,
         calibration=text,
+        sampling=SHORT,
         progress=False,
         say=lambda line: None,
     )
@@ -217,7 +216,8 @@ def test_a_model_without_gradients_is_measured_directly_and_says_so(text, monkey
 
     monkeypatch.setattr("mlx_optiq_ext.weights.sensitivity.taylor.factors", refuse)
     lines: list[str] = []
-    settings: dict[str, Any] = {"calibration": text, "progress": False, "say": lines.append}
+    settings: dict[str, Any] = {"calibration": text, "sampling": SHORT, "say": lines.append}
+    settings["progress"] = False
     direct = plan_model(build("qwen3"), Letters(), 9.0, **settings)
     (line,) = [line for line in lines if "cannot be differentiated" in line]
     assert "([gather] Cannot calculate VJP): measuring each tensor directly" in line

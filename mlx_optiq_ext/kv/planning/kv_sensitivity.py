@@ -7,7 +7,7 @@ change that layer's output, relative to the anchor: one layer is run for each, n
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +19,6 @@ from ... import distributed
 from ...errors import BudgetError, UnsupportedError
 from ...planning.allocation import allocate
 from ...planning.journal import Journal
-from ...weights.precision import Precision
 from ..formats import Affine, Format
 from ..formats.affine import candidates
 from ..layout import Slot, owners
@@ -134,7 +133,7 @@ def _costs(
     formats: list[Affine],
     journal: Journal,
 ) -> dict[Affine, float]:
-    known = {f: journal.get(_name(side, f), _precision(f)) for f in formats}
+    known = {f: journal.get(_key(side, f)) for f in formats}
     if all(cost is not None for cost in known.values()):
         return {f: cost or 0.0 for f, cost in known.items()}
 
@@ -154,16 +153,12 @@ def _costs(
         for f, bits in measured.items()
     }
     for format, cost in found.items():
-        journal.add(_name(side, format), _precision(format), cost)
+        journal.add(_key(side, format), cost)
     return found
 
 
-def _precision(format: Affine) -> Precision:
-    return Precision(format.bits, format.group_size or 64)
-
-
-def _name(side: Side, format: Affine) -> str:
-    return f"{side[0]}.{side[1]}{'r' if format.rotated else ''}"
+def _key(side: Side, format: Affine) -> list[Any]:
+    return [*side, asdict(format)]
 
 
 def choose(

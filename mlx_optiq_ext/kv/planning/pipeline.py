@@ -12,15 +12,18 @@ from mlx.utils import tree_map
 from ... import distributed, files
 from ...errors import InputError
 from ...model.loading import load, local_folder, model_digest, to_compute_dtype
-from ...planning import calibration as calibrations
+from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spread
 from ..plan import FILE, entries
 from .kv_sensitivity import Costs, measure
 from .plan_search import Found, search
 
 #: File beside the plan that holds what was measured.
 SENSITIVITY = "kv_sensitivity.json"
-#: Tokens of a window, and how many to measure and to judge on.
-LENGTH, MEASURED, HELD_OUT = 2048, 2, 2
+#: What a cache's format costs shows at long contexts: a few long sequences, every other one to
+#: judge plans on.
+LONG = Sampling(length=2048, count=4, held_out_every=2)
+#: Tokens of a sequence that measure something at least.
+SHORTEST = 16
 
 
 def plan_kv(
@@ -28,6 +31,7 @@ def plan_kv(
     budget: float,
     *,
     calibration: Path | None = None,
+    sampling: Sampling = LONG,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -41,6 +45,7 @@ def plan_kv(
         path_or_repo: An MLX model, quantized or not.
         budget: Stored bits per element of the caches, scales and biases included.
         calibration: A text or JSON-lines file, or None for mlx-lm's own text.
+        sampling: How long the calibration sequences are and how many.
         revision: Of the repository.
         trust_remote_code: As in mlx-lm.
         progress: Whether to show a progress bar.
@@ -59,17 +64,17 @@ def plan_kv(
         # Products with packed weights are slow there.
         model = dequantize_model(model)
     model.update(tree_map(to_compute_dtype, model.parameters()))
-    tokens, source = _tokens(model, tokenizer, calibration, say)
-    windows, held_out = _windows(tokens)
+    tokens, source = load_tokens(model, tokenizer, calibration, say)
+    measured, held_out = sequences(tokens, sampling)
     say(
-        f"[optiq] Measuring keys and values at {windows.shape[1]} tokens of context on "
-        f"{windows.size} tokens ({source})"
+        f"[optiq] Measuring keys and values at {measured.shape[1]} tokens of context on "
+        f"{measured.size} tokens ({source})"
     )
     digest = model_digest(local_folder(path_or_repo))
     tokens_digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     distributed.compare(**{"model": digest, "calibration data": tokens_digest})
     key = {"model": digest, "device": str(mx.default_device())}
-    found = measure(model, windows, held_out, key=key, progress=progress)
+    found = measure(model, measured, held_out, key=key, progress=progress)
     return search(found, budget), found
 
 
@@ -103,33 +108,21 @@ def _record(found: Found, costs: Costs, model: str, budget: float) -> dict[str, 
     }
 
 
-def _tokens(
-    model: Any, tokenizer: Any, path: Path | None, say: Callable[[str], None]
-) -> tuple[np.ndarray, str]:
-    """Calibration tokens in one row, and where they come from."""
-    if path is not None:
-        return calibrations.tokenized(calibrations.read_texts(path), tokenizer), path.name
-    text = distributed.first(calibrations.stock_text)
-    if text is not None:
-        return calibrations.tokenized([text], tokenizer), "mlx-lm"
-    say(
-        "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
-        "sampled from the model itself (--optiq-calibration FILE gives better plans)"
-    )
-    found = distributed.first(lambda: calibrations.sampled(model, tokenizer))
-    return found.tokens.ravel(), found.source
+def sequences(tokens: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences to measure on and to judge on, each (n, length), spread over the text.
 
+    They are shorter than ``sampling`` says where the text is too short for so many.
 
-def _windows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Windows to measure on and to judge on, spread over the text."""
-    wanted = MEASURED + HELD_OUT
-    length = min(LENGTH, len(tokens) // wanted)
-    if length < 16:
+    Raises:
+        InputError: The text is too short for sequences of `SHORTEST` tokens.
+    """
+    length = min(sampling.length, len(tokens) // sampling.count)
+    if length < SHORTEST:
         raise InputError(
             f"the calibration data has {len(tokens)} tokens, too few to measure keys and values: "
             "give a longer text with --optiq-calibration"
         )
-    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
-    spread = np.linspace(0, len(windows) - 1, wanted).round().astype(int)
-    chosen = windows[spread]
-    return chosen[::2], chosen[1::2]
+    every = cut(tokens, length)
+    chosen = every[spread(len(every), sampling.count)]
+    found = Calibration(chosen, "", held_out_every=sampling.held_out_every)
+    return found.measured, found.held_out

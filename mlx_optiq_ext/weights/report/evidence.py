@@ -9,7 +9,6 @@ from itertools import pairwise
 
 from ...errors import InputError
 from ...model.layers import layer_index
-from ...planning.calibration import HELD_OUT
 from ..plan import Plan
 from ..plan_search import Study, stored, uniformly
 from ..precision import Precision, Size, Tensor
@@ -239,6 +238,6 @@ def gather(study: Study, plan: Plan, name: str) -> Evidence:
         size=study.size,
         uniforms=uniforms(problem),
         judged_on=data.held_out.size,
-        held_out=len(data.tokens) >= HELD_OUT,
+        held_out=data.holds_out,
         refined=problem.refine,
     )

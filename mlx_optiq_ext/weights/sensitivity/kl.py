@@ -19,7 +19,7 @@ from ...model.replay import Recording, record, resume
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
 from ..precision import Precision, Tensor
-from .problem import BATCH, Problem, Sensitivity, error
+from .problem import BATCH, Problem, Sensitivity, error, journal_key
 
 T = TypeVar("T")
 
@@ -86,13 +86,14 @@ class _Probes:
 
     def __call__(self, tensor: Tensor, precision: Precision) -> float:
         """KL in nats per token with one tensor quantized, at least `LEAST`."""
-        known = self.journal.get(tensor.path, precision)
+        key = journal_key(tensor.path, precision)
+        known = self.journal.get(key)
         if known is None:
             data, start = self._data, self._layers.get(tensor.path, 0)
             with self.problem.quantized({tensor.path: precision}):
                 total = sum(d.divergence(self.problem.model, start) for d in data)
             known = total / sum(d.tokens.size for d in data)
-            self.journal.add(tensor.path, precision, known)
+            self.journal.add(key, known)
         return max(known, LEAST)
 
 

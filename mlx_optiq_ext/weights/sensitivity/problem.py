@@ -23,7 +23,7 @@ Sensitivity = dict[str, dict[Precision, float]]
 #: Counted up when a method measures anew what an older version kept.
 VERSION = 6
 
-#: Windows run at once.
+#: Calibration sequences run at once.
 BATCH = 4
 
 
@@ -35,7 +35,7 @@ class Problem:
         model: The model, with every parameter in the dtype to compute in.
         weights: Tensor path -> weight ``(..., out, in)`` in the dtype it is stored in.
         tensors: The tensors to measure, with their candidates.
-        calibration: Token windows.
+        calibration: What to measure on.
         key: What identifies the model and the device, under which measurements are kept on disk;
             None keeps none.
         progress: Whether to show a progress bar.
@@ -130,13 +130,18 @@ class Problem:
 Method = Callable[[Problem], Sensitivity]
 
 
+def journal_key(path: str, precision: Precision) -> list[Any]:
+    """Under which a journal keeps what one precision of one tensor costs."""
+    return [path, precision.bits, precision.group_size]
+
+
 def batches(tokens: np.ndarray) -> list[mx.array]:
-    """Windows (n, length) as batches of at most `BATCH`."""
+    """Calibration sequences (n, length) as batches of at most `BATCH`."""
     return [mx.array(tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)]
 
 
 def end_to_end(problem: Problem, choices: list[dict[str, Precision]]) -> list[float]:
-    """KL(reference || plan) of whole plans on the held-out windows, in nats per token.
+    """KL(reference || plan) of whole plans on the held-out sequences, in nats per token.
 
     The ranks of ``mlx.launch`` judge some plans each, of which all get all.
     """

@@ -16,7 +16,7 @@ from ..precision import Precision, Tensor, dequantized
 from .fisher import factors
 from .kl import anchor, measured, probe
 from .moments import Factors
-from .problem import Problem, Sensitivity, batches
+from .problem import Problem, Sensitivity, batches, journal_key
 
 #: Tensors measured directly, to fit the scale of the expansion.
 DIRECT = 4
@@ -43,16 +43,16 @@ def taylor(problem: Problem) -> Sensitivity:
 
         problem.results["factors"] = differentiate(problem, visit)
         for path, direct in measured(problem, missing.values()).items():
-            ledger.direct.add_all(path, direct)
+            ledger.direct.add_all((journal_key(path, p), kl) for p, kl in direct.items())
         ledger.direct.exchange()
     expanded = [t for t in problem.tensors if not ledger.was_measured(t)]
-    scale = fit(problem, expanded, {t.path: ledger.plain.get(t.path, anchor(t)) for t in expanded})
+    anchors = {t.path: ledger.plain.get(journal_key(t.path, anchor(t))) for t in expanded}
+    scale = fit(problem, expanded, anchors)
     result: Sensitivity = {}
     for tensor in problem.tensors:
         by, factor = (ledger.direct, 1.0) if ledger.was_measured(tensor) else (ledger.costs, scale)
-        result[tensor.path] = {
-            p: factor * (by.get(tensor.path, p) or 0.0) for p in tensor.precisions
-        }
+        found = {p: by.get(journal_key(tensor.path, p)) for p in tensor.precisions}
+        result[tensor.path] = {p: factor * (cost or 0.0) for p, cost in found.items()}
     return result
 
 
@@ -76,11 +76,11 @@ class _Ledger:
         return cls(*(problem.journal(n) for n in (name, f"{name} anchors", "taylor direct")))
 
     def was_measured(self, tensor: Tensor) -> bool:
-        return all(self.direct.get(tensor.path, p) is not None for p in tensor.precisions)
+        return _knows(self.direct, tensor, tensor.precisions)
 
     def has(self, tensor: Tensor) -> bool:
-        known = all(self.costs.get(tensor.path, p) is not None for p in tensor.precisions)
-        anchored = self.plain.get(tensor.path, anchor(tensor)) is not None
+        known = _knows(self.costs, tensor, tensor.precisions)
+        anchored = _knows(self.plain, tensor, [anchor(tensor)])
         return (known and anchored) or self.was_measured(tensor)
 
     def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
@@ -99,13 +99,17 @@ class _Ledger:
             if not precisions:
                 continue
             these = costs(problem, tensor, found[tensor.path], precisions)
-            self.costs.add_all(tensor.path, these)
+            self.costs.add_all((journal_key(tensor.path, p), c) for p, c in these.items())
             if at in precisions:
                 if problem.refine:
                     these = costs(problem, tensor, found[tensor.path], [at], feedback=False)
-                self.plain.add(tensor.path, at, these[at])
+                self.plain.add(journal_key(tensor.path, at), these[at])
         self.costs.exchange()
         self.plain.exchange()
+
+
+def _knows(journal: Journal, tensor: Tensor, precisions: Iterable[Precision]) -> bool:
+    return all(journal.get(journal_key(tensor.path, p)) is not None for p in precisions)
 
 
 def differentiated(problem: Problem) -> Mapping[str, Factors]:

@@ -9,7 +9,7 @@ from toy_qwen3 import moe
 
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.model.layers import quantizable
-from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.planning.calibration import DEFAULT, Sampling
 from mlx_optiq_ext.weights import (
     Precision,
     Study,
@@ -29,12 +29,13 @@ from mlx_optiq_ext.weights.sensitivity.problem import batches
 pytestmark = pytest.mark.newest
 
 
-def studied(model, tokenizer, text) -> Study:
-    """A model with its calibration windows, not measured."""
+def studied(model, tokenizer, text, sampling=DEFAULT) -> Study:
+    """A model with its calibration sequences, not measured."""
     return study_model(
         model,
         tokenizer,
         calibration=text,
+        sampling=sampling,
         refine=True,
         progress=False,
         say=lambda line: None,
@@ -43,12 +44,10 @@ def studied(model, tokenizer, text) -> Study:
 
 
 @pytest.fixture
-def study(tiny, monkeypatch):
-    """The tiny model on windows of 64 tokens."""
-    monkeypatch.setattr(calibration, "WINDOW", 64)
-    monkeypatch.setattr(calibration, "COUNT", 8)
-    monkeypatch.setattr(calibration, "REFINING", 48)
-    return studied(*mlx_lm.load(str(tiny))[:2], tiny.parent / "calibration.jsonl")
+def study(tiny):
+    """The tiny model on sequences of 64 tokens."""
+    sampling = Sampling(length=64, count=8, refining=48)
+    return studied(*mlx_lm.load(str(tiny))[:2], tiny.parent / "calibration.jsonl", sampling)
 
 
 @pytest.fixture

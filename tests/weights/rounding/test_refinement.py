@@ -10,7 +10,7 @@ from toy_qwen3 import moe
 from mlx_optiq_ext.errors import InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use
-from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, put, read_plan, refine, study_model
 from mlx_optiq_ext.weights.precision import Size, quantize, tensors
 from mlx_optiq_ext.weights.rounding import refinement
@@ -19,17 +19,15 @@ from mlx_optiq_ext.weights.rounding.refinement import judge
 
 
 @pytest.fixture
-def study(tiny, monkeypatch):
-    """The tiny model measured on a few hundred tokens, with four more windows to refine on."""
-    monkeypatch.setattr(calibration, "WINDOW", 64)
-    monkeypatch.setattr(calibration, "COUNT", 8)
-    monkeypatch.setattr(calibration, "REFINING", 24)
+def study(tiny):
+    """The tiny model measured on a few hundred tokens, with 16 more sequences to refine on."""
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     text = tiny.parent / "calibration.jsonl"
     return study_model(
         model,
         tokenizer,
         calibration=text,
+        sampling=Sampling(length=64, count=8, refining=24),
         refine=True,
         progress=False,
         say=lambda line: None,
@@ -80,6 +78,7 @@ def test_stacked_experts_are_refined_each_on_its_own_tokens(loaded, text):
         model,
         loaded[1],
         calibration=text,
+        sampling=Sampling(length=64, count=8, refining=24),
         progress=False,
         say=lambda line: None,
         method=lambda problem: {},

@@ -6,7 +6,7 @@ from toy_qwen3 import moe
 
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use, tapped
-from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import METHODS, Precision, plan_model
 from mlx_optiq_ext.weights.precision import dequantized
 from mlx_optiq_ext.weights.sensitivity import fisher as module
@@ -116,8 +116,7 @@ def test_expert_costs_count_each_experts_own_tokens():
     assert found.curvature().cost(mx.array(error)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_predicted_divergence_is_near_the_measured_one(tiny, monkeypatch):
-    monkeypatch.setattr(calibration, "WINDOW", 64)
+def test_predicted_divergence_is_near_the_measured_one(tiny):
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     found = {}
 
@@ -127,7 +126,8 @@ def test_predicted_divergence_is_near_the_measured_one(tiny, monkeypatch):
         return found["predicted"]
 
     text = tiny.parent / "calibration.jsonl"
-    plan_model(model, tokenizer, 4.0, calibration=text, method=spy, progress=False)
+    options = {"calibration": text, "sampling": Sampling(length=64), "progress": False}
+    plan_model(model, tokenizer, 4.0, method=spy, **options)
     paths = list(found["measured"])
     predicted = np.log([found["predicted"][path][Precision(3, 64)] for path in paths])
     measured = np.log([found["measured"][path] for path in paths])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.model.layers import quantizable
-from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, search, study_model
 from mlx_optiq_ext.weights.plan_search import PROTECTED, rules
 from mlx_optiq_ext.weights.sensitivity import interaction
@@ -19,14 +19,18 @@ module = importlib.import_module("mlx_optiq_ext.weights.plan_search")
 
 
 @pytest.fixture
-def study(tiny, monkeypatch):
+def study(tiny):
     """The tiny model measured on a few hundred tokens."""
-    monkeypatch.setattr(calibration, "WINDOW", 64)
-    monkeypatch.setattr(calibration, "COUNT", 8)
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     text = tiny.parent / "calibration.jsonl"
     return study_model(
-        model, tokenizer, calibration=text, progress=False, say=lambda line: None, bits=(2, 3, 8)
+        model,
+        tokenizer,
+        calibration=text,
+        sampling=Sampling(length=64, count=8),
+        bits=(2, 3, 8),
+        progress=False,
+        say=lambda line: None,
     )
 
 

@@ -10,7 +10,7 @@ from toy_qwen3 import moe
 
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use, tapped
-from mlx_optiq_ext.planning import calibration
+from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, plan_model, study_model
 from mlx_optiq_ext.weights.precision import Tensor
 from mlx_optiq_ext.weights.sensitivity import kl as module
@@ -68,6 +68,7 @@ def test_a_tensor_that_quantizes_without_error_costs_nothing():
     assert set(interpolated(dict.fromkeys(PRECISIONS, 0.0), {}).values()) == {0.0}
 
 
+SHORT = Sampling(length=32)
 KINDS = ["q_proj", "experts.0.up", "experts.1.up"]
 
 
@@ -91,7 +92,6 @@ def test_each_tensor_follows_one_of_its_kind_that_is_near(kinds):
 def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(
     loaded, text, monkeypatch
 ):
-    monkeypatch.setattr(calibration, "WINDOW", 32)
     calls = []
 
     def law(measure, tensor, precision):
@@ -100,7 +100,7 @@ def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(
         return len(tensor.path) * (size**1.5 if "down" in tensor.path else size)
 
     monkeypatch.setattr(module._Probes, "__call__", law)
-    options = {"calibration": text, "progress": False, "say": lambda line: None}
+    options = {"calibration": text, "sampling": SHORT, "progress": False}
     problem = study_model(*loaded, method=lambda _: {}, **options).problem
     costs = kl(problem)
     guides = set(guided(problem.tensors, module.layer_index(problem.model)).values())
@@ -141,17 +141,15 @@ def test_changed_experts_are_judged_with_the_routing_that_the_reference_took():
     assert any((before[p] != after[p]).any() for p in set(before) - set(first))
 
 
-def test_stacked_experts_are_measured_as_one_tensor(loaded, text, monkeypatch):
-    monkeypatch.setattr(calibration, "WINDOW", 32)
+def test_stacked_experts_are_measured_as_one_tensor(loaded, text):
     found = {}
 
     def spy(problem):
         found.update(kl(problem))
         return found
 
-    plan_model(
-        moe(), loaded[1], 6.0, calibration=text, method=spy, progress=False, say=lambda line: None
-    )
+    options = {"calibration": text, "sampling": SHORT, "progress": False}
+    plan_model(moe(), loaded[1], 6.0, method=spy, **options)
     experts = [path for path in found if "switch_mlp" in path]
     assert len(experts) == 6
     for path in experts:

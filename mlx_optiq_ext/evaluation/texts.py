@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..planning.calibration import read_texts, tokenized
+from ..planning.texts import read_texts, tokenized
 
 #: Tokens of a window.
 CONTEXT = 512

@@ -1,7 +1,6 @@
 """Calibration text, cut into sequences of tokens."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,7 @@ import numpy as np
 
 from .. import distributed
 from ..errors import InputError
-
-#: A plain text, or the messages of a chat.
-Text = str | list[dict[str, str]]
+from .texts import Text, read_texts, stock_text, tokenized
 
 
 @dataclass(frozen=True)
@@ -95,57 +92,6 @@ class Calibration:
         return slice(self.held_out_every - 1, None, self.held_out_every)
 
 
-def read_texts(path: Path) -> list[Text]:
-    """Read a calibration file.
-
-    Args:
-        path: A ``.jsonl`` file with ``text``, ``messages``, ``prompt``/``completion`` or
-            ``question``/``answer`` on each line, or a plain text file.
-
-    Returns:
-        Texts, and chat messages where a line has them.
-
-    Raises:
-        InputError: The file is missing, empty, not UTF-8, or a line has none of these fields.
-    """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the calibration file {path} ({error}): give a UTF-8 .txt or .jsonl file"
-        ) from error
-    if path.suffix != ".jsonl":
-        texts: list[Text] = [content] if content.strip() else []
-    else:
-        lines = enumerate(content.splitlines(), 1)
-        texts = [_line(path, number, line) for number, line in lines if line.strip()]
-    if not texts:
-        raise InputError(f"the calibration file {path} is empty: give it some text")
-    return texts
-
-
-def _line(path: Path, number: int, line: str) -> Text:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}, line {number} is not JSON: {error}") from error
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return record["text"]
-        if isinstance(record.get("messages"), list):
-            return record["messages"]
-        for first, second in (("prompt", "completion"), ("question", "answer")):
-            if isinstance(record.get(first), str) and isinstance(record.get(second), str):
-                return [
-                    {"role": "user", "content": record[first]},
-                    {"role": "assistant", "content": record[second]},
-                ]
-    raise InputError(
-        f"{path}, line {number} has no text, messages, prompt and completion, or question and "
-        "answer: give each line one of them"
-    )
-
-
 def from_texts(
     texts: list[Text], tokenizer: Any, source: str, sampling: Sampling = DEFAULT
 ) -> Calibration:
@@ -172,22 +118,6 @@ def from_texts(
     return Calibration(planned, source, more, sampling.held_out_every)
 
 
-def tokenized(texts: list[Text], tokenizer: Any) -> np.ndarray:
-    """All texts as one row of int32 tokens."""
-    tokens: list[int] = []
-    for text in texts:
-        if isinstance(text, list):
-            text = _render(text, tokenizer)
-        tokens.extend(tokenizer.encode(text))
-    return np.asarray(tokens, np.int32)
-
-
-def _render(messages: list[dict[str, str]], tokenizer: Any) -> str:
-    if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    return "\n".join(str(message.get("content", "")) for message in messages) + "\n"
-
-
 def cut(tokens: np.ndarray, length: int) -> np.ndarray:
     """Tokens (n,) as sequences (n // length, length); the rest is left out."""
     return tokens[: len(tokens) // length * length].reshape(-1, length)
@@ -196,30 +126,6 @@ def cut(tokens: np.ndarray, length: int) -> np.ndarray:
 def spread(total: int, count: int) -> np.ndarray:
     """At most ``count`` indices below ``total``, the first and the last among them."""
     return np.unique(np.linspace(0, max(total - 1, 0), count).round().astype(int))
-
-
-def stock_text() -> str | None:
-    """mlx-lm's own calibration text if it is cached or can be downloaded, else None."""
-    path = Path.home() / ".cache" / "mlx-lm" / "calibration_v5.txt"
-    if not path.exists():
-        from mlx_lm.quant.utils import load_data
-
-        try:
-            load_data(_NoTokenizer(), 0, 1)
-        except Exception:
-            if not path.exists():
-                return None
-    try:
-        return path.read_text(encoding="utf-8") or None
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-class _NoTokenizer:
-    """Lets mlx-lm download its text and stop before it tokenizes."""
-
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        raise InputError("not needed")
 
 
 def sampled(
@@ -275,10 +181,9 @@ def load_calibration(
     Raises:
         InputError: The file cannot be used.
     """
-    found = _texts(path)
+    found = _texts(path, say)
     if found is not None:
         return from_texts(found[0], tokenizer, found[1], sampling)
-    say(_SAMPLED)
     return distributed.first(lambda: sampled(model, tokenizer, sampling))
 
 
@@ -286,22 +191,29 @@ def load_tokens(
     model: nn.Module, tokenizer: Any, path: Path | None, say: Callable[[str], None] = print
 ) -> tuple[np.ndarray, str]:
     """The whole text of `load_calibration` as one row of int32 tokens, and its source."""
-    found = _texts(path)
+    found = _texts(path, say)
     if found is not None:
         return tokenized(found[0], tokenizer), found[1]
-    say(_SAMPLED)
     drawn = distributed.first(lambda: sampled(model, tokenizer))
     return drawn.tokens.ravel(), drawn.source
 
 
-_SAMPLED = (
-    "[optiq] mlx-lm's calibration text is neither cached nor reachable: calibrating on text "
-    "sampled from the model itself (--optiq-calibration FILE gives better plans)"
-)
-
-
-def _texts(path: Path | None) -> tuple[list[Text], str] | None:
+def _texts(path: Path | None, say: Callable[[str], None]) -> tuple[list[Text], str] | None:
+    """Texts and their source; None, and a line that says why, if the model must be sampled."""
     if path is not None:
         return read_texts(path), path.name
-    text = distributed.first(stock_text)
-    return None if text is None else ([text], "mlx-lm")
+    text, reason = distributed.first(_stock)
+    if text is not None:
+        return [text], "mlx-lm"
+    say(
+        f"[optiq] {reason}: calibrating on text sampled from the model itself "
+        "(--optiq-calibration FILE gives better plans)"
+    )
+    return None
+
+
+def _stock() -> tuple[str | None, str]:
+    try:
+        return stock_text(), ""
+    except InputError as error:
+        return None, str(error)

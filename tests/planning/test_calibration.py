@@ -1,19 +1,17 @@
-import json
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_optiq_ext.errors import InputError
-from mlx_optiq_ext.planning import calibration
 from mlx_optiq_ext.planning.calibration import (
     DEFAULT,
     Calibration,
     Sampling,
     from_texts,
     load_calibration,
-    read_texts,
+    load_tokens,
 )
 
 
@@ -55,58 +53,42 @@ def test_a_single_sequence_serves_both():
     assert (data.measured == data.held_out).all()
 
 
-def test_all_json_lines_forms_are_read(tmp_path):
-    path = tmp_path / "data.jsonl"
-    records = [
-        {"text": "plain"},
-        {"messages": [{"role": "user", "content": "hi"}]},
-        {"prompt": "a", "completion": "b"},
-        {"question": "c", "answer": "d"},
-    ]
-    path.write_text("\n".join(map(json.dumps, records)))
-    texts = read_texts(path)
-    assert texts[0] == "plain"
-    assert [len(t) for t in texts[1:]] == [1, 2, 2]
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder of its own, and no network."""
 
+    def offline(*args):
+        raise URLError("no route to host")
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "is empty"),
-        ("a.txt", b"\xff\xfe\x00bad", "cannot read"),
-        ("a.jsonl", b'{"text": "ok"}\n{broken', "line 2 is not JSON"),
-        ("a.jsonl", b'{"other": 1}', "line 1 has no text"),
-        ("a.jsonl", b"[1, 2]", "line 1 has no text"),
-    ],
-)
-def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        read_texts(path)
-    assert str(path) in str(error.value)
-
-
-def test_a_missing_file_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="cannot read the calibration file"):
-        read_texts(tmp_path / "none.txt")
-
-
-def test_the_stock_text_is_used_when_it_is_cached(loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    cached = tmp_path / ".cache" / "mlx-lm" / "calibration_v5.txt"
+    monkeypatch.setattr("urllib.request.urlretrieve", offline)
+    return tmp_path
+
+
+def test_the_stock_text_is_used_when_it_is_cached(loaded, home):
+    cached = home / ".cache" / "mlx-lm" / "calibration_v5.txt"
     cached.parent.mkdir(parents=True)
     cached.write_text("Mia buys 7 boxes. " * 50)
-    data = load_calibration(loaded[0], loaded[1], None)
-    assert data.source == "mlx-lm"
+    assert load_calibration(loaded[0], loaded[1], None).source == "mlx-lm"
 
 
-def test_without_any_text_the_model_is_sampled(loaded, monkeypatch):
-    monkeypatch.setattr(calibration, "stock_text", lambda: None)
+def test_without_any_text_the_model_is_sampled(loaded, home):
     said, sampling = [], Sampling(length=16, count=5)
     data = load_calibration(loaded[0], loaded[1], None, said.append, sampling)
     assert data.tokens.shape == (5, 8)
-    assert len(said) == 1
-    assert "--optiq-calibration" in said[0]
+    assert data.source == "sampled from the model"
+    (line,) = said
+    assert "no route to host" in line
+    assert "--optiq-calibration" in line
     again = load_calibration(loaded[0], loaded[1], None, said.append, sampling)
     assert data.digest == again.digest
+
+
+def test_a_text_that_upstream_keeps_elsewhere_is_missed_in_one_line(loaded, home, monkeypatch):
+    monkeypatch.setattr("mlx_lm.quant.utils.load_data", lambda *_: None)
+    said = []
+    tokens, source = load_tokens(loaded[0], loaded[1], None, said.append)
+    assert source == "sampled from the model"
+    assert tokens.shape == (DEFAULT.count * DEFAULT.length // 2,)
+    (line,) = said
+    assert "does not keep it in" in line

@@ -185,7 +185,7 @@ def check(options, args):
 
 def check_kv(options, args):
     """Refuse what a KV plan cannot be made of."""
-    from mlx_optiq_ext.planning.calibration import read_texts
+    from mlx_optiq_ext.planning.texts import read_texts
 
     from ..installation import gate
 
@@ -206,7 +206,7 @@ def check_kv(options, args):
 
 
 def check_weights(options, args):
-    from mlx_optiq_ext.planning.calibration import read_texts
+    from mlx_optiq_ext.planning.texts import read_texts
     from mlx_optiq_ext.weights.plan_file import read_entries
     from mlx_optiq_ext.weights.report import check_target
 

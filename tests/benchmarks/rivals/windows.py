@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from mlx_lm.utils import load_tokenizer
 
-from mlx_optiq_ext.planning.calibration import from_texts, read_texts
+from mlx_optiq_ext.planning.calibration import from_texts
+from mlx_optiq_ext.planning.texts import read_texts
 
 
 def main() -> None:

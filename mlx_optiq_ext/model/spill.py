@@ -81,17 +81,17 @@ def _group(arrays: Arrays, group: str) -> Arrays:
     return {name: arrays[path] for path, (found, _, name) in split.items() if found == group}
 
 
-class SpilledPacked(Mapping[str, tuple[mx.array, mx.array, mx.array]]):
+class SpilledPacked(Mapping[str, tuple[mx.array, ...]]):
     """Packed weights, scales and biases on disk, by tensor path."""
 
     def __init__(self, spill: Spill):
         self._groups = Spilled(spill)
 
-    def update(self, found: Mapping[str, tuple[mx.array, mx.array, mx.array]]) -> None:
+    def update(self, found: Mapping[str, tuple[mx.array, ...]]) -> None:
         """Keep some."""
         self._groups.add({k: {str(i): a for i, a in enumerate(p)} for k, p in found.items()})
 
-    def __getitem__(self, path: str) -> tuple[mx.array, mx.array, mx.array]:
+    def __getitem__(self, path: str) -> tuple[mx.array, ...]:
         return _packed(self._groups[path])
 
     def items(self) -> Any:
@@ -106,8 +106,8 @@ class SpilledPacked(Mapping[str, tuple[mx.array, mx.array, mx.array]]):
         return len(self._groups)
 
 
-def _packed(found: Arrays) -> tuple[mx.array, mx.array, mx.array]:
-    return found["0"], found["1"], found["2"]
+def _packed(found: Arrays) -> tuple[mx.array, ...]:
+    return tuple(found[str(number)] for number in range(len(found)))
 
 
 @dataclass(frozen=True)

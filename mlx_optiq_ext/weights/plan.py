@@ -60,8 +60,8 @@ class Plan:
     def predicate(self) -> Callable[..., bool | dict[str, Any]]:
         """The plan as mlx-lm's ``quant_predicate``.
 
-        The predicate raises OptiqError if it is asked for a tensor it plans to pack in another way
-        than the model allows; a module it does not know is left alone.
+        The predicate raises OptiqError for a tensor whose last axis the planned group size does not
+        divide; a module it does not know is left alone.
         """
 
         def predicate(path: str, module: Any) -> bool | dict[str, Any]:
@@ -70,11 +70,10 @@ class Plan:
                 return False
             if module.weight.shape[-1] % precision.group_size:
                 raise OptiqError(
-                    f"the plan packs {path} in groups of {precision.group_size}, but its last axis "
+                    f"the plan has {path} in groups of {precision.group_size}, but its last axis "
                     f"is {module.weight.shape[-1]}: measure this model anew"
                 )
-            # No mode: affine is the default everywhere, and some layers of mlx-lm know no other.
-            return {"group_size": precision.group_size, "bits": precision.bits}
+            return precision.settings
 
         return predicate
 
@@ -115,14 +114,12 @@ class Plan:
                 "variant": self.variant,
                 "uniform": self.uniform
                 and {
-                    "bits": self.uniform.bits,
-                    "group_size": self.uniform.group_size,
+                    **_entry(self.uniform),
                     "kl": self.uniform_kl,
                 },
                 "per_layer": {
                     path: {
-                        "bits": precision.bits,
-                        "group_size": precision.group_size,
+                        **_entry(precision),
                         "kl": self.costs[path],
                     }
                     for path, precision in self.precisions.items()
@@ -132,6 +129,10 @@ class Plan:
                 "post_processing": list(post_processing),
             },
         )
+
+
+def _entry(precision: Precision) -> dict[str, Any]:
+    return {"bits": precision.bits, **precision.settings}
 
 
 def versions() -> dict[str, str]:
@@ -152,7 +153,7 @@ def check_written(folder: Path, plan: Plan) -> None:
     written = config.get("quantization", {})
     for path, precision in plan.precisions.items():
         entry = written.get(path)
-        found = Precision(entry["bits"], entry["group_size"]) if isinstance(entry, dict) else None
+        found = Precision.of(entry) if isinstance(entry, dict) else None
         if found != (precision if precision.quantized else None):
             raise OptiqError(
                 f"{path} was planned as {precision} but written as {found or 'unquantized'}: "

@@ -6,7 +6,7 @@ from typing import Any
 from .. import files
 from ..errors import InputError
 from .plan import Plan, versions
-from .precision import BITS, Precision, Size, Tensor
+from .precision import AFFINE, MODES, Precision, Size, Tensor
 
 
 def read_entries(path: Path) -> dict[str, Precision]:
@@ -28,8 +28,14 @@ def read_entries(path: Path) -> dict[str, Precision]:
 
 
 def _precision(path: Path, name: str, entry: Any) -> Precision:
-    bits = entry.get("bits") if isinstance(entry, dict) else None
-    group_size = entry.get("group_size", 64) if isinstance(entry, dict) else None
+    entry = entry if isinstance(entry, dict) else {}
+    bits, group_size, mode = (
+        entry.get(field, default)
+        for field, default in (("bits", None), ("group_size", 64), ("mode", AFFINE))
+    )
+    if not isinstance(mode, str) or mode not in MODES:
+        names = ", ".join(MODES)
+        raise InputError(f"{path}: mode of {name} is {mode!r}, which MLX lacks: give {names}")
     for field, value in (("bits", bits), ("group_size", group_size)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise InputError(f"{path}: {field} of {name} is {value!r}: give a whole number")
@@ -37,12 +43,19 @@ def _precision(path: Path, name: str, entry: Any) -> Precision:
     assert isinstance(group_size, int)
     if group_size == 0 or bits in (16, 32):
         return Precision(bits, 0)
-    if bits not in BITS or group_size not in (32, 64, 128):
+    precision = Precision(bits, group_size, mode)
+    if not precision.exists:
         raise InputError(
-            f"{path}: {name} has {bits} bits in groups of {group_size}, which MLX cannot pack: "
-            "give 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128"
+            f"{path}: {name} has {bits} bits in groups of {group_size}, which MLX's mode {mode} "
+            f"lacks: give {_either(MODES[mode].bits)} bits and groups of "
+            f"{_either(MODES[mode].group_sizes)}"
         )
-    return Precision(bits, group_size)
+    return precision
+
+
+def _either(values: tuple[int, ...]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:

@@ -1,7 +1,7 @@
-"""How a weight can be stored: MLX's affine precisions and what they cost in bits."""
+"""Precisions: how MLX can store a weight, and the bits that it then takes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -10,10 +10,37 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..errors import InputError
 from ..model.layers import leaves, quantizable
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
+
+@dataclass(frozen=True)
+class Mode:
+    """One of MLX's quantization modes.
+
+    Attributes:
+        bits: The widths that it has.
+        group_sizes: The group sizes that it has.
+        scale_bits: Width of a scale; None for that of the weight's own dtype.
+        biased: Whether a group has a bias, as wide as its scale.
+    """
+
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    scale_bits: int | None = None
+    biased: bool = False
+
+
+AFFINE = "affine"
+#: MLX's modes by name, see ``mx.quantize``.
+MODES: Mapping[str, Mode] = {
+    AFFINE: Mode((2, 3, 4, 5, 6, 8), (32, 64, 128), biased=True),
+    "mxfp4": Mode((4,), (32,), scale_bits=8),
+    "mxfp8": Mode((8,), (32,), scale_bits=8),
+    "nvfp4": Mode((4,), (16,), scale_bits=8),
+}
+#: What a plan chooses from.
+BITS, GROUP_SIZES = MODES[AFFINE].bits, MODES[AFFINE].group_sizes
 
 
 @dataclass(frozen=True, order=True)
@@ -22,11 +49,54 @@ class Precision:
 
     Attributes:
         bits: Bits of one quantized element; for an unquantized weight those of its dtype.
-        group_size: Elements that share a scale and a bias; 0 for an unquantized weight.
+        group_size: Elements that share a scale; 0 for an unquantized weight.
+        mode: Name of one of `MODES`.
+
+    Raises:
+        InputError: The mode is unknown.
     """
 
     bits: int
     group_size: int
+    mode: str = AFFINE
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(
+                f"{self.mode!r} is not a quantization mode of MLX: give {', '.join(MODES)}"
+            )
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Precision":
+        """The precision that a config or a ``quant_predicate`` of mlx-lm asks for.
+
+        Args:
+            settings: With ``mode``, ``bits`` and ``group_size``; MLX's defaults for what it lacks.
+
+        Raises:
+            InputError: The mode is unknown.
+        """
+        mode = settings.get("mode", AFFINE)
+        bits, group_size = 4, 64
+        if mode != AFFINE and mode in MODES:
+            (bits,), (group_size,) = MODES[mode].bits, MODES[mode].group_sizes
+        return cls(settings.get("bits", bits), settings.get("group_size", group_size), mode)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The precision as mlx-lm's config and ``quant_predicate`` have it.
+
+        The mode is left out where it is affine: that is the default everywhere, and some layers of
+        mlx-lm know no other.
+        """
+        settings: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
+        return settings if self.mode == AFFINE else {**settings, "mode": self.mode}
+
+    @property
+    def exists(self) -> bool:
+        """Whether MLX has this width and group size in this mode."""
+        mode = MODES[self.mode]
+        return self.bits in mode.bits and self.group_size in mode.group_sizes
 
     @property
     def quantized(self) -> bool:
@@ -34,22 +104,28 @@ class Precision:
         return self.group_size > 0
 
     def stored_bits(self, shape: tuple[int, ...], dtype_bits: int) -> int:
-        """Bits in the file: elements plus one scale and one bias a group.
+        """Bits in the file: elements, scales and biases.
 
         Args:
             shape: The unquantized shape, quantized along the last axis.
-            dtype_bits: Width of the weight's dtype, which its scales and biases keep.
+            dtype_bits: Width of the weight's dtype.
         """
         size = math.prod(shape)
         if not self.quantized:
             return size * self.bits
-        return size * self.bits + size // self.group_size * 2 * dtype_bits
+        mode = MODES[self.mode]
+        group = (mode.scale_bits or dtype_bits) * (2 if mode.biased else 1)
+        return size * self.bits + size // self.group_size * group
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether MLX can pack a weight of this shape."""
-        return not self.quantized or (len(shape) >= 2 and shape[-1] % self.group_size == 0)
+        # MLX reads 32 elements at a time, whatever the group size.
+        unit = math.lcm(self.group_size, 32)
+        return not self.quantized or (len(shape) >= 2 and shape[-1] % unit == 0)
 
     def __str__(self) -> str:
+        if self.quantized and self.mode != AFFINE:
+            return self.mode  # which has one width and one group size
         return f"{self.bits}-bit g{self.group_size}" if self.quantized else f"{self.bits}-bit"
 
 
@@ -87,26 +163,32 @@ class Tensor:
         return Precision(self.dtype_bits, 0)
 
 
-def quantize(weight: mx.array, precision: Precision) -> tuple[mx.array, mx.array, mx.array]:
-    """MLX's affine quantization: ``(quantized, scales, biases)`` of a weight ``(..., out, in)``."""
-    return mx.quantize(weight, group_size=precision.group_size, bits=precision.bits)
+def quantize(weight: mx.array, precision: Precision) -> tuple[mx.array, ...]:
+    """MLX's own quantization of a weight ``(..., out, in)``.
+
+    Returns:
+        ``(words, scales, biases)`` with codes in uint32 ``words (..., out, in * bits / 32)``, and
+        scales and biases (..., out, in / group_size); a mode without biases leaves them out.
+    """
+    return tuple(mx.quantize(weight, **_arguments(precision)))
 
 
 def dequantized(weight: mx.array, precision: Precision, dtype: mx.Dtype) -> mx.array:
     """What a weight ``(..., out, in)`` becomes under a precision, computed in ``dtype``.
 
-    Scales and biases are rounded to the weight's own dtype first, as in the file.
+    Affine scales and biases are rounded to the weight's own dtype first, as in the file.
     """
     if not precision.quantized:
         return weight.astype(dtype)
-    quantized, scales, biases = quantize(weight, precision)
-    return mx.dequantize(
-        quantized,
-        scales.astype(dtype),
-        biases.astype(dtype),
-        group_size=precision.group_size,
-        bits=precision.bits,
-    )
+    words, scales, *biases = quantize(weight, precision)
+    if biases:
+        scales, biases = scales.astype(dtype), [biases[0].astype(dtype)]
+    bias = biases[0] if biases else None
+    return mx.dequantize(words, scales, bias, **_arguments(precision)).astype(dtype)
+
+
+def _arguments(precision: Precision) -> dict[str, Any]:
+    return {**precision.settings, "mode": precision.mode}
 
 
 def tensors(
@@ -137,7 +219,7 @@ def tensors(
             continue
         options, floor = [p for p in grid if p.fits(shape)], None
         if isinstance(own, dict):
-            floor = Precision(own.get("bits", 4), own.get("group_size", 64))
+            floor = Precision.of(own)
             options = [
                 p for p in options if p.bits >= floor.bits and p.group_size <= floor.group_size
             ] or [p for p in (floor,) if p.fits(shape)]

@@ -15,7 +15,7 @@ from ..latency import Chip, Header, Workload, find_chip, layout_of, predict
 from ..model.loading import local_folder
 from .plan import Plan
 from .plan_search import Precisions, Study, search, stored, variants
-from .precision import Precision, Tensor
+from .precision import MODES, Precision, Tensor
 
 #: How close to the largest budget to come, in bits per weight.
 STEP = 0.005
@@ -53,7 +53,7 @@ class Target:
         settings: dict[str, Any] = {"bits": 4, "group_size": 64}
         for path, precision in precisions.items():
             if precision.quantized:
-                settings[path] = {"bits": precision.bits, "group_size": precision.group_size}
+                settings[path] = precision.settings
                 headers |= _packed(tensors[path], precision)
         layout = layout_of({**self.config, "quantization": settings}, headers)
         return predict(layout, self.chip, Workload()).decode_tps
@@ -76,12 +76,14 @@ def _packed(tensor: Tensor, precision: Precision) -> dict[str, Header]:
     *outer, inner = tensor.shape
     words, groups = inner * precision.bits // 32, inner // precision.group_size
     rows = math.prod(outer)
-    scale = Header("scale", (*outer, groups), rows * groups * tensor.dtype_bits // 8)
-    return {
+    mode = MODES[precision.mode]
+    width = mode.scale_bits or tensor.dtype_bits
+    scale = Header("scale", (*outer, groups), rows * groups * width // 8)
+    headers = {
         f"{tensor.path}.weight": Header("U32", (*outer, words), 4 * rows * words),
         f"{tensor.path}.scales": scale,
-        f"{tensor.path}.biases": scale,
     }
+    return {**headers, f"{tensor.path}.biases": scale} if mode.biased else headers
 
 
 def search_speed(

@@ -6,9 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.utils import compute_bits_per_weight
 
+from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.weights.precision import (
+    AFFINE,
     BITS,
     GROUP_SIZES,
+    MODES,
     Precision,
     Size,
     dequantized,
@@ -17,13 +20,27 @@ from mlx_optiq_ext.weights.precision import (
 )
 
 PRECISIONS = st.builds(Precision, st.sampled_from(BITS), st.sampled_from(GROUP_SIZES))
+OTHERS = [
+    Precision(bits, group_size, mode)
+    for mode, each in MODES.items()
+    for bits in each.bits
+    for group_size in each.group_sizes
+    if mode != AFFINE
+]
 DTYPES = st.sampled_from([mx.float32, mx.bfloat16, mx.float16])
 
 
-@given(PRECISIONS, DTYPES, st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
+@given(
+    PRECISIONS | st.sampled_from(OTHERS),
+    DTYPES,
+    st.integers(1, 5),
+    st.integers(1, 3),
+    st.integers(0, 2**31),
+)
 @settings(max_examples=120, deadline=None)
 def test_stored_bits_are_the_bytes_that_mlx_stores(precision, dtype, rows, groups, seed):
-    shape = (rows, groups * precision.group_size)
+    shape = (rows, groups * max(32, precision.group_size))
+    assert precision.fits(shape)
     weight = mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
     stored = sum(array.nbytes * 8 for array in quantize(weight, precision))
     assert precision.stored_bits(shape, weight.dtype.size * 8) == stored
@@ -53,7 +70,36 @@ def test_every_value_lies_on_its_groups_grid(precision, seed):
     assert codes.round().max() <= 2**precision.bits - 1
 
 
-def test_an_unpacked_weight_costs_its_dtype():
+@pytest.mark.parametrize("precision", OTHERS, ids=str)
+def test_a_mode_without_biases_is_rounded_as_mlx_rounds_it(precision):
+    weight = mx.random.normal((4, 128), key=mx.random.key(1)).astype(mx.bfloat16)
+    layer = nn.Linear(128, 4, bias=False)
+    layer.weight = weight
+    stored = layer.to_quantized(**precision.settings)
+    x = mx.eye(128, dtype=mx.bfloat16)
+    left = dequantized(weight, precision, mx.float32)
+    assert mx.array_equal(stored(x).T.astype(mx.float32), left)
+    assert mx.abs(left - weight).mean() < 0.15
+
+
+@pytest.mark.parametrize("precision", [Precision(3, 64), *OTHERS], ids=str)
+def test_a_precision_is_read_back_from_what_mlx_lm_is_told(precision):
+    assert Precision.of(precision.settings) == precision
+    assert ("mode" in precision.settings) == (precision.mode != AFFINE)
+    assert precision.exists
+
+
+def test_settings_are_completed_by_the_defaults_of_mlx():
+    assert Precision.of({}) == Precision(4, 64)
+    assert Precision.of({"mode": "nvfp4"}) == Precision(4, 16, "nvfp4")
+
+
+def test_an_unknown_mode_is_refused():
+    with pytest.raises(InputError, match="'int4' is not a quantization mode of MLX: give affine"):
+        Precision(4, 64, "int4")
+
+
+def test_an_unquantized_weight_costs_its_dtype():
     assert Precision(16, 0).stored_bits((4, 8), 16) == 4 * 8 * 16
     assert str(Precision(16, 0)) == "16-bit"
     assert str(Precision(3, 64)) == "3-bit g64"

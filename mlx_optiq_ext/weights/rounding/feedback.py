@@ -16,7 +16,8 @@ from ..precision import Precision
 from .codes import pack
 from .grid import Format, Grid, feedback, sweep
 
-Quantized = tuple[mx.array, mx.array, mx.array]
+#: A weight's words, scales and biases, as ``mx.quantize`` returns them.
+Quantized = tuple[mx.array, ...]
 
 #: Rows that are rounded at once at least, and how many such blocks a weight has at most.
 ROWS, BLOCKS = 16, 24

@@ -157,6 +157,8 @@ def test_a_wrappers_prefix_is_no_obstacle(loaded, tmp_path):
         ({"per_layer": {"a": {"bits": True}}}, "bits of a is True"),
         ({"per_layer": {"a": {"bits": 7, "group_size": 64}}}, "a has 7 bits in groups of 64"),
         ({"per_layer": {"a": {"bits": 4, "group_size": 48}}}, "groups of 48"),
+        ({"per_layer": {"a": {"bits": 4, "mode": "int4"}}}, "mode of a is 'int4', which MLX lacks"),
+        ({"per_layer": {"a": {"bits": 4, "mode": "nvfp4"}}}, "give 4 bits and groups of 16"),
         ({"per_layer": {"a.b": {"bits": 4}}}, "names a.b, which this model does not have"),
         (
             {"per_layer": {"model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 128}}},
@@ -169,6 +171,30 @@ def test_a_bad_plan_is_refused_naming_the_field(loaded, tmp_path, content, messa
     with pytest.raises(InputError, match=message) as error:
         read_plan(path, *candidates(loaded[0]))
     assert "plan.json" in str(error.value)
+
+
+def test_a_plan_may_mix_modes(run, toy, tmp_path):
+    mixed = {
+        "model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+        "model.layers.1.mlp.up_proj": {"bits": 3, "group_size": 64},
+        "model.layers.1.mlp.gate_proj": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
+    }
+    file, out = write(tmp_path, {"per_layer": mixed}), tmp_path / "out"
+    done = run(
+        *("mlx_lm.convert", "--hf-path", toy, "--mlx-path", out, "--optiq-plan", file), check=True
+    )
+    assert "1 x mxfp4" in done.stdout
+    metadata = json.loads((out / "optiq_metadata.json").read_text())
+    kept = {path: {**metadata["per_layer"][path]} for path in mixed}
+    assert {path: entry.pop("kl") for path, entry in kept.items()} == dict.fromkeys(mixed, 0.0)
+    assert kept == mixed
+    modules = dict(mlx_lm.load(str(out))[0].named_modules())
+    for path, entry in mixed.items():
+        assert modules[path].mode == entry.get("mode", "affine")
+        assert (modules[path].bits, modules[path].group_size) == (
+            entry["bits"],
+            entry["group_size"],
+        )
 
 
 def test_an_edited_plan_converts_without_measuring(run, toy, text, tmp_path):

@@ -13,13 +13,12 @@ README = (ROOT / "README.md").read_text()
 
 def own_flags() -> dict[str, set[str]]:
     """Every --optiq option by command."""
-    builtin = importlib.import_module("mlx_optiq_hooks.builtin")
-    flags = importlib.import_module("mlx_optiq_hooks.engine.flags")
+    table = importlib.import_module("mlx_optiq_hooks.commands.table")
     found = {}
-    for command in flags.COMMANDS:
+    for name, command in table.COMMANDS.items():
         group = argparse.ArgumentParser().add_argument_group()
-        builtin.optiq_add_arguments(command=command, group=group)
-        found[command] = {name for action in group._group_actions for name in action.option_strings}
+        command.add_arguments(group)
+        found[name] = {each for action in group._group_actions for each in action.option_strings}
     return found
 
 

@@ -18,12 +18,13 @@ __all__ = [
 
 def arm() -> None:
     """Register every patch. Called by ``mlx_optiq_ext._activation``."""
+    from .commands.table import COMMANDS
     from .engine import status as report
-    from .patches import lm_eval
+    from .patches import evaluate
 
     _status.register(report.lines, report.load)
-    main_module.redirect()
-    lm_eval.install()
+    main_module.redirect(COMMANDS)
+    evaluate.install()
     patch_engine().apply()
 
 

@@ -13,6 +13,7 @@ from .engine.patch import Engine, Patch
 
 def tables() -> tuple[Patch, ...]:
     """Every patch, from one table per target module."""
+    from .commands.table import COMMANDS
     from .engine import flags
     from .patches import convert, generate, lora, perplexity, utils
     from .patches.models import base, cache
@@ -29,7 +30,7 @@ def tables() -> tuple[Patch, ...]:
     from .patches.tuner import utils as tuner_utils
 
     return (
-        *flags.PATCHES,
+        *(patch for name, command in COMMANDS.items() for patch in flags.patches(name, command)),
         *convert.PATCHES,
         *utils.PATCHES,
         *base.PATCHES,

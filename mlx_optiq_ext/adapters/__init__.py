@@ -11,8 +11,10 @@ from .mounting import (
     prepare_model_for_mounted_lora,
     unmount,
 )
-from .naming import check_name, shortened
+from .naming import base_names, check_name, shortened
+from .offers import read_offers
 from .prompt_cache import AdapterPromptCache
+from .requests import Refusal, Wanted, select
 from .routing import Routes
 from .split import Split, note_split, split_of
 
@@ -26,16 +28,21 @@ __all__ = [
     "MountedLoRASwitchLinear",
     "Mounts",
     "Offer",
+    "Refusal",
     "RequestQueue",
     "Routes",
     "Split",
+    "Wanted",
     "activate",
     "active",
+    "base_names",
     "check_name",
     "mount_adapter_on_model",
     "mounts_on",
     "note_split",
     "prepare_model_for_mounted_lora",
+    "read_offers",
+    "select",
     "shortened",
     "split_of",
     "unmount",

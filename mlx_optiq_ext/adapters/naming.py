@@ -1,11 +1,26 @@
-"""Names that requests select adapters by."""
+"""Names that requests select models and adapters by."""
+
+from pathlib import Path
 
 from ..errors import InputError
+
+#: What requests that name no model ask for.
+DEFAULT_MODEL = "default_model"
 
 
 def shortened(text: str, length: int = 64) -> str:
     """A text for a message, whatever a client sent."""
     return repr(text if len(text) <= length else f"{text[:length]}...")
+
+
+def base_names(model: str) -> set[str]:
+    """What requests may call the base model: a folder also by its whole path.
+
+    Args:
+        model: Its folder or name.
+    """
+    path = Path(model)
+    return {DEFAULT_MODEL, model, *([str(path.resolve())] if path.exists() else [])}
 
 
 def check_name(name: str) -> None:

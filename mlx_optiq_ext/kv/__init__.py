@@ -16,6 +16,7 @@ from .cache import PackedKVCache
 from .layout import Mounted, make_caches, mount, mounted_on, unmount
 from .packed_array import Packed
 from .plan import KVPlan, LayerFormat, parse_spec, read_plan
+from .plan_source import find_plan, plan_digest
 from .platform import Platform
 
 __all__ = [
@@ -26,11 +27,13 @@ __all__ = [
     "PackedKVCache",
     "Platform",
     "attend",
+    "find_plan",
     "formats",
     "make_caches",
     "mount",
     "mounted_on",
     "parse_spec",
+    "plan_digest",
     "read_plan",
     "unmount",
 ]

@@ -1,7 +1,9 @@
 """LoRA adapters in every form: reading, checking, writing, and ranks that follow precision."""
 
 from .adapter import Adapter, LayerAdapter
-from .averaging import digest, over_all_tokens
+from .averaging import over_all_tokens
+from .choice import choose_ranks
+from .data import check_same_start, samples
 from .fitting import fit
 from .forms.checkpoint import Checkpoint
 from .forms.exchange import convert
@@ -10,7 +12,7 @@ from .forms.reading import read_adapter
 from .layers import attach
 from .listing import table
 from .rank_scaling import CONSTANT, SCALINGS, allocate
-from .training import DEFAULT_SCALING, Request, prepare, summary
+from .training import DEFAULT_SCALING, Request, check_parameters, prepare, summary
 
 __all__ = [
     "CONSTANT",
@@ -22,13 +24,16 @@ __all__ = [
     "Request",
     "allocate",
     "attach",
+    "check_parameters",
+    "check_same_start",
+    "choose_ranks",
     "convert",
-    "digest",
     "fit",
     "over_all_tokens",
     "prepare",
     "read_adapter",
     "readable_by_stock",
+    "samples",
     "summary",
     "table",
 ]

@@ -12,6 +12,7 @@ from .. import distributed
 from ..errors import InputError
 from . import rank_scaling
 from .averaging import hand_out_start
+from .choice import Choose
 from .forms.checkpoint import Checkpoint
 from .forms.peft_writing import Naming, base_config
 from .forms.reading import read_tensors
@@ -47,11 +48,28 @@ class Request:
     compiled: bool = True
 
 
+def check_parameters(parameters: Any) -> None:
+    """Refuse LoRA parameters that ranks cannot be spread with.
+
+    Args:
+        parameters: mlx-lm's ``lora_parameters``, as they stand in a file.
+
+    Raises:
+        InputError: The rank or the scale is wrong.
+    """
+    known = parameters if isinstance(parameters, Mapping) else {}
+    rank, scale = known.get("rank"), known.get("scale")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise InputError(f"lora_parameters: rank is {rank!r}: give a whole number from 1 on")
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or scale <= 0:
+        raise InputError(f"lora_parameters: scale is {scale!r}: give a number above 0")
+
+
 def prepare(
     model: nn.Module,
     parameters: Mapping[str, Any],
     request: Request,
-    choose: Callable[[str, nn.Module, int], int | None] | None = None,
+    choose: Choose | None = None,
 ) -> Checkpoint:
     """Give a model's LoRA layers their ranks and starting weights, the same in every process.
 
@@ -59,8 +77,7 @@ def prepare(
         model: With mlx-lm's LoRA layers, all of one rank. It is changed.
         parameters: mlx-lm's ``lora_parameters``.
         request: See `Request`.
-        choose: Has the last word on a layer's rank: ``(path, base layer, rank)`` to another rank,
-            or None for that one.
+        choose: Has the last word on a layer's rank.
 
     Returns:
         How to save what is trained.

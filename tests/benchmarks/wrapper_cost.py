@@ -46,7 +46,7 @@ def options_given(call: Callable[[], Any]) -> Callable[[], Any]:
     """The call inside a command that was given options."""
 
     def inside() -> float:
-        with session.session("convert") as running:
+        with session.opened("convert") as running:
             running.options = SimpleNamespace()
             return nanoseconds(call)
 

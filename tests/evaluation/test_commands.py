@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mlx_optiq_hooks.patches import lm_eval
+from mlx_optiq_hooks.patches import evaluate as patched
 
 #: Runs the command in a process where lm-eval cannot be imported, if asked to.
 MAIN = """
@@ -65,7 +65,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=lambda value: str(value)[:40])
 def test_bad_input_ends_the_command(command, tiny, options, message):
-    with lm_eval.stand_ins():
+    with patched.stand_ins():
         importlib.import_module("mlx_lm.evaluate")
     done = command("evaluate", "--model", tiny, *options)
     assert done.status == 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_optiq_hooks.commands.table import COMMANDS
 from mlx_optiq_hooks.engine import flags, main_module, session
 
 #: Adds --optiq-demo N to convert and server and hands N to mlx-lm as the predicate.
@@ -65,7 +66,9 @@ def test_the_module_that_runs_as_main_is_recognised(form):
     rest = ["convert"] if form[-1] == "convert" else []
     arguments = [*rest, "--hf-path", "-m", "--optiq-budget=4"]
     interpreter = form[: len(form) - len(rest)]
-    found = main_module.requested(["-m", *arguments], ["python", *interpreter, *arguments])
+    found = main_module.requested(
+        ["-m", *arguments], ["python", *interpreter, *arguments], COMMANDS
+    )
     assert found == (None if rest else "mlx_lm.convert")
 
 
@@ -81,7 +84,7 @@ def test_the_module_that_runs_as_main_is_recognised(form):
     ],
 )
 def test_other_programs_are_left_alone(argv, original):
-    assert main_module.requested(argv, ["python", *original]) is None
+    assert main_module.requested(argv, ["python", *original], COMMANDS) is None
 
 
 LEAK = """

@@ -7,7 +7,6 @@ import pytest
 
 from mlx_optiq_ext.errors import OptiqError
 from mlx_optiq_hooks import builtin
-from mlx_optiq_hooks.commands import convert_yolo as yolo_options
 
 NAMES = [
     "model_type",
@@ -60,8 +59,9 @@ def test_a_whole_command_line_runs_in_place_of_the_conversion(folder, installed)
     assert callable(check(folder, protect=True))
 
 
-def test_without_the_flag_nothing_changes():
-    assert yolo_options.check(SimpleNamespace(model_type=None), None) is None
+def test_without_the_flag_it_is_a_conversion_of_a_language_model(folder):
+    unused = dict.fromkeys(("quant_predicate", "q_bits", "q_group_size", "dequantize"))
+    assert check(folder, unused, model_type=None, calibration=None) is None
 
 
 @pytest.mark.parametrize(

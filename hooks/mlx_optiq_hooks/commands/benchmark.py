@@ -1,11 +1,27 @@
-"""``--optiq-predict`` of ``mlx_lm.benchmark``: what a chip will do, before any weight is loaded."""
+"""``mlx_lm.benchmark``: ``--optiq-kv``, and what a chip will do before any weight is loaded."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_optiq_ext.errors import InputError
 
+from ..engine.flags import Run
+from ..engine.options import read
+from . import kv
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line; None, or False, stands for what was not."""
+
+    predict: str | None = None
+    predict_plot: Path | None = None
+    calibrate_chip: bool = False
+
 
 def add_arguments(group):
+    """Add the options to an argparse group."""
+    kv.add_arguments(group)
     group.add_argument(
         "--optiq-predict",
         metavar="CHIP",
@@ -22,14 +38,17 @@ def add_arguments(group):
         "--optiq-calibrate-chip",
         action="store_true",
         default=None,
-        help="Measure this machine's bandwidth, launch cost and arithmetic, for --optiq-predict "
-        "auto.",
+        help="Measure this machine's bandwidth, launch overhead and arithmetic, for "
+        "--optiq-predict auto.",
     )
 
 
-def check(options, args):
+def check(command, parsed, args) -> Run | None:
+    """Refuse what cannot work; what runs in place of the benchmark, if anything."""
     from ..installation import gate
 
+    kv.check(command, parsed, args)
+    options = read(Options, parsed)
     plot = options.predict_plot
     if options.predict is None and not options.calibrate_chip:
         if plot is not None:
@@ -48,13 +67,14 @@ def check(options, args):
 
 
 def list_chips() -> None:
+    """Print the chips that can be predicted."""
     from mlx_optiq_ext.latency import words
 
     print(words.table())
 
 
-def run(options, args) -> None:
-    """In place of the benchmark: calibrate, predict, or both."""
+def run(options: Options, args) -> None:
+    """Calibrate this machine, predict, or both."""
     from mlx_optiq_ext import files, latency
     from mlx_optiq_ext.latency import calibration, words
     from mlx_optiq_ext.latency.chips import calibrated_path
@@ -69,7 +89,7 @@ def run(options, args) -> None:
     chip = latency.find_chip(options.predict)
     name = args.model or _default_model()
     layout = latency.read_layout(name)
-    plan = getattr(options, "kv_plan", None)
+    plan = kv.plan()
     workload = latency.Workload(
         args.prompt_tokens,
         args.generation_tokens,

@@ -1,17 +1,37 @@
-"""``--optiq-task`` of ``mlx_lm.evaluate``: our tasks in place of lm-eval's, against baselines."""
+"""``mlx_lm.evaluate``: ``--optiq-kv``, and our tasks in place of lm-eval's, against baselines."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_optiq_ext.errors import InputError
 
-#: As in ``mlx_optiq_ext.evaluation.TASKS``, which a parser need not import.
-TASKS = ("kl", "perplexity", "gsm8k", "ai2d", "wer")
+from ..engine.flags import Run
+from ..engine.options import given, read, spelled
+from . import kv
+
+#: Stock requires ``--tasks``; where ours is given it need not.
+REPLACED = {"tasks": "--optiq-task"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line; None, or nothing, stands for what was not."""
+
+    task: str | None = None
+    baseline: Sequence[str] = ()
+    data: Path | None = None
+    context: int | None = None
 
 
 def add_arguments(group):
+    """Add the options to an argparse group."""
+    from mlx_optiq_ext.evaluation import TASKS
+
+    kv.add_arguments(group)
     group.add_argument(
         "--optiq-task",
-        choices=TASKS,
+        choices=tuple(TASKS),
         help="In place of --tasks: KL divergence from a baseline, perplexity, GSM8K, AI2D through "
         "mlx-vlm, or word error rate through mlx-whisper. Interrupted runs go on where they "
         "stopped; a Markdown and a JSON file are written to --output-dir.",
@@ -33,17 +53,19 @@ def add_arguments(group):
         "--optiq-context",
         metavar="N",
         type=int,
-        help="Tokens of a window for kl (default 512) and perplexity (default 2048).",
+        help="Tokens of a sequence for kl (default 512) and perplexity (default 2048).",
     )
 
 
-def check(options, args):
+def check(command, parsed, args) -> Run | None:
+    """Refuse what cannot work; what runs in place of lm-eval, if anything."""
     from ..installation import gate
 
+    kv.check(command, parsed, args)
+    options = read(Options, parsed)
     if options.task is None:
-        for name in ("baseline", "data", "context"):
-            if getattr(options, name) is not None:
-                raise InputError(f"--optiq-{name} needs --optiq-task, such as --optiq-task kl")
+        for name in given(options):
+            raise InputError(f"{spelled([name])} needs --optiq-task, such as --optiq-task kl")
         return None
     gate().require("evaluation")
     if args.tasks:
@@ -59,10 +81,11 @@ def check(options, args):
     return lambda: run(options, args)
 
 
-def run(options, args) -> None:
-    """In place of lm-eval's run."""
+def run(options: Options, args) -> None:
+    """Evaluate, print the table and write it."""
     from mlx_optiq_ext import evaluation
 
+    assert options.task is not None
     settings = evaluation.Settings(
         data=options.data,
         limit=args.limit,
@@ -74,8 +97,8 @@ def run(options, args) -> None:
         fewshot_as_multiturn=args.fewshot_as_multiturn,
         seed=args.seed,
     )
-    model = evaluation.subject(args.model, getattr(options, "kv_plan", None))
-    baselines = [evaluation.subject(name) for name in options.baseline or ()]
+    model = evaluation.subject(args.model, kv.plan())
+    baselines = [evaluation.subject(name) for name in options.baseline]
     report = evaluation.TASKS[options.task](model, baselines, settings)
     name = f"optiq_{options.task}_{args.model.strip('/').replace('/', '_')}"
     table, data = report.write(Path(args.output_dir), name)

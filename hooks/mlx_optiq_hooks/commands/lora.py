@@ -1,18 +1,64 @@
-"""Our options of ``mlx_lm.lora``, on the command line or in its YAML file."""
+"""``mlx_lm.lora``: options on the command line or in its YAML file."""
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_optiq_ext.errors import InputError
+
+from ..engine.flags import Run as Instead
+from ..engine.options import given, read, spelled
+from ..engine.session import Session
+
+if TYPE_CHECKING:
+    from mlx_optiq_ext.lora import Checkpoint, Request
 
 #: Options of a training.
 TRAINING = ("rank_scaling", "init", "original", "no_compile")
 #: Options that read an adapter and end the command.
 READING = ("info", "export_peft")
+#: Where an adapter can start, besides mlx-lm's own start.
+INITS = ("residual",)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line or in the file; None, or False, stands for what was not.
+
+    Each is named as its option.
+    """
+
+    rank_scaling: str | None = None
+    init: str | None = None
+    original: str | None = None
+    no_compile: bool = False
+    info: Path | None = None
+    export_peft: Path | None = None
+
+    @property
+    def training(self) -> bool:
+        """Whether an option of a training was given."""
+        return any(name in TRAINING for name in given(self))
+
+
+@dataclass
+class Run:
+    """State of a command that trains with our options.
+
+    Attributes:
+        options: What was asked for.
+        request: The library's form of it, while a training runs.
+        checkpoint: How its adapter is saved, once the layers have their ranks.
+    """
+
+    options: Options
+    request: "Request | None" = None
+    checkpoint: "Checkpoint | None" = None
 
 
 def add_arguments(group):
+    """Add the options to an argparse group."""
     from mlx_optiq_ext.lora import DEFAULT_SCALING, SCALINGS
 
     group.add_argument(
@@ -21,12 +67,12 @@ def add_arguments(group):
         nargs="?",
         const=DEFAULT_SCALING,
         help="How to spread the parameters of one LoRA rank over the layers: the same rank "
-        "everywhere (constant), in proportion to the layers' bits (by_bits), or to the KL that "
-        "their quantization costs (by_kl, also without a value).",
+        "everywhere (constant), in proportion to the layers' bits (by_bits), or to the KL "
+        f"divergence that their quantization causes (by_kl). Without a value: {DEFAULT_SCALING}.",
     )
     group.add_argument(
         "--optiq-init",
-        choices=("residual",),
+        choices=INITS,
         help="Start the adapter from what quantization took away; needs --optiq-original.",
     )
     group.add_argument(
@@ -54,19 +100,22 @@ def add_arguments(group):
     )
 
 
-def check(options, args):
+def check(command, parsed, args) -> Instead | None:
+    """Refuse what cannot work; what runs in place of the training, if anything."""
     from ..installation import gate
 
     gate().require("lora")
-    reading = [name for name in READING if getattr(options, name) is not None]
-    training = [name for name in TRAINING if getattr(options, name) is not None]
-    if reading and (training or len(reading) > 1 or args.train or args.test):
-        flag = f"--optiq-{reading[0].replace('_', '-')}"
-        raise InputError(f"{flag} reads an adapter and ends: leave the other options out")
-    if options.info is not None:
-        return lambda: show(options.info)
-    if options.export_peft is not None:
-        return lambda: export(options.export_peft)
+    options = read(Options, parsed)
+    reading = [name for name in READING if name in given(options)]
+    if reading and (options.training or len(reading) > 1 or args.train or args.test):
+        raise InputError(
+            f"{spelled(reading[:1])} reads an adapter and ends: leave the other options out"
+        )
+    info, folder = options.info, options.export_peft
+    if info is not None:
+        return lambda: show(info)
+    if folder is not None:
+        return lambda: export(folder)
     return None
 
 
@@ -84,18 +133,49 @@ def export(folder: Path) -> None:
     print(lora.convert(folder))
 
 
-def merged(options: SimpleNamespace | None, args: Any) -> SimpleNamespace | None:
-    """Options of the command line, then those of the YAML file, which are taken out of ``args``.
+def start(running: Session, args: Any) -> None:
+    """Put the command line and the YAML file together, and keep what a training was asked for.
 
-    Returns None if none was given.
+    Args:
+        running: The session of the command.
+        args: The command's, complete. Our keys of the file are taken out.
+
+    Raises:
+        OptiqError: It cannot be trained, or not all processes were asked the same.
+    """
+    from mlx_optiq_ext import distributed
+
+    from ..installation import gate
+
+    own = read(Options, running.options or SimpleNamespace())
+    options = _merged(_of_file(args), own)
+    if not options.training:
+        if running.options is not None:
+            running.keep(Run(options))  # a plugin's options may choose ranks, which are saved too
+        return
+    gate().require("lora")
+    distributed.size()  # from here on all processes fail together
+    if not args.train:
+        if own.training:
+            raise InputError("--optiq-* options of mlx_lm.lora need --train")
+    else:
+        _check_training(options, args)
+    given_too = {} if running.options is None else vars(running.options)
+    running.options = SimpleNamespace(**{**given_too, **asdict(options)})
+    distributed.agree(settings={**vars(args), **vars(running.options)})
+    running.keep(Run(options))
+
+
+def _of_file(args: Any) -> Options:
+    """Our options of the YAML file, which are taken out of ``args``.
 
     Raises:
         InputError: A key of the file is unknown, or its value is.
     """
     from mlx_optiq_ext.lora import SCALINGS
 
-    found = SimpleNamespace(**dict.fromkeys(TRAINING))
-    allowed = {"rank_scaling": SCALINGS, "init": ("residual",), "no_compile": (True, False)}
+    found: dict[str, Any] = {}
+    allowed = {"rank_scaling": SCALINGS, "init": INITS, "no_compile": (True, False)}
     for key in [key for key in vars(args) if key.startswith("optiq_")]:
         name, value = key.removeprefix("optiq_"), vars(args).pop(key)
         if name not in TRAINING:
@@ -104,32 +184,20 @@ def merged(options: SimpleNamespace | None, args: Any) -> SimpleNamespace | None
         if value is not None and value not in allowed.get(name, (value,)):
             names = ", ".join(map(str, allowed[name]))
             raise InputError(f"{key}: {value!r} in the YAML file is none of {names}")
-        setattr(found, name, value or None)
-    for name, value in vars(options).items() if options is not None else ():
-        if value is not None:
-            setattr(found, name, value)
-    return found if wanted(found) else None
+        if value:
+            found[name] = value
+    return Options(**found)
 
 
-def wanted(options: SimpleNamespace | None) -> bool:
-    """Whether an option of a training was given."""
-    return any(getattr(options, name, None) is not None for name in TRAINING)
+def _merged(file: Options, own: Options) -> Options:
+    """Options of the command line, and of the file where the command line has none."""
+    return replace(file, **{name: getattr(own, name) for name in given(own)})
 
 
-def check_training(options: SimpleNamespace, given: bool, args: Any) -> None:
-    """Refuse what cannot be trained, with the command line and the YAML file put together.
+def _check_training(options: Options, args: Any) -> None:
+    """Refuse what cannot be trained."""
+    from mlx_optiq_ext import distributed, lora
 
-    Args:
-        options: From `merged`.
-        given: Whether one of them stands on the command line.
-        args: The command's, complete.
-    """
-    from mlx_optiq_ext import distributed
-
-    if not args.train:
-        if given:
-            raise InputError("--optiq-* options of mlx_lm.lora need --train")
-        return
     if args.fine_tune_type not in ("lora", "dora"):
         raise InputError(
             f"--fine-tune-type {args.fine_tune_type} has no ranks: leave the --optiq-* options out"
@@ -139,18 +207,40 @@ def check_training(options: SimpleNamespace, given: bool, args: Any) -> None:
             "--optiq-init residual and --optiq-original MODEL belong together: the residual is "
             "what the original has and the quantized model lacks"
         )
-    parameters = args.lora_parameters
-    rank = parameters.get("rank") if isinstance(parameters, dict) else None
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise InputError(f"lora_parameters: rank is {rank!r}: give a whole number from 1 on")
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or scale <= 0:
-        raise InputError(f"lora_parameters: scale is {scale!r}: give a number above 0")
+    lora.check_parameters(args.lora_parameters)
     if args.batch_size % distributed.size():
         raise InputError(
-            f"--batch-size {args.batch_size} does not divide over {distributed.size()} ranks: "
+            f"--batch-size {args.batch_size} does not divide over {distributed.size()} processes: "
             f"give a multiple of {distributed.size()}"
         )
     file = args.resume_adapter_file
     if distributed.leads() and file is not None and not Path(file).is_file():
         raise InputError(f"--resume-adapter-file {file}: no such file")
+
+
+def request(options: Options, args: Any, training_data: Any) -> "Request":
+    """The library's form of the options.
+
+    Args:
+        options: Of the command line and the file.
+        args: The command's, complete.
+        training_data: mlx-lm's data set.
+    """
+    from mlx_optiq_ext import lora
+
+    original, resume = options.original, args.resume_adapter_file
+    return lora.Request(
+        model=args.model,
+        folder=Path(args.adapter_path),
+        original=None if original is None else lambda: _loaded(original),
+        samples=lambda: lora.samples(training_data, args.max_seq_length),
+        resume=None if resume is None else Path(resume),
+        scaling=options.rank_scaling or lora.CONSTANT,
+        compiled=not options.no_compile,
+    )
+
+
+def _loaded(name: str) -> Any:
+    from mlx_lm.utils import load
+
+    return load(name, lazy=True)[0]

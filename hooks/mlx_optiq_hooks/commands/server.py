@@ -1,11 +1,48 @@
-"""``--optiq-adapter`` and its companions of the server, and what is refused before it starts."""
+"""``mlx_lm.server``: ``--optiq-kv``, and adapters beside the base model."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.errors import InputError, UnsupportedError
+
+from ..engine import session
+from ..engine.options import given, read
+from . import kv
+
+if TYPE_CHECKING:
+    from mlx_optiq_ext.adapters import Catalogue
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line; None, False or nothing stands for what was not."""
+
+    adapter: Sequence[str] = ()
+    max_adapters: int | None = None
+    allow_adapter_updates: bool = False
+    adapter_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """State of a server that serves adapters.
+
+    Attributes:
+        base: The base model's folder or name.
+        catalogue: The adapters.
+        updates: The folder that clients may load adapters from; None if they may load none.
+    """
+
+    base: str
+    catalogue: "Catalogue"
+    updates: Path | None = None
 
 
 def add_arguments(group):
+    """Add the options to an argparse group."""
+    kv.add_arguments(group)
     group.add_argument(
         "--optiq-adapter",
         metavar="NAME=PATH_OR_REPO",
@@ -34,17 +71,23 @@ def add_arguments(group):
     )
 
 
-def check(options, args):
+def check(command, parsed, args) -> None:
+    """Refuse what cannot work, and find the adapters."""
+    from mlx_optiq_ext import distributed
+
+    kv.check(command, parsed, args)
+    options = read(Options, parsed)
+    if given(options):
+        _check_adapters(options, args)
+    if distributed.size() > 1:
+        _check_processes(options, args)
+    if given(options):
+        _keep_adapters(options, args.model)
+
+
+def _check_adapters(options: Options, args) -> None:
     from ..installation import gate
 
-    given = (
-        options.adapter,
-        options.max_adapters,
-        options.allow_adapter_updates,
-        options.adapter_dir,
-    )
-    if all(each is None for each in given):
-        return
     gate().require("adapters")
     if args.model is None:
         raise InputError("--optiq-adapter needs the base model: name it with --model")
@@ -53,7 +96,7 @@ def check(options, args):
             "--adapter-path changes the base model that --optiq-adapter builds on: give that "
             "adapter a name with --optiq-adapter too"
         )
-    if bool(options.allow_adapter_updates) is not (options.adapter_dir is not None):
+    if options.allow_adapter_updates is not (options.adapter_dir is not None):
         raise InputError(
             "--optiq-allow-adapter-updates and --optiq-adapter-dir go together: clients load "
             "adapters from that folder only"
@@ -62,32 +105,46 @@ def check(options, args):
         raise InputError(f"--optiq-adapter-dir {options.adapter_dir}: no such folder")
     if options.max_adapters is not None and options.max_adapters < 1:
         raise InputError("--optiq-max-adapters must be 1 or more")
-    options.catalogue = _catalogue(options, args.model)
 
 
-def base_names(model: str) -> set[str]:
-    """What requests may call the base model; /v1/models lists the last of them."""
-    path = Path(model)
-    return {"default_model", model, *([str(path.resolve())] if path.exists() else [])}
+def _check_processes(options: Options, args) -> None:
+    """Refuse what works in one process only."""
+    if args.draft_model is not None:
+        raise UnsupportedError("mlx-lm takes no --draft-model in several processes: leave it out")
+    if args.adapter_path is not None:
+        raise UnsupportedError(
+            "mlx-lm takes no --adapter-path in several processes: serve it with --optiq-adapter "
+            "NAME=PATH_OR_REPO"
+        )
+    if options.allow_adapter_updates:
+        raise UnsupportedError(
+            "--optiq-allow-adapter-updates works in one process only: in several every adapter "
+            "is named with --optiq-adapter when the server starts"
+        )
+    if options.max_adapters is not None and options.max_adapters < len(options.adapter):
+        raise UnsupportedError(
+            f"--optiq-max-adapters {options.max_adapters} would mount adapters while the server "
+            "runs, which works in one process only: leave it out in several"
+        )
 
 
-def _catalogue(options, model: str):
-    from mlx_optiq_ext.adapters import Catalogue, Offer, check_name
-    from mlx_optiq_ext.lora.forms.location import locate
+def _keep_adapters(options: Options, base: str) -> None:
+    """Find the adapters; repositories are downloaded here, with the Hub's progress bar."""
+    from mlx_optiq_ext import distributed
+    from mlx_optiq_ext.adapters import Catalogue, read_offers
+    from mlx_optiq_ext.lora.forms.location import digest
 
+    offers = read_offers(options.adapter, base, _resolved)
+    catalogue = Catalogue(offers, limit=options.max_adapters)
+    session.keep(Serving(base, catalogue, options.adapter_dir))
+    running = session.running()
+    if running is not None and distributed.size() > 1:
+        running.facts |= {f"files of adapter {each.name}": digest(each.folder) for each in offers}
+
+
+def _resolved(source: str) -> str | Path:
+    """What a plugin makes of an adapter's name."""
     from ..installation import plugin_manager
 
-    offers = {}
-    for text in options.adapter or ():
-        name, equals, source = text.partition("=")
-        if not (equals and source):
-            raise InputError(f"--optiq-adapter {text}: write NAME=PATH_OR_REPO")
-        check_name(name)
-        if name in offers:
-            raise InputError(f"--optiq-adapter names {name!r} twice")
-        if name in base_names(model):
-            raise InputError(f"--optiq-adapter {text}: {name!r} is the base model's name")
-        found = plugin_manager().hook.optiq_resolve_adapter(name=source)
-        # Repositories are downloaded here, with the Hub's progress bar.
-        offers[name] = Offer(name, source, locate(source if found is None else found).folder)
-    return Catalogue(offers.values(), limit=options.max_adapters)
+    found = plugin_manager().hook.optiq_resolve_adapter(name=source)
+    return source if found is None else found

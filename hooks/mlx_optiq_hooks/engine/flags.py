@@ -1,16 +1,17 @@
 """Adds our options to the stock commands.
 
 Every stock command says ``import argparse`` and builds its parser itself, the server inside
-``main``. So each command module gets its own view of argparse, whose ``ArgumentParser`` adds one
-group before parsing and takes our values out of the namespace after it.
+``main``. So each command module gets its own view of argparse. The ``ArgumentParser`` there adds
+one group before parsing and takes our values out of the namespace after it.
 """
 
 import argparse
 import shlex
 import sys
-from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, ModuleType, SimpleNamespace
+from typing import Any, NoReturn, TypeAlias
 
 from mlx_optiq_ext import plugins
 from mlx_optiq_ext._version import __version__
@@ -21,28 +22,34 @@ from .patch import Patch
 
 PREFIX = "optiq_"
 
-COMMANDS = (
-    "benchmark",
-    "cache_prompt",
-    "chat",
-    "convert",
-    "evaluate",
-    "fuse",
-    "generate",
-    "lora",
-    "perplexity",
-    "server",
-)
+#: What runs in place of a stock command.
+Run: TypeAlias = Callable[[], None]
 
 
-#: Command -> destination of a required stock option -> the option of ours that replaces it.
-REPLACED = {"evaluate": {"tasks": "--optiq-task"}}
+def _nothing(*arguments: Any) -> None:
+    """For a command without options of ours."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What we add to one stock command.
+
+    Attributes:
+        add_arguments: Adds our options to an argparse group.
+        check: ``(command, options, args)``, as the hook ``optiq_check_options``.
+        replaced: Destination of a required stock option -> the option of ours that replaces it.
+    """
+
+    add_arguments: Callable[[Any], None] = _nothing
+    check: Callable[[str, SimpleNamespace, argparse.Namespace], Run | None] = _nothing
+    replaced: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class Parser(argparse.ArgumentParser):
     """A stock command's parser with our option group."""
 
     optiq_command: str = ""
+    optiq_replaced: Mapping[str, str] = MappingProxyType({})
     _optiq_added = False
 
     def _add_optiq_arguments(self) -> None:
@@ -67,11 +74,11 @@ class Parser(argparse.ArgumentParser):
                     f"{self.optiq_command}: options must start with --optiq- and default to None."
                 )
 
-    def _relax(self, given) -> None:
+    def _relax(self, words) -> None:
         """Do not require what an option on the command line replaces."""
-        names = {str(argument).partition("=")[0] for argument in given}
+        names = {str(word).partition("=")[0] for word in words}
         for action in self._actions:
-            if REPLACED.get(self.optiq_command, {}).get(action.dest) in names:
+            if self.optiq_replaced.get(action.dest) in names:
                 action.required = False
 
     def format_help(self) -> str:
@@ -93,34 +100,22 @@ class Parser(argparse.ArgumentParser):
             for key in list(vars(namespace))
             if key.startswith(PREFIX)
         }
-        running = session.running()
         if any(value is not None for value in values.values()):
-            options = SimpleNamespace(**values)
+            running = session.running()
             if running is None or running.command != self.optiq_command:
                 self.error("--optiq-* options need the command's own main()")
+            options = SimpleNamespace(**values)
             try:
-                instead = self._checked(options, namespace)
+                instead = _checked(running, options, namespace)
             except OptiqError as error:
                 self._refuse(error)
             running.options = options
-            if instead:
-                raise Instead(instead[0])
+            if instead is not None:
+                raise Instead(instead)
         return namespace, rest
 
-    def _checked(self, options, namespace):
-        """What `check` says, once no rank of ``mlx.launch`` refuses and all were asked the same."""
-        from mlx_optiq_ext import distributed
-
-        distributed.size()
-        with distributed.together():
-            instead = check(self.optiq_command, options, namespace)
-            running = session.running()
-            facts = {} if running is None else running.results.get("facts", {})
-            distributed.agree(**{"command line": shlex.join(sys.argv[1:])}, **facts)
-        return instead
-
     def _refuse(self, error: OptiqError) -> NoReturn:
-        """As `error`, on the one rank that prints it."""
+        """End the command; only the process that tells an error prints it."""
         from mlx_optiq_ext import distributed
 
         if distributed.told(error):
@@ -128,7 +123,7 @@ class Parser(argparse.ArgumentParser):
         super().error(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """Stock's refusal; where ``mlx.launch`` runs one of our options, once for all ranks."""
+        """End the command as stock does, and once for all processes if they have our options."""
         from mlx_optiq_ext import distributed
 
         if any(word.startswith("--optiq-") for word in sys.argv[1:]):
@@ -141,19 +136,42 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def check(
-    command: str, options: SimpleNamespace, args: argparse.Namespace
-) -> list[Callable[[], None]]:
-    """Refuse what cannot work before anything is loaded; what is to run in place of the command."""
+def _checked(
+    running: session.Session, options: SimpleNamespace, args: argparse.Namespace
+) -> Run | None:
+    """Check the options in every process; what is to run in place of the command, if anything.
+
+    Raises:
+        OptiqError: One process refuses them, or not all were given the same.
+    """
+    from mlx_optiq_ext import distributed
+
+    distributed.size()
+    with distributed.together():
+        instead = check(running.command, options, args)
+        distributed.agree(**{"command line": shlex.join(sys.argv[1:])}, **running.facts)
+    return instead
+
+
+def check(command: str, options: SimpleNamespace, args: argparse.Namespace) -> Run | None:
+    """Ask all plugins whether these options can work, before anything is loaded.
+
+    Returns:
+        What is to run in place of the command, or None.
+
+    Raises:
+        OptiqError: They cannot.
+    """
     from ..installation import plugin_manager
 
-    return plugin_manager().hook.optiq_check_options(command=command, options=options, args=args)
+    hook = plugin_manager().hook.optiq_check_options
+    return next(iter(hook(command=command, options=options, args=args)), None)
 
 
 class Instead(Exception):
     """Leaves a stock command's ``main`` for what runs in its place."""
 
-    def __init__(self, run: Callable[[], None]):
+    def __init__(self, run: Run):
         super().__init__()
         self.run = run
 
@@ -161,9 +179,10 @@ class Instead(Exception):
 class _View(ModuleType):
     """argparse as one command module sees it."""
 
-    def __init__(self, command: str):
+    def __init__(self, command: str, replaced: Mapping[str, str]):
         super().__init__("argparse", argparse.__doc__)
-        self.ArgumentParser = type("ArgumentParser", (Parser,), {"optiq_command": command})
+        own = {"optiq_command": command, "optiq_replaced": replaced}
+        self.ArgumentParser = type("ArgumentParser", (Parser,), own)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(argparse, name)
@@ -176,27 +195,26 @@ def _run(wrapped: Any, args: tuple, kwargs: dict) -> Any:
         run = raised.run
     from mlx_optiq_ext import distributed
 
-    return distributed.led(
-        run
-    )  # outside the handler: its own errors have nothing to do with how it got here
+    # Outside the handler: errors of the run have no cause in how it was reached.
+    return distributed.led(run)
 
 
 def main(command: str):
     """Wrapper for a command's ``main``: opens the session and turns our errors into exit 2."""
 
     def main(wrapped, instance, args, kwargs):
-        with session.session(command) as entry:
+        with session.opened(command) as running:
             from mlx_optiq_ext import distributed
 
             try:
                 with distributed.together():
                     result = _run(wrapped, args, kwargs)
-                    if "fatal" in entry.results:
-                        raise entry.results["fatal"]
+                    if running.failure is not None:
+                        raise running.failure
                     distributed.finish()
                     return result
             except (OptiqError, KeyboardInterrupt) as raised:
-                error = entry.results.get("fatal", raised)
+                error = running.failure or raised
                 if not isinstance(error, OptiqError):
                     raise
                 if not distributed.told(error):
@@ -206,25 +224,23 @@ def main(command: str):
     return main
 
 
-def _patches(command: str) -> tuple[Patch, Patch]:
-    why = f"mlx_lm.{command} has no way to add an option"
+def patches(name: str, command: Command) -> tuple[Patch, Patch]:
+    """The patches that give a stock command our options."""
+    why = f"mlx_lm.{name} has no way to add an option"
     upstream = "mlx-lm #1578 (plugin registration)"
     return (
         Patch(
-            f"mlx_lm.{command}:argparse",
+            f"mlx_lm.{name}:argparse",
             feature="flags",
             why=why,
             upstream=upstream,
-            replace=lambda original: _View(command),
+            replace=lambda original: _View(name, command.replaced),
         ),
         Patch(
-            f"mlx_lm.{command}:main",
+            f"mlx_lm.{name}:main",
             feature="flags",
             why="scopes the options to one run and prints our errors as the command's own",
             upstream=upstream,
-            wrapper=main(command),
+            wrapper=main(name),
         ),
     )
-
-
-PATCHES = tuple(patch for command in COMMANDS for patch in _patches(command))

@@ -1,10 +1,14 @@
-"""What the running stock command was asked for."""
+"""The stock command that runs: what it was asked for, and what its wrappers keep for each other."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
+
+from mlx_optiq_ext.errors import OptiqError
+
+State = TypeVar("State")
 
 
 @dataclass
@@ -13,22 +17,29 @@ class Session:
 
     Attributes:
         command: Name after ``mlx_lm.``.
-        options: Parsed ``--optiq-*`` values without their prefix, or None if none was given.
-        results: What one wrapper leaves for another, such as the weight plan.
+        options: Parsed ``--optiq-*`` values without their prefix, ours and the plugins'; None if
+            none was given.
+        facts: What every process of ``mlx.launch`` must have alike, by its name in the message.
+        failure: An error of another thread that ends the command.
     """
 
     command: str
     options: SimpleNamespace | None = None
-    results: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    failure: OptiqError | None = None
+    _states: dict[type, Any] = field(default_factory=dict)
+
+    def keep(self, state: object) -> None:
+        """Keep the run state of one feature, of which there is one of each type."""
+        self._states[type(state)] = state
+
+    def state(self, kind: type[State]) -> State | None:
+        """The run state of that type, or None if the feature is not in use."""
+        return self._states.get(kind)
 
 
 # A plain stack: the server generates in a thread of its own, which would not see a ContextVar.
 _stack: list[Session] = []
-
-
-def current() -> Session | None:
-    """The session of the running command, if one runs and was given one of our options."""
-    return _stack[-1] if _stack and _stack[-1].options is not None else None
 
 
 def running() -> Session | None:
@@ -36,27 +47,25 @@ def running() -> Session | None:
     return _stack[-1] if _stack else None
 
 
-def planned(entry: Session) -> bool:
-    """Whether a session converts by plan."""
-    options = entry.options
-    return entry.command == "convert" and any(
-        getattr(options, name, None) is not None for name in ("budget", "min_tps", "plan")
-    )
+def current() -> Session | None:
+    """The session of the running command, if one runs and was given one of our options."""
+    return _stack[-1] if _stack and _stack[-1].options is not None else None
 
 
-def text_only(entry: Session) -> bool:
-    """Whether a session converts by plan and was not asked to keep other modalities."""
-    return planned(entry) and not getattr(entry.options, "keep_unused_modalities", None)
+def keep(state: object) -> None:
+    """Keep a feature's run state for the running command, if one runs."""
+    if _stack:
+        _stack[-1].keep(state)
 
 
-def kv_plan(entry: Session | None) -> Any:
-    """The KV plan that a session's command was given, or None."""
-    return None if entry is None else getattr(entry.options, "kv_plan", None)
+def state(kind: type[State]) -> State | None:
+    """The running command's state of one feature, or None."""
+    return _stack[-1].state(kind) if _stack else None
 
 
 @contextmanager
-def session(command: str) -> Iterator[Session]:
-    """Open a session for the duration of a command."""
+def opened(command: str) -> Iterator[Session]:
+    """A session for the duration of a command."""
     entry = Session(command)
     _stack.append(entry)
     try:

@@ -1,13 +1,13 @@
 """``mlx_lm.perplexity``: keys and values go through the cache that the plan makes."""
 
-from ..commands import kv as kv_options
+from ..commands import kv as command
 from ..engine.patch import Patch, bind
 
 
 def eval_ppl(wrapped, instance, args, kwargs):
     call = bind(wrapped, args, kwargs)
     model = call["model"]
-    if not kv_options.mounted(model):
+    if not command.mounted(model):
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext import kv
 

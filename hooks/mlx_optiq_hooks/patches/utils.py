@@ -2,20 +2,21 @@
 
 import sys
 
+from ..commands import convert, lora
 from ..engine import session
 from ..engine.patch import Patch, bind, of
 
 
 def load(wrapped, instance, args, kwargs):
-    running = session.current()
-    if running is None or not session.text_only(running):
+    run = session.state(convert.Run)
+    if run is None or not run.options.text_only:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext import modalities
 
     call = bind(wrapped, args, kwargs)
     return_config = call.pop("return_config", False)
     loaded = modalities.load_text(wrapped, **call)
-    running.results["modalities"] = loaded.report
+    run.stripped = loaded.report
     return loaded[:3] if return_config else loaded[:2]
 
 
@@ -56,19 +57,18 @@ def quantize_model(wrapped, instance, args, kwargs):
         )
         if predicate is not None:
             call["quant_predicate"] = predicate
-    result = wrapped(**call)
-    conversion = running.results.get("conversion")
-    if conversion is not None and conversion.refined:
+    result, run = wrapped(**call), session.state(convert.Run)
+    if run is not None and run.conversion is not None and run.conversion.refined:
         from mlx_optiq_ext.weights import put
 
         model, _ = result
-        put(model, conversion.refined)
+        put(model, run.conversion.refined)
     return result
 
 
 def make_shards(wrapped, instance, args, kwargs):
-    running = session.current()
-    conversion = running.results.get("conversion") if running is not None else None
+    run = session.state(convert.Run)
+    conversion = None if run is None else run.conversion
     if conversion is None or conversion.block_bytes is None:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.weights import shards
@@ -78,18 +78,17 @@ def make_shards(wrapped, instance, args, kwargs):
 
 
 def save_config(wrapped, instance, args, kwargs):
-    running = session.current()
-    checkpoint = running.results.get("checkpoint") if running is not None else None
-    call = bind(wrapped, args, kwargs)
-    if running is None or checkpoint is None:
+    run = session.state(lora.Run)
+    if run is None or run.request is None or run.checkpoint is None:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext import distributed
 
     if not distributed.leads():
-        return None  # stock writes it on every rank
-    resumed = running.results["training"].resume
-    config = {**call["config"], "resume_adapter_file": resumed and str(resumed)}
-    return checkpoint.write_config(config)
+        return None  # stock writes it in every process
+    config, resumed = bind(wrapped, args, kwargs)["config"], run.request.resume
+    return run.checkpoint.write_config(
+        {**config, "resume_adapter_file": None if resumed is None else str(resumed)}
+    )
 
 
 #: What tells which layers of a split model a process runs.
@@ -111,7 +110,7 @@ PATCHES = (
         "mlx_lm.utils:sharded_load",
         feature="sharded",
         why="keeps how a model was split, for adapters to be split the same way",
-        upstream="none: adapters are refused on several ranks (server.py)",
+        upstream="none: adapters are refused in several processes (server.py)",
         wrapper=sharded_load,
         uses=(
             *of("mlx_lm.models.pipeline", *(f"PipelineMixin.{name}" for name in PIPELINE)),

@@ -4,34 +4,29 @@ A request's handler runs in a thread of its own, the model in another. The handl
 for as long as it runs and hands it over with the request; rows of a batch hold theirs themselves.
 """
 
+import json
+from typing import Any
 from urllib.parse import unquote
 
 from mlx_optiq_ext.errors import OptiqError
 
+from ...commands.server import Serving
 from ...engine import session
 from ...engine.patch import Patch, bind, of
 from . import model as server
 
 
-def _serving():
-    """The options of the running server, if it serves adapters."""
-    running = session.current()
-    options = running.options if running is not None and running.command == "server" else None
-    return options if getattr(options, "catalogue", None) is not None else None
-
-
 @server.ending
 def load(wrapped, instance, args, kwargs):
-    result = wrapped(*args, **kwargs)
-    options = _serving()
-    if options is not None and instance.model is not None:
-        options.catalogue.attach(instance.model)
+    result, serving = wrapped(*args, **kwargs), session.state(Serving)
+    if serving is not None and instance.model is not None:
+        serving.catalogue.attach(instance.model)
     return result
 
 
 def __init__(wrapped, instance, args, kwargs):
-    options = _serving()
-    if options is None:
+    serving = session.state(Serving)
+    if serving is None:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.adapters import AdapterPromptCache, MountedAdapter, RequestQueue, active
 
@@ -43,29 +38,28 @@ def __init__(wrapped, instance, args, kwargs):
     call["prompt_cache"] = AdapterPromptCache(call["prompt_cache"], current)
     result = wrapped(**call)
     # The thread that reads it has started, but nobody puts requests in before this returns.
-    instance.requests = RequestQueue(options.catalogue.jobs)
+    instance.requests = RequestQueue(serving.catalogue.jobs)
     return result
 
 
 def _is_batchable(wrapped, instance, args, kwargs):
-    options = _serving()
-    if options is None:
+    serving = session.state(Serving)
+    if serving is None:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.adapters import activate
 
     from ...installation import gate
 
-    # mlx-lm asks this of every request right before it takes it into a batch or serves it alone.
-    # So what the thread does from here on is for that request, but steps of a batch, which know
-    # their rows.
+    # mlx-lm asks this about every request right before it serves it, in a batch or alone. What the
+    # thread does from here on is for that request, except steps of a batch, which know their rows.
     request = bind(wrapped, args, kwargs)["args"]
-    activate(options.catalogue.counterpart(request.optiq_adapter))
-    routable = options.catalogue.routable and gate().state("adapters_batched").on
+    activate(serving.catalogue.counterpart(request.optiq_adapter))
+    routable = serving.catalogue.routable and gate().state("adapters_batched").on
     return wrapped(*args, **kwargs) and routable
 
 
 def generate(wrapped, instance, args, kwargs):
-    if _serving() is None:
+    if session.state(Serving) is None:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.adapters import active
 
@@ -78,70 +72,79 @@ def generate(wrapped, instance, args, kwargs):
 
 
 def validate_model_parameters(wrapped, instance, args, kwargs):
-    result = wrapped(*args, **kwargs)
-    options = _serving()
-    if options is not None:
-        from ...commands import adapter_requests
+    result, serving = wrapped(*args, **kwargs), session.state(Serving)
+    if serving is not None:
+        from mlx_optiq_ext.adapters import Wanted, requests
 
-        base = instance.response_generator.cli_args.model
-        instance.optiq_adapter = adapter_requests.chosen(options.catalogue, base, instance)
+        wanted = Wanted(
+            model=instance.requested_model,
+            adapters=instance.adapter,
+            header=instance.headers.get(requests.HEADER),
+            draft_model=instance.requested_draft_model,
+        )
+        instance.optiq_adapter = requests.select(serving.catalogue, serving.base, wanted)
     return result
 
 
 def handle_completion(wrapped, instance, args, kwargs):
-    options = _serving()
-    if options is None:
+    serving = session.state(Serving)
+    if serving is None or instance.optiq_adapter is None:
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.adapters import AdapterActivation
+    from mlx_optiq_ext.adapters import AdapterActivation, Refusal
 
-    from ...commands import adapter_requests
-
-    if instance.optiq_adapter is None:
-        return wrapped(*args, **kwargs)
     try:
-        adapter = options.catalogue.acquire(instance.optiq_adapter)
+        adapter = serving.catalogue.acquire(instance.optiq_adapter)
     except OptiqError as error:
-        raise adapter_requests.refusal(error) from error
+        raise Refusal.of(error) from error
     try:
         with AdapterActivation(adapter):
             return wrapped(*args, **kwargs)
     finally:
-        options.catalogue.release(adapter)
+        serving.catalogue.release(adapter)
 
 
 def do_POST(wrapped, instance, args, kwargs):
-    options = _serving()
-    if options is None:
+    serving = session.state(Serving)
+    if serving is None:
         return wrapped(*args, **kwargs)
-    from ...commands import adapter_requests
+    from mlx_optiq_ext.adapters import Refusal, requests
 
-    base = instance.response_generator.cli_args.model
-    updates = (adapter_requests.LOAD, adapter_requests.UNLOAD)
     try:
-        if not options.allow_adapter_updates or instance.path not in updates:
+        if serving.updates is None or instance.path not in (requests.LOAD, requests.UNLOAD):
             return wrapped(*args, **kwargs)
-        body = adapter_requests.read_body(instance)
+        body = requests.read_body(instance.headers.get("Content-Length"), instance.rfile)
         try:
-            done = adapter_requests.update(options, base, instance.path, body)
+            done = requests.update(
+                serving.catalogue, serving.base, serving.updates, instance.path, body
+            )
         except OptiqError as error:
-            raise adapter_requests.refusal(error) from error
-        adapter_requests.answer(instance, 200, done)
-    except adapter_requests.Refusal as refused:
-        adapter_requests.answer(instance, refused.status, refused.body())
+            raise Refusal.of(error) from error
+        _answer(instance, 200, done)
+    except Refusal as refused:
+        _answer(instance, refused.status, refused.body())
 
 
 def handle_models_request(wrapped, instance, args, kwargs):
-    options = _serving()
-    if options is None:
+    serving = session.state(Serving)
+    if serving is None:
         return wrapped(*args, **kwargs)
-    from ...commands import adapter_requests
+    from mlx_optiq_ext.adapters import requests
 
-    base = instance.response_generator.cli_args.model
-    listed = adapter_requests.models(options.catalogue, base, instance.created)
+    listed = requests.listing(serving.catalogue, serving.base, instance.created)
     # As stock: a name behind the path filters the list.
     wanted = unquote(instance.path.removeprefix("/v1/models")).strip("/")
     data = [each for each in listed if wanted in ("", each["id"].strip("/"))]
-    adapter_requests.answer(instance, 200, {"object": "list", "data": data})
+    _answer(instance, 200, {"object": "list", "data": data})
+
+
+def _answer(handler: Any, status: int, body: dict[str, Any]) -> None:
+    """Send a JSON answer."""
+    content = json.dumps(body).encode()
+    handler._set_completion_headers(status)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+    handler.wfile.flush()
 
 
 #: What the wrappers read and set.

@@ -10,12 +10,26 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import dataclass
 
 from mlx_optiq_ext.errors import OptiqError
 
-from ...commands import kv as kv_options
+from ...commands import kv as command
 from ...engine import session
 from ...engine.patch import Patch, of
+
+
+@dataclass
+class Loading:
+    """State of a server that loads its model.
+
+    Attributes:
+        inside: Whether `ModelProvider.load` runs already, for another feature.
+        done: Whether it came to its end once.
+    """
+
+    inside: bool = False
+    done: bool = False
 
 
 def ending(load):
@@ -27,19 +41,25 @@ def ending(load):
     @functools.wraps(load)
     def ended(wrapped, instance, args, kwargs):
         running = session.running()
-        if running is None or "loading" in running.results:
+        if running is None:
             return load(wrapped, instance, args, kwargs)
-        running.results["loading"] = True
+        loading = running.state(Loading)
+        if loading is None:
+            loading = Loading()
+            running.keep(loading)
+        if loading.inside:
+            return load(wrapped, instance, args, kwargs)
+        loading.inside = True
         try:
             result = load(wrapped, instance, args, kwargs)
         except OptiqError as error:
             instance.model, instance.model_key = None, None
-            if "serving" not in running.results and instance.cli_args.model is not None:
+            if not loading.done and instance.cli_args.model is not None:
                 _end(running, error)
             raise
         finally:
-            del running.results["loading"]
-        running.results["serving"] = True
+            loading.inside = False
+        loading.done = True
         return result
 
     return ended
@@ -54,7 +74,7 @@ def _end(running: session.Session, error: OptiqError) -> None:
     if distributed.size() > 1:
         # All leave at once, and the launcher ends those that are late: each says why.
         distributed.leave(f"mlx_lm.server: {error}")
-    running.results["fatal"] = error
+    running.failure = error
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _thread.interrupt_main()
     else:  # a background job ignores interrupts
@@ -72,13 +92,13 @@ def load(wrapped, instance, args, kwargs):
 @ending
 def load_with_plan(wrapped, instance, args, kwargs):
     result = wrapped(*args, **kwargs)
-    running, model = session.current(), instance.model
-    if running is None or session.kv_plan(running) is None or model is None:
+    run, model = session.state(command.Run), instance.model
+    if run is None or model is None:
         return result
     from mlx_optiq_ext import kv
 
     if kv.mounted_on(model) is None:
-        kv_options.mount(model, running)
+        command.mount(model, run)
     mounted = kv.mounted_on(model)
     if mounted is not None:
         # A CacheList says that it merges, whatever is in it.

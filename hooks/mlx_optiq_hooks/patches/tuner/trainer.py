@@ -5,6 +5,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...commands import lora as command
 from ...engine import session
 from ...engine.patch import Patch, bind, of
 
@@ -27,9 +28,8 @@ class _View(ModuleType):
 
 
 def train(wrapped, instance, args, kwargs):
-    running = session.current()
-    checkpoint = running.results.get("checkpoint") if running is not None else None
-    if running is None or checkpoint is None:
+    run = session.state(command.Run)
+    if run is None or run.request is None or run.checkpoint is None:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext import lora
 
@@ -37,7 +37,7 @@ def train(wrapped, instance, args, kwargs):
     real, call = module.mx, bind(wrapped, args, kwargs)
     call["loss"] = lora.over_all_tokens(call.get("loss", module.default_loss))
     # The trainer looks up mx.compile and mx.save_safetensors each time it trains.
-    module.mx = _View(real, checkpoint, running.results["training"].compiled)
+    module.mx = _View(real, run.checkpoint, run.request.compiled)
     try:
         return wrapped(**call)
     finally:
@@ -48,8 +48,8 @@ PATCHES = (
     Patch(
         "mlx_lm.tuner.trainer:train",
         feature="lora",
-        why="saves what stock mlx-lm and PEFT load, and weights all ranks' tokens alike",
-        upstream="none: checkpoints are written in place; every rank's mean loss counts the same",
+        why="saves what stock mlx-lm and PEFT load, and weights all processes' tokens alike",
+        upstream="none: checkpoints are written in place; each process's mean loss counts alike",
         wrapper=train,
         uses=of("mlx_lm.tuner.trainer", "mx", "mx.compile", "mx.save_safetensors", "default_loss"),
     ),

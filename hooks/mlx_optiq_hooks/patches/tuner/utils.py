@@ -1,57 +1,41 @@
 """``mlx_lm.tuner.utils``: LoRA ranks of their own, and adapters in every form."""
 
+from ...commands import lora as command
 from ...engine import session
 from ...engine.patch import Patch, bind, of
 
 
 def linear_to_lora_layers(wrapped, instance, args, kwargs):
     result = wrapped(*args, **kwargs)
-    call, running = bind(wrapped, args, kwargs), session.current()
-    request = running.results.get("training") if running is not None else None
-    if running is None or request is None:
-        _ask_plugins(call["model"], call["config"], running)
+    run, choose = session.state(command.Run), _choose()
+    request = None if run is None else run.request
+    if request is None and choose is None:
         return result
     from mlx_optiq_ext import distributed, lora
 
-    config = call["config"]
-    checkpoint = lora.prepare(call["model"], config, request, _plugin_rank(running))
-    running.results["checkpoint"] = checkpoint
-    # mlx-lm writes this into adapter_config.json.
-    config["rank"] = checkpoint.widest
-    if distributed.leads():
-        print(lora.summary(checkpoint))
+    call = bind(wrapped, args, kwargs)
+    model, config = call["model"], call["config"]
+    if run is not None and request is not None:
+        run.checkpoint = lora.prepare(model, config, request, choose)
+        # mlx-lm writes this into adapter_config.json.
+        config["rank"] = run.checkpoint.widest
+        if distributed.leads():
+            print(lora.summary(run.checkpoint))
+    elif choose is not None:
+        lora.choose_ranks(model, config, choose)
     return result
 
 
-def _plugin_rank(running):
+def _choose():
     """Asks plugins for a layer's rank; None if there is none to ask."""
     from ...installation import gate, plugin_manager
 
     hook = plugin_manager().hook.optiq_lora_rank
     if not (gate().state("plugins").on and hook.get_hookimpls()):
         return None
-    options = running.options if running else None
+    running = session.current()
+    options = None if running is None else running.options
     return lambda path, module, rank: hook(path=path, module=module, rank=rank, options=options)
-
-
-def _ask_plugins(model, config, running):
-    choose = _plugin_rank(running)
-    if choose is None:
-        return
-    from mlx.utils import tree_unflatten
-
-    changed = []
-    for path, module in model.named_modules():
-        base = getattr(module, "linear", None) or getattr(module, "embedding", None)
-        if base is None or not hasattr(module, "lora_a"):
-            continue
-        rank = choose(path, base, config["rank"])
-        if rank is not None and rank != config["rank"]:
-            dropout = config["dropout"]
-            again = type(module).from_base(base, r=rank, scale=config["scale"], dropout=dropout)
-            changed.append((path, again))
-    if changed:
-        model.update_modules(tree_unflatten(changed))
 
 
 def load_adapters(wrapped, instance, args, kwargs):

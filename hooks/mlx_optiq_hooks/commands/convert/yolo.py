@@ -4,8 +4,12 @@ from pathlib import Path
 
 from mlx_optiq_ext.errors import InputError
 
+from ...engine.flags import Run
+from ...engine.options import given, spelled
+from .options import Options
+
 #: Options that go with it.
-TOGETHER = {"model_type", "budget", "calibration", "protect"}
+TOGETHER = ("model_type", "budget", "calibration", "protect")
 
 #: Stock options that mean something else than they do for a language model, and their defaults.
 STOCK = {
@@ -20,28 +24,17 @@ STOCK = {
 }
 
 
-def add_arguments(group):
-    group.add_argument(
-        "--optiq-model-type",
-        choices=("yolo",),
-        help="What --hf-path is, if not a language model. yolo: a YOLO26 checkpoint (.pt, "
-        ".safetensors or .npz); --optiq-calibration is then a folder with a few images.",
-    )
-
-
-def check(options, args):
-    if options.model_type is None:
-        return None
+def check(options: Options, args) -> Run:
+    """Refuse what a detector cannot be converted with; what runs in place of the conversion."""
     from mlx_optiq_ext.yolo import pipeline
     from mlx_optiq_ext.yolo.network import library
 
-    from ..installation import gate
+    from ...installation import gate
 
     gate().require("yolo")
-    other = {name for name, value in vars(options).items() if value is not None} - TOGETHER
+    other = sorted(set(given(options)) - set(TOGETHER))
     if other:
-        names = ", ".join(f"--optiq-{name.replace('_', '-')}" for name in sorted(other))
-        raise InputError(f"--optiq-model-type yolo does not go with {names}: leave it out")
+        raise InputError(f"--optiq-model-type yolo does not go with {spelled(other)}: leave it out")
     for flag, (name, default) in STOCK.items():
         if getattr(args, name, default) != default:
             raise InputError(f"--optiq-model-type yolo does not go with {flag}: leave it out")
@@ -57,15 +50,17 @@ def check(options, args):
     return lambda: run(options, args)
 
 
-def run(options, args) -> None:
-    """In place of the conversion."""
+def run(options: Options, args) -> None:
+    """Convert the detector."""
     from mlx_optiq_ext import yolo
 
+    assert options.budget is not None
+    assert options.calibration is not None
     result = yolo.run_yolo_pipeline(
         args.hf_path,
         args.mlx_path,
         calibration=options.calibration,
         budget=options.budget,
-        protect=bool(options.protect),
+        protect=options.protect,
     )
     print(result.summary())

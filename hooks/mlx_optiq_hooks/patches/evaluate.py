@@ -1,16 +1,16 @@
-"""Imports ``mlx_lm.evaluate`` without lm-eval, which that module needs and our tasks may not.
+"""``mlx_lm.evaluate``: can be imported without lm-eval, which our own tasks may not need.
 
-Only while that module is imported, and only for a command line with ``--optiq-task``, small
-stand-ins take lm-eval's place; afterwards the real one can be imported if it is installed.
+Small stand-ins take lm-eval's place while that module is imported, and only for a command line with
+``--optiq-task``. Afterwards the real lm-eval can be imported if it is installed.
 """
 
 import contextlib
-import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
+
+from ..engine import imports
 
 TARGET = "mlx_lm.evaluate"
 
@@ -21,44 +21,17 @@ def requested(argv: Sequence[str]) -> bool:
 
 
 def install() -> None:
-    """Watch for the import of ``mlx_lm.evaluate``."""
-    if requested(sys.argv) and TARGET not in sys.modules:
-        sys.meta_path.insert(0, _Finder())
+    """Watch for the import of ``mlx_lm.evaluate``, if our tasks are asked for."""
+    if requested(sys.argv):
+        imports.load_with(TARGET, _Loader)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Hands out the real spec of the module with a loader that puts the stand-ins up."""
-
-    _busy = False
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        if fullname != TARGET or self._busy:
-            return None
-        self._busy = True
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self._busy = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-class _Loader(importlib.abc.Loader):
+class _Loader(imports.Loader):
     """The real loader, with the stand-ins up while it runs the module."""
-
-    def __init__(self, real: Any):
-        self._real = real
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def create_module(self, spec: Any) -> Any:
-        return self._real.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         with stand_ins():
-            self._real.exec_module(module)
+            super().exec_module(module)
 
 
 @contextlib.contextmanager
@@ -79,7 +52,7 @@ def stand_ins() -> Iterator[None]:
     made["lm_eval.api.registry"].register_model = lambda *names: lambda cls: cls
     made["lm_eval.models.huggingface"].HFLM = type("HFLM", (), {"tokenizer_name": None})
     made["lm_eval.models"].huggingface = made["lm_eval.models.huggingface"]
-    # A name that is there as None is one that must not be imported; it stays so.
+    # A name that stands there as None must not be imported, and stays so.
     before = {name: sys.modules[name] for name in made if name in sys.modules}
     sys.modules.update(made)
     try:

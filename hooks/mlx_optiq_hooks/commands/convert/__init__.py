@@ -1,0 +1,7 @@
+"""``mlx_lm.convert``: quantizes by plan, plans the KV cache, or converts a detector."""
+
+from .checks import check
+from .options import Options, add_arguments
+from .run import Run, convert
+
+__all__ = ["Options", "Run", "add_arguments", "check", "convert"]

@@ -1,0 +1,208 @@
+"""The options of ``mlx_lm.convert``."""
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Speed(NamedTuple):
+    """What ``--optiq-min-tps`` asks for: tokens per second on a chip."""
+
+    tps: float
+    chip: str = "auto"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was given on the command line, and defaults for what was not.
+
+    Each is named as its option; None, or False, stands for one that was not given.
+    """
+
+    budget: float | None = None
+    min_tps: Speed | None = None
+    plan: Path | None = None
+    bits: tuple[int, ...] | None = None
+    group_sizes: tuple[int, ...] | None = None
+    sensitivity: str | None = None
+    protect: bool = False
+    calibration: Path | None = None
+    refine: bool = False
+    distill: bool = False
+    report: Path | None = None
+    keep_unused_modalities: bool = False
+    kv_budget: float | None = None
+    kv_only: bool = False
+    model_type: str | None = None
+
+    @property
+    def planned(self) -> bool:
+        """Whether the weights are quantized by plan."""
+        return any(each is not None for each in (self.budget, self.min_tps, self.plan))
+
+    @property
+    def text_only(self) -> bool:
+        """Whether a multimodal checkpoint becomes the text model in it."""
+        return self.planned and not self.keep_unused_modalities
+
+
+def bits_above(least: float, what: str):
+    """A parser for a budget in stored bits, above ``least`` and up to 16."""
+
+    def parse(text: str) -> float:
+        value = _number(text)
+        if not least < value <= 16:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number of bits per {what} above {least:g} and up to 16, such "
+                "as 4.5"
+            )
+        return value
+
+    return parse
+
+
+def speed(text: str) -> Speed:
+    """A parser for ``TPS`` or ``TPS@CHIP``."""
+    number, _, chip = text.partition("@")
+    tps = _number(number)
+    if not 0 < tps < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not tokens per second above 0, such as 40 or 40@m4-max-40"
+        )
+    return Speed(tps, chip) if chip else Speed(tps)
+
+
+def choices(allowed: tuple[int, ...], what: str):
+    """A parser for a comma-separated list of allowed numbers."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(sorted({int(part) for part in text.split(",")}))
+        except ValueError:
+            values = ()
+        if not values or not set(values) <= set(allowed):
+            names = ", ".join(map(str, allowed))
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a comma-separated list of {what} that MLX packs: {names}"
+            )
+        return values
+
+    return parse
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def add_arguments(group):
+    """Add them to an argparse group."""
+    from mlx_optiq_ext.weights import BITS, GROUP_SIZES
+
+    from ...installation import sensitivity_methods
+
+    group.add_argument(
+        "--optiq-budget",
+        metavar="BPW",
+        type=bits_above(0, "weight"),
+        help="Quantize each tensor at its own bits and group size, within this many bits per "
+        "weight as printed after conversion (uniform 4-bit at group size 64 takes 4.5).",
+    )
+    group.add_argument(
+        "--optiq-min-tps",
+        metavar="TPS[@CHIP]",
+        type=speed,
+        help="In place of a budget: the largest one whose model is predicted to generate this many "
+        "tokens per second on a chip (mlx_lm.benchmark --optiq-predict list; default: this one).",
+    )
+    group.add_argument(
+        "--optiq-refine",
+        action="store_true",
+        default=None,
+        help="Use GPTQ-style rounding behind the layers that are quantized already: takes longer, "
+        "loses less.",
+    )
+    group.add_argument(
+        "--optiq-distill",
+        action="store_true",
+        default=None,
+        help="Refine, then tune scales and biases against the original's logits.",
+    )
+    group.add_argument(
+        "--optiq-plan",
+        metavar="FILE",
+        type=Path,
+        help="Apply a saved plan (optiq_metadata.json, edited or not) without measuring.",
+    )
+    group.add_argument(
+        "--optiq-bits",
+        metavar="LIST",
+        type=choices(BITS, "widths"),
+        help=f"Bits to choose from. Default: {_listed(BITS)} and unquantized.",
+    )
+    group.add_argument(
+        "--optiq-group-sizes",
+        metavar="LIST",
+        type=choices(GROUP_SIZES, "group sizes"),
+        help=f"Group sizes to choose from. Default: {_listed(GROUP_SIZES)}.",
+    )
+    group.add_argument(
+        "--optiq-protect",
+        action="store_true",
+        default=None,
+        help="Keep embeddings, head and the first and last layer at 8 bits or more.",
+    )
+    group.add_argument(
+        "--optiq-sensitivity",
+        choices=sorted(sensitivity_methods()),
+        help="How to measure each tensor's sensitivity: from one backward pass (taylor) or with "
+        "one probe a tensor (kl). Default: taylor.",
+    )
+    group.add_argument(
+        "--optiq-calibration",
+        metavar="FILE",
+        type=Path,
+        help="Calibration text (.txt or .jsonl). Default: mlx-lm's own calibration data.",
+    )
+    group.add_argument(
+        "--optiq-report",
+        metavar="FILE.html",
+        type=Path,
+        help="Write a web page that shows each tensor's bits and sensitivity, and uniform "
+        "quantization beside the plan. Needs --optiq-budget.",
+    )
+    group.add_argument(
+        "--optiq-keep-unused-modalities",
+        action="store_true",
+        default=None,
+        help="Keep the multimodal class and config of a vision-language or audio checkpoint. "
+        "Default: convert to the text model in it.",
+    )
+    group.add_argument(
+        "--optiq-kv-budget",
+        metavar="BITS",
+        type=bits_above(2, "element"),
+        help="Plan each layer's keys and values within this many stored bits per element and "
+        "write kv_config.json beside the weights, for --optiq-kv auto (4-bit at group size 64 "
+        "takes 4.5).",
+    )
+    group.add_argument(
+        "--optiq-kv-only",
+        action="store_true",
+        default=None,
+        help="Convert nothing: write the KV plan beside the MLX model at --hf-path.",
+    )
+    group.add_argument(
+        "--optiq-model-type",
+        choices=("yolo",),
+        help="What --hf-path is, if not a language model. yolo: a YOLO26 checkpoint (.pt, "
+        ".safetensors or .npz); --optiq-calibration is then a folder with a few images.",
+    )
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))

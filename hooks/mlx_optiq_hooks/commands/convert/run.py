@@ -1,0 +1,173 @@
+"""What ``mlx_lm.convert`` does with our options."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import Options
+
+if TYPE_CHECKING:
+    from mlx_optiq_ext.modalities import Report
+    from mlx_optiq_ext.weights import Conversion, Request
+
+
+@dataclass
+class Run:
+    """State of a running conversion.
+
+    Attributes:
+        options: What was asked for.
+        conversion: The plan and what was refined, once the model was measured.
+        stripped: What was left out of a multimodal checkpoint, once the model was loaded.
+    """
+
+    options: Options
+    conversion: "Conversion | None" = None
+    stripped: "Report | None" = None
+
+
+def convert(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
+    """Convert with our options.
+
+    Args:
+        run: The state, which the patches of ``mlx_lm.utils`` read.
+        stock: ``mlx_lm.convert``.
+        call: What it was called with, by name.
+    """
+    from mlx_optiq_ext import distributed
+
+    options = run.options
+    if options.kv_only:
+        _plan_kv(options, Path(call["hf_path"]), call["hf_path"])
+    elif options.planned:
+        _by_plan(run, stock, call)
+    elif options.kv_budget is not None:
+        distributed.led(lambda: _with_kv(options, stock, call))
+    else:
+        distributed.led(lambda: stock(**call))
+
+
+def _by_plan(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
+    """Convert by plan. Every process plans, and the first one writes."""
+    from mlx_lm.utils import upload_to_hub
+
+    from mlx_optiq_ext import distributed, files, weights
+    from mlx_optiq_ext.weights import report
+
+    from ...installation import gate
+
+    gate().require("weights")
+    target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
+    with files.staged(target) if distributed.leads() else nullcontext() as folder:
+        conversion = weights.prepare(
+            call["hf_path"],
+            _request(run.options),
+            scratch=None if folder is None else folder.parent,
+            dtype=call.get("dtype"),
+            revision=call.get("revision"),
+            trust_remote_code=call.get("trust_remote_code", False),
+        )
+        plan, evidence, page = conversion.plan, None, run.options.report
+        if page is not None and conversion.study is not None:
+            # Gathered while the model is loaded; the page appears only if all else succeeds.
+            evidence = report.gather(conversion.study, plan, call["hf_path"])
+        # Stock loads the model anew; the measured copy must not stay beside it.
+        run.conversion = conversion = replace(conversion, study=None)
+        if folder is not None:
+            with distributed.alone():
+                _write(run, conversion, stock, call, folder)
+    if not distributed.leads():
+        return
+    if run.stripped is not None:
+        print(run.stripped.summary())
+    print(plan.summary())
+    if evidence is not None and page is not None:
+        report.write(page, evidence)
+        print(f"[optiq] Report: {page}")
+    if upload is not None:
+        upload_to_hub(str(target), upload)
+
+
+def _write(
+    run: Run,
+    conversion: "Conversion",
+    stock: Callable[..., Any],
+    call: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Stock's conversion by plan into a folder, with what belongs beside the weights."""
+    from mlx_optiq_ext import modalities, weights
+
+    plan = conversion.plan
+    # The loaded model is stripped while stock runs, by the patch of mlx_lm.utils.load.
+    stock(
+        **{
+            **call,
+            "mlx_path": str(folder),
+            "quantize": True,
+            "q_group_size": plan.default.group_size,
+            "q_bits": plan.default.bits,
+        }
+    )
+    stripped = run.stripped
+    if stripped is not None:
+        modalities.remove_processor_files(folder)
+    done = [stripped.entry()] if stripped is not None else []
+    plan.save(folder, post_processing=[*done, *conversion.post_processing])
+    weights.check_written(folder, plan)
+    if run.options.kv_budget is not None:
+        _plan_kv(run.options, folder, call["hf_path"])
+
+
+def _with_kv(options: Options, stock: Callable[..., Any], call: dict[str, Any]) -> None:
+    """Stock's conversion, and a KV plan beside what it wrote."""
+    from mlx_lm.utils import upload_to_hub
+
+    from mlx_optiq_ext import files
+
+    target, upload = Path(call["mlx_path"]), call.pop("upload_repo", None)
+    with files.staged(target) as folder:
+        stock(**{**call, "mlx_path": str(folder)})
+        _plan_kv(options, folder, call["hf_path"])
+    if upload is not None:
+        upload_to_hub(str(target), upload)
+
+
+def _plan_kv(options: Options, folder: Path, name: str) -> None:
+    """Measure the MLX model in a folder and write its KV plan there."""
+    from mlx_optiq_ext import distributed
+    from mlx_optiq_ext.kv.planning import pipeline
+
+    assert options.kv_budget is not None
+    found, measured = pipeline.plan_kv(
+        str(folder), options.kv_budget, calibration=options.calibration
+    )
+    if distributed.leads():
+        pipeline.write(folder, found, measured, model=name, budget=options.kv_budget)
+        print(found.summary())
+
+
+def _request(options: Options) -> "Request":
+    """The library's form of the options."""
+    from mlx_optiq_ext import weights
+
+    from ...installation import sensitivity_methods
+
+    speed = options.min_tps
+    chosen = {} if options.sensitivity is None else {"method": options.sensitivity}
+    return weights.Request(
+        budget=options.budget,
+        min_tps=None if speed is None else speed.tps,
+        chip=None if speed is None else speed.chip,
+        plan_file=options.plan,
+        bits=options.bits,
+        group_sizes=options.group_sizes,
+        calibration=options.calibration,
+        methods=sensitivity_methods(),
+        refine=options.refine or options.distill,
+        distill=options.distill,
+        protect=options.protect,
+        **chosen,
+    )

@@ -1,0 +1,22 @@
+"""Which file of this folder adds what to which stock command."""
+
+from collections.abc import Mapping
+
+from ..engine.flags import Command
+from . import benchmark, convert, evaluate, kv, lora, server
+
+#: Of these --optiq-kv is the only option.
+_RUNS_A_MODEL = Command(kv.add_arguments, kv.check)
+
+COMMANDS: Mapping[str, Command] = {
+    "benchmark": Command(benchmark.add_arguments, benchmark.check),
+    "cache_prompt": _RUNS_A_MODEL,
+    "chat": _RUNS_A_MODEL,
+    "convert": Command(convert.add_arguments, convert.check),
+    "evaluate": Command(evaluate.add_arguments, evaluate.check, evaluate.REPLACED),
+    "fuse": Command(),
+    "generate": _RUNS_A_MODEL,
+    "lora": Command(lora.add_arguments, lora.check),
+    "perplexity": _RUNS_A_MODEL,
+    "server": Command(server.add_arguments, server.check),
+}

@@ -1,0 +1,34 @@
+"""Parsed options as one frozen dataclass a command."""
+
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+
+
+def read(kind: type[Options], parsed: SimpleNamespace) -> Options:
+    """A command's options from what argparse made of them.
+
+    Args:
+        kind: A dataclass whose fields are named as the options are, without ``--optiq-``, and have
+            defaults.
+        parsed: None, or no attribute, where an option was not given.
+    """
+    values = {each.name: getattr(parsed, each.name, None) for each in fields(kind)}  # pyright: ignore[reportArgumentType]
+    return kind(**{name: value for name, value in values.items() if value is not None})
+
+
+def given(options: Any) -> list[str]:
+    """Names of the options that differ from their defaults, in their order."""
+    return [
+        each.name
+        for each in fields(options)
+        if each.default is MISSING or getattr(options, each.name) != each.default
+    ]
+
+
+def spelled(names: Iterable[str]) -> str:
+    """Options as the user writes them, joined by commas."""
+    return ", ".join(f"--optiq-{name.replace('_', '-')}" for name in names)

@@ -1,0 +1,85 @@
+"""Where a KV plan comes from: a width, a file, or the file beside a model."""
+
+import hashlib
+from pathlib import Path
+
+from .. import files
+from ..errors import InputError
+from .plan import FILE, KVPlan, check_layers, parse_spec, read_plan
+
+#: Means the plan beside the model.
+AUTO = "auto"
+
+
+def find_plan(text: str, model: str | None = None) -> KVPlan:
+    """The plan that a text such as ``k8v4``, ``auto`` or ``kv_config.json`` means.
+
+    Args:
+        text: A width as for `parse_spec`, ``auto``, or the name of a file.
+        model: The model's folder or Hub repository, which ``auto`` looks in. The plan's layers are
+            checked against the config of a folder.
+
+    Raises:
+        InputError: There is no such plan, it is wrong, or it names layers that the model lacks.
+    """
+    plan = _found(text, model)
+    count = _layer_count(model)
+    if count is not None:
+        check_layers(plan, count)
+    return plan
+
+
+def plan_digest(plan: KVPlan) -> str:
+    """Digest of what a plan says, wherever it comes from."""
+    content = repr((sorted(plan.layers.items()), plan.everywhere))
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _found(text: str, model: str | None) -> KVPlan:
+    spec = parse_spec(text)
+    if spec is not None:
+        return spec
+    if text != AUTO:
+        if not Path(text).exists():
+            raise InputError(
+                f"--optiq-kv {text}: no such file, and no width such as 4, k8v4 or k8v4g32"
+            )
+        return read_plan(Path(text))
+    if model is None:
+        raise InputError("--optiq-kv auto looks beside the model: name it with --model")
+    if not Path(model).exists():
+        return read_plan(_downloaded(model))
+    path = Path(model) / FILE
+    if not path.exists():
+        raise InputError(
+            f"{model} has no {FILE}: write one with mlx_lm.convert --optiq-kv-budget, or name "
+            "a width such as --optiq-kv 4"
+        )
+    return read_plan(path)
+
+
+def _downloaded(repo: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, FILE))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise InputError(
+            f"{repo} has no {FILE} that could be read ({type(error).__name__}): name a file or a "
+            "width such as --optiq-kv 4"
+        ) from error
+
+
+def _layer_count(model: str | None) -> int | None:
+    """Decoder layers by the config of a folder; None if it is no folder or does not say."""
+    path = Path(model or "") / "config.json"
+    try:
+        config = files.read_json(path)
+    except InputError:
+        return None  # mlx-lm's own error about the config is the better one
+    if not isinstance(config, dict):
+        return None
+    text = config.get("text_config") or {}
+    found = config.get("num_hidden_layers", text.get("num_hidden_layers"))
+    return found if isinstance(found, int) else None

@@ -188,7 +188,7 @@ def test_generated_models_load_and_keep_the_embedding_in_proportion(tiny, tmp_pa
 
 
 def test_windows_are_those_of_the_package(tiny, tmp_path, run):
-    script = Path(__file__).parent / "benchmarks" / "rivals" / "windows.py"
+    script = Path(__file__).parent / "benchmarks" / "weights" / "rivals" / "windows.py"
     out = tmp_path / "windows.npz"
     run(
         "python", script, tiny, tiny.parent / "calibration.jsonl", out, "--windows", "4", check=True

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import Any
 
-from .._version import __version__
+from .._version import versions
 from ..errors import OptiqError
 from .exchange import REMEDY, announce, gathered, group, leads, rank, size
 from .failure import Failed, Mismatch, RankError, named
@@ -41,11 +40,6 @@ def compare(**facts: str | None) -> None:
         if len(owners) > 1:
             values = ", ".join(f"{value} on {named(numbers)}" for value, numbers in owners.items())
             raise Mismatch(f"the ranks do not have the same {name}: {values}; make them equal")
-
-
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {"mlx-optiq-ext": __version__, "mlx-lm": version("mlx-lm"), "mlx": version("mlx")}
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..weights.plan import versions
+from .._version import versions
 
 Figures = Mapping[str, float | str]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from .._version import __version__
 from ..errors import InputError, OptiqError
 from .precision import Precision
 
@@ -133,14 +132,6 @@ class Plan:
 
 def _entry(precision: Precision) -> dict[str, Any]:
     return {"bits": precision.bits, **precision.settings}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what makes a plan."""
-    from importlib import metadata
-
-    names = ("mlx", "mlx-lm")
-    return {"mlx-optiq-ext": __version__, **{name: metadata.version(name) for name in names}}
 
 
 def check_written(folder: Path, plan: Plan) -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
+from .._version import versions
 from ..errors import InputError
-from .plan import Plan, versions
+from .plan import Plan
 from .precision import AFFINE, MODES, Precision, Size, Tensor
 
 

@@ -8,10 +8,11 @@ that differ in how far they trust them are tried on calibration windows kept apa
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from .._version import versions
 from ..errors import BudgetError
 from ..model.layers import decoder_layers, layer_index
 from ..planning.allocation import allocate
-from .plan import Plan, versions
+from .plan import Plan
 from .precision import BITS, GROUP_SIZES, Precision, Size, Tensor
 from .sensitivity.interaction import SHARES, around
 from .sensitivity.problem import Problem, Sensitivity, end_to_end

@@ -1,5 +1,6 @@
 """The tiny model in float32, adapters made at random, and adapters trained to say their name."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_lm
 import pytest
-from live_server import write_exact
+from live_server import serve, write_exact
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from toy_adapters import KEYS, save_adapter, write_adapter
@@ -84,3 +85,35 @@ def prompt(tokenizer, question: str) -> list[int]:
     """A question in the model's chat format."""
     messages = [{"role": "user", "content": question}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True))
+
+
+@pytest.fixture(scope="package")
+def folder(named, tmp_path_factory):
+    """A folder of adapters that clients may load from."""
+    root = tmp_path_factory.mktemp("loadable")
+    for name, source in named.items():
+        shutil.copytree(source, root / name)
+    (root / "broken").mkdir()
+    shutil.copy(root / "11" / "adapter_config.json", root / "broken")
+    whole = (root / "11" / "adapters.safetensors").read_bytes()
+    (root / "broken" / "adapters.safetensors").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+@pytest.fixture(scope="package")
+def server(exact, named, folder, tmp_path_factory):
+    """A server with two adapters that may load more."""
+    log = tmp_path_factory.mktemp("serving") / "log"
+    arguments = [f"--optiq-adapter={name}={named[name]}" for name in ("11", "22")]
+    updates = ("--optiq-allow-adapter-updates", "--optiq-adapter-dir", folder)
+    with serve(log, "--model", exact, *arguments, *updates) as server:
+        yield server
+
+
+@pytest.fixture(scope="package")
+def plain(exact, tmp_path_factory):
+    """What a server without adapters answers."""
+    from .asking import ask
+
+    with serve(tmp_path_factory.mktemp("plain") / "log", "--model", exact) as server:
+        return {question: ask(server, None, question) for question in QUESTIONS}

@@ -1,58 +1,66 @@
-"""Which way the imports point, and what the patch tables promise. Read from source by ast."""
+"""Which way the imports point. Read from source by ast; lazy and type-checking imports count."""
 
-import ast
 import sys
-from pathlib import Path
 
 import pytest
+from sources import MODULES, ROOT, circles, imports, module_of, of
 
-from mlx_optiq_compat import feature, rows
-from mlx_optiq_compat.signature import of_release
-from mlx_optiq_hooks import tables
-from mlx_optiq_hooks.engine.gate import FEATURES
+#: What every room may import: messages, files, versions, and what status() is to show.
+GROUND = ("errors", "files", "_status", "_version")
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = {
-    "mlx_optiq_ext": ROOT / "mlx_optiq_ext",
-    "mlx_optiq_hooks": ROOT / "hooks" / "mlx_optiq_hooks",
-    "mlx_optiq_compat": ROOT / "compat" / "mlx_optiq_compat",
+#: Each room of the library -> the rooms that it may import beside these. ``planning`` is shared by
+#: what plans, ``model`` by what runs a model; no arrow points back.
+ARROWS = {
+    "plugins": (),
+    "turboquant": (),
+    "distributed": (),
+    "model": ("distributed",),
+    "planning": ("distributed", "model"),
+    "kv": ("distributed", "model", "planning", "turboquant"),
+    "latency": ("kv", "model"),
+    "weights": ("distributed", "latency", "model", "planning"),
+    "lora": ("distributed", "model"),
+    "adapters": ("distributed", "lora"),
+    "modalities": ("model",),
+    "yolo": ("model", "planning"),
+    "evaluation": ("kv", "latency", "model", "planning"),
 }
-MODULES = {
-    ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(
-        ".__init__"
-    ): path
-    for package, folder in PACKAGES.items()
-    for path in folder.rglob("*.py")
+
+#: What starts the package may know all of it. The trigger imports the hooks late, when mlx_lm is
+#: imported, and the hooks import the library: this circle is how one line in a .pth file can be
+#: all that runs at interpreter start.
+ENTRY = ("", "__main__", "_activation")
+
+#: What is asked late by those that it puts together: the hooks by the trigger, the table of patches
+#: and the plugin manager by the commands and patches that stand in them.
+LATE = ("mlx_optiq_hooks", "mlx_optiq_hooks.installation", "mlx_optiq_ext._activation")
+
+#: Lines of a file, and modules beside each other in a folder.
+LINES, MODULES_IN_A_FOLDER = 300, 14
+
+#: What is on its way out: arrows, a long file, a hidden module.
+LEAVING = {
+    ("kv", "weights"),
+    ("planning", "weights"),
+    "mlx_optiq_ext/kv/attention/kernels/decode_cuda.h",
+    "mlx_optiq_ext.kv.attention",
 }
 
 
-def imports(module, *, top_only=False):
-    """The full names of what a module imports; ``from x import y`` gives ``x.y``."""
-    path = MODULES[module]
-    body = ast.parse(path.read_text(encoding="utf-8"))
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in _nodes(body) if top_only else ast.walk(body):
-        if isinstance(node, ast.Import):
-            yield from (each.name for each in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) + 1 - node.level]
-            stem = [*(base if node.level else []), *([node.module] if node.module else [])]
-            yield from (".".join([*stem, each.name]) for each in node.names)
+def room(module):
+    """The room of a module of the library; "" for the package itself."""
+    return module.partition(".")[2].partition(".")[0]
 
 
-def _nodes(body):
-    # What runs when the module is imported: not functions, nor what only a type checker reads.
-    for node in ast.iter_child_nodes(body):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from _nodes(node)
-
-
-def of(package):
-    return [module for module in MODULES if module.split(".")[0] == package]
+def arrows():
+    """(room, other room) -> the imports that make it one."""
+    found = {}
+    for module in of("mlx_optiq_ext"):
+        for name in imports(module):
+            other = module_of(name)
+            if other and other.startswith("mlx_optiq_ext") and room(other) != room(module):
+                found.setdefault((room(module), room(other)), []).append(f"{module} -> {name}")
+    return found
 
 
 def outside(names):
@@ -92,47 +100,87 @@ def test_the_trigger_imports_sys_only():
     assert set(imports("mlx_optiq_ext", top_only=True)) == {"mlx_optiq_ext._activation"}
 
 
-def test_no_import_runs_in_a_circle():
+def test_rooms_import_what_the_table_allows():
+    strange = {
+        f"{source} -> {other}": lines
+        for (source, other), lines in arrows().items()
+        if source not in (*ENTRY, *GROUND)
+        and other not in (*GROUND, *ARROWS.get(source, ()))
+        and (source, other) not in LEAVING
+    }
+    assert strange == {}
+
+
+def test_every_room_stands_in_the_table():
+    assert {room(module) for module in of("mlx_optiq_ext")} == {*ARROWS, *GROUND, *ENTRY}
+
+
+def test_the_ground_stands_on_itself():
+    below = {(a, b) for a, b in arrows() if a in GROUND} - {("_status", "_activation")}
+    assert {b for _, b in below} <= {*GROUND}
+
+
+def test_no_arrows_run_in_a_circle():
+    assert circles(ARROWS) == {}
+
+
+@pytest.mark.parametrize("top_only", [True, False], ids=["at import", "late"])
+def test_no_import_runs_in_a_circle(top_only):
     graph = {
-        module: {_module_of(name) for name in imports(module, top_only=True)} - {None, module}
+        module: {module_of(name) for name in imports(module, top_only=top_only)} - {None, *LATE}
         for module in MODULES
     }
-    # A package's own parts may not need its __init__ back; leaves go first until none is left.
-    while leaves := {module for module, needs in graph.items() if not needs}:
-        graph = {m: needs - leaves for m, needs in graph.items() if m not in leaves}
-    assert graph == {}
+    assert circles(graph) == {}
 
 
-def _module_of(name):
-    while name and name not in MODULES:
-        name = name.rpartition(".")[0]
-    return name or None
+def test_weights_is_no_library_for_the_others():
+    lines = [
+        line
+        for (source, other), found in arrows().items()
+        if other == "weights" and source not in ENTRY
+        for line in found
+    ]
+    assert len(lines) <= 2, f"{len(lines)} imports into weights: {lines}"
 
 
-@pytest.mark.parametrize("patch", tables(), ids=lambda patch: patch.target)
-def test_a_patch_gives_its_reason_and_what_would_end_it(patch):
-    assert patch.feature in FEATURES
-    assert len(patch.why.split()) > 3
-    assert "#" in patch.upstream or patch.upstream.startswith("none: ")
-    assert (patch.wrapper is None) is not (patch.replace is None)
-
-
-def test_no_feature_patches_an_attribute_twice():
-    targets = [(patch.feature, patch.target) for patch in tables()]
-    assert len(targets) == len(set(targets))
-
-
-@pytest.mark.parametrize("version", [row.mlx_lm for row in rows() if row.verdict != "outside"])
-def test_what_patches_replace_and_use_is_recorded_for_the_releases_of_its_feature(version):
-    recorded = of_release(version)
-    modules = {target.partition(":")[0] for target in recorded}
-    carried = [p for p in tables() if p.feature == "flags" or feature(p.feature, version).on]
-    wanted = [name for patch in carried for name in (patch.target, *patch.uses)]
-    missing = [target for target in wanted if target not in recorded]
-    assert [target for target in missing if target.partition(":")[0] in modules] == []
-    assert {target.partition(":")[0] for target in missing} <= {"mlx_lm.cli"}
-
-
-def test_rooms_are_not_crowded():
-    long = {m: n for m, path in MODULES.items() if (n := len(path.read_text().splitlines())) > 300}
+def test_no_file_is_long():
+    long = {name: n for name, n in lengths().items() if n > LINES and name not in LEAVING}
     assert long == {}
+
+
+def lengths():
+    """Lines of every file that somebody reads: Python and kernels, tests too."""
+    paths = [
+        *MODULES.values(),
+        *(ROOT / "mlx_optiq_ext").rglob("*.h"),
+        *(path for end in ("py", "h") for path in (ROOT / "tests").rglob(f"*.{end}")),
+        *(ROOT / "compat").glob("*.py"),
+    ]
+    return {str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines()) for p in paths}
+
+
+def test_no_folder_is_crowded():
+    crowded = {}
+    folders = {path.parent for path in MODULES.values()} | {
+        path.parent for path in (ROOT / "tests").rglob("*.py")
+    }
+    for folder in folders:
+        count = len(
+            [p for p in folder.glob("*.py") if p.name not in ("__init__.py", "conftest.py")]
+        )
+        if count > MODULES_IN_A_FOLDER:
+            crowded[str(folder.relative_to(ROOT))] = count
+    assert crowded == {}
+
+
+@pytest.mark.parametrize("package", [m for m, p in MODULES.items() if p.name == "__init__.py"])
+def test_no_name_of_a_package_hides_a_module_of_it(package):
+    bound = {name.rpartition(".")[2]: name for name in imports(package, top_only=True)}
+    hidden = {
+        name: source
+        for name, source in bound.items()
+        if f"{package}.{name}" in MODULES
+        and source != f"{package}.{name}"
+        and f"{package}.{name}" not in LEAVING
+    }
+    assert hidden == {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
-from kv_tokens import alone, prompts_of, together
+from greedy_tokens import alone, prompts_of, together
 
 from mlx_optiq_ext import kv
 

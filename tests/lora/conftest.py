@@ -14,6 +14,7 @@ from mlx_lm.utils import quantize_model, save_model
 from .real_peft import TOKENS
 
 PATH = "model.layers.{}.self_attn.{}_proj"
+BY_BITS = ("--optiq-rank-scaling", "by_bits")
 
 
 def load_tensors(path) -> dict[str, mx.array]:
@@ -138,3 +139,13 @@ def logits(model, tokens):
     found = model(tokens)
     mx.eval(found)
     return found
+
+
+def error_of(capsys, call, *args, **kwargs) -> str:
+    """The last line that a command prints which ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        call(*args, **kwargs)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error:" in lines[-1]
+    return lines[-1]

@@ -3,10 +3,6 @@
 import importlib
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from typing import Any
 
 import mlx.core as mx
@@ -17,23 +13,13 @@ from mlx.utils import tree_flatten
 
 from mlx_optiq_ext.lora import read_adapter
 
-from .conftest import PATH, load_tensors, logits
+from .conftest import BY_BITS, PATH, load_tensors, logits
 
 Q, V = PATH.format(0, "q"), PATH.format(0, "v")
-BY_BITS = ("--optiq-rank-scaling", "by_bits")
 
 
 def notes_of(folder):
     return json.loads((folder / "optiq_lora_config.json").read_text())
-
-
-def error_of(capsys, call, *args, **kwargs):
-    with pytest.raises(SystemExit) as ended:
-        call(*args, **kwargs)
-    assert ended.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert "error:" in lines[-1]
-    return lines[-1]
 
 
 def test_ranks_follow_bits_at_the_same_parameters(lora, packed, tmp_path, capsys):
@@ -107,21 +93,6 @@ def test_a_model_that_says_nothing_gets_a_constant_rank(lora, tiny, tmp_path, ca
     assert set(notes_of(tmp_path / "a")["ranks"].values()) == {8}
 
 
-def test_training_goes_on_from_a_checkpoint(lora, packed, tmp_path, capsys):
-    lora(packed, tmp_path / "a", *BY_BITS, "--save-every", 1)
-    first = tmp_path / "a" / "0000001_adapters.safetensors"
-    lora(packed, tmp_path / "b", *BY_BITS, "--resume-adapter-file", first, "--learning-rate", 0)
-    before, after = (load_tensors(p) for p in (first, tmp_path / "b" / "adapters.safetensors"))
-    assert before.keys() == after.keys()
-    assert all(mx.array_equal(before[name], after[name]) for name in before)
-    assert any(tensor.any() for name, tensor in before.items() if name.endswith("lora_b"))
-    config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert config["resume_adapter_file"] == str(first)
-    other = ("--optiq-rank-scaling", "constant", "--resume-adapter-file", first)
-    assert "another rank" in error_of(capsys, lora, packed, tmp_path / "c", *other)
-    assert not (tmp_path / "c" / "adapters.safetensors").exists()
-
-
 def test_trainings_in_one_process_leave_nothing_behind(lora, packed, tmp_path, monkeypatch):
     module = importlib.import_module("mlx_lm.lora")
     trainer = importlib.import_module("mlx_lm.tuner.trainer")
@@ -167,63 +138,6 @@ def test_dora_of_three_bits(lora, packed, tmp_path, tokens):
     assert mx.abs(logits(loaded, tokens) - logits(mlx_lm.load(str(packed))[0], tokens)).max() > 1e-4
 
 
-def test_a_diverging_training_keeps_the_last_good_checkpoint(lora, packed, tmp_path, capsys):
-    lora(packed, tmp_path / "a", *BY_BITS, iters=1)
-    before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
-    wild = (*BY_BITS, "--learning-rate", 1e38)
-    assert "diverged" in error_of(capsys, lora, packed, tmp_path / "a", *wild)
-    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == before
-    assert read_adapter(tmp_path / "a").layers
-
-
-def test_a_folder_with_another_adapter_is_left_alone(lora, packed, tmp_path, capsys):
-    lora(packed, tmp_path / "a", *BY_BITS, iters=1)
-    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
-    other = ("--optiq-rank-scaling", "constant")
-    assert "another training" in error_of(capsys, lora, packed, tmp_path / "a", *other)
-    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
-
-
-def test_a_write_that_fails_halfway_changes_nothing(lora, packed, tmp_path, monkeypatch):
-    lora(packed, tmp_path / "a", *BY_BITS, iters=1)
-    before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
-    real = mx.save_safetensors
-
-    def broken(file, arrays, *args):
-        real(file, arrays, *args)
-        with open(file, "r+b") as stream:  # noqa: PTH123 - MLX takes a name
-            stream.truncate(1000)
-        raise RuntimeError("[write] no space left")
-
-    monkeypatch.setattr(mx, "save_safetensors", broken)
-    with pytest.raises(SystemExit):
-        lora(packed, tmp_path / "a", *BY_BITS)
-    assert (tmp_path / "a" / "adapters.safetensors").read_bytes() == before
-    assert not [path for path in (tmp_path / "a").iterdir() if path.name.startswith(".")]
-
-
-def test_a_killed_training_leaves_its_last_checkpoint_whole(packed, data, tmp_path):
-    command = [sys.executable, "-m", "mlx_lm", "lora", "--model", packed, "--train", "--data", data]
-    command += ["--adapter-path", tmp_path / "a", "--save-every", "1", "--iters", "500"]
-    command += ["--batch-size", "1", "--max-seq-length", "32", "--val-batches", "1"]
-    command += ["--num-layers", "-1", "--optiq-no-compile", *BY_BITS]
-    process = subprocess.Popen([str(each) for each in command], stdout=subprocess.DEVNULL)
-    third = tmp_path / "a" / "0000003_adapters.safetensors"
-    try:
-        for _ in range(1200):
-            if third.exists():
-                break
-            assert process.poll() is None
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    adapter = read_adapter(tmp_path / "a")
-    assert len(adapter.layers) == 42
-    for name in ("adapters.safetensors", "adapter_model.safetensors", third.name):
-        assert load_tensors(tmp_path / "a" / name)
-
-
 def test_adapters_start_from_what_quantization_took(lora, packed, tiny, tmp_path):
     original = mlx_lm.load(str(tiny))[0]
     original.set_dtype(mx.float32)
@@ -260,55 +174,6 @@ def test_it_works_from_python_without_a_command(packed, data, tmp_path):
 def divergence(reference, model, tokens) -> float:
     one, other = (mx.log(mx.softmax(each(tokens), axis=-1)) for each in (reference, model))
     return float(np.array((mx.exp(one) * (one - other)).sum(-1).mean()))
-
-
-BAD = {
-    "no training": (("--test", "--optiq-rank-scaling", "by_bits"), "need --train"),
-    "full": ((*BY_BITS, "--train", "--fine-tune-type", "full"), "has no ranks"),
-    "init alone": (("--train", "--optiq-init", "residual"), "--optiq-original"),
-    "original alone": (("--train", "--optiq-original", "x"), "--optiq-init"),
-    "no checkpoint": ((*BY_BITS, "--train", "--resume-adapter-file", "no"), "no such file"),
-    "two readings": (("--optiq-info", "a", "--optiq-export-peft", "a"), "leave the other"),
-    "no adapter": (("--optiq-info", "nowhere"), "nowhere"),
-    "no folder": (("--optiq-export-peft", "nowhere"), "no such folder"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_before_anything_is_loaded(lora, tmp_path, capsys, name):
-    flags, message = BAD[name]
-    assert message in error_of(capsys, lora, tmp_path / "none", tmp_path, *flags, train=False)
-
-
-BAD_YAML = {
-    "unknown key": ("optiq_rank: 3", "optiq_rank in the YAML file"),
-    "unknown scaling": ("optiq_rank_scaling: by_magic", "by_magic"),
-    "no scale": ("optiq_rank_scaling: by_bits\nlora_parameters: {rank: 8}", "scale is None"),
-    "rank of text": ("optiq_no_compile: true\nlora_parameters: {rank: x}", "rank is 'x'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_YAML)
-def test_bad_yaml_is_refused_before_anything_is_loaded(lora, tmp_path, capsys, name):
-    text, message = BAD_YAML[name]
-    (tmp_path / "c.yaml").write_text(text)
-    flags = ("--train", "-c", tmp_path / "c.yaml")
-    assert message in error_of(capsys, lora, tmp_path / "none", tmp_path, *flags, train=False)
-
-
-def test_a_rank_larger_than_a_layer_is_refused(lora, packed, tmp_path, capsys):
-    (tmp_path / "c.yaml").write_text("lora_parameters: {rank: 999, scale: 1.0, dropout: 0.0}")
-    flags = (*BY_BITS, "-c", tmp_path / "c.yaml")
-    assert "rank 999" in error_of(capsys, lora, packed, tmp_path / "a", *flags)
-    assert not (tmp_path / "a").exists()
-
-
-def test_the_wrong_original_is_refused(lora, packed, tmp_path, capsys):
-    flags = ("--optiq-init", "residual", "--optiq-original", packed)
-    assert "--optiq-original has no unquantized" in error_of(
-        capsys, lora, packed, tmp_path / "a", *flags
-    )
-    assert not (tmp_path / "a").exists()
 
 
 def test_the_base_is_not_trained(lora, packed, tmp_path):

@@ -1,11 +1,15 @@
 """A generated YOLO26n: names and shapes of the real one, random weights."""
 
+import importlib
 import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+
+#: Sides of the images in the network.
+SIZE = 64
 
 TENSORS = json.loads(
     (Path(__file__).parents[1] / "data" / "yolo" / "yolo26n_tensors.json").read_text()
@@ -44,3 +48,33 @@ def checkpoint(generated, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("yolo") / "yolo26n.safetensors"
     mx.save_safetensors(str(path), generated)
     return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Five images with shapes in them; sides differ, so that padding does too."""
+    Image, ImageDraw = (importlib.import_module(f"PIL.{n}") for n in ("Image", "ImageDraw"))
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(5)
+    for index in range(5):
+        image = Image.new("RGB", (90 + 30 * index, 120), tuple(draw.integers(0, 255, 3)))
+        pen = ImageDraw.Draw(image)
+        for _ in range(6):
+            x, y, w, h = draw.integers(0, 70, 4).tolist()
+            pen.ellipse((x, y, x + w + 5, y + h + 5), fill=tuple(draw.integers(0, 255, 3).tolist()))
+        image.save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoint, photos, tmp_path_factory):
+    """The generated YOLO26n at three budgets: budget -> result."""
+    from mlx_optiq_ext import yolo
+
+    out = tmp_path_factory.mktemp("out")
+    return {
+        budget: yolo.run_yolo_pipeline(
+            checkpoint, out / str(budget), calibration=photos, budget=budget, image_size=SIZE
+        )
+        for budget in (3.5, 5, 7)
+    }

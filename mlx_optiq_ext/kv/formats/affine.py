@@ -18,7 +18,7 @@ GROUP_SIZES = (32, 64, 128)
 #: Group size of an entry of kv_config.json that names none.
 GROUP_SIZE = 64
 #: Queries of a key/value head up to which a quantized product is faster on a CPU, by bits: times
-#: its keys, and times its values (measured in float32, tests/benchmarks/kv_attention.py).
+#: its keys, and times its values (measured in float32, tests/benchmarks/kv/attention.py).
 KEY_ROWS = {2: 2, 3: 10, 4: 2, 5: 14, 6: 20, 8: 2}
 VALUE_ROWS = {2: 3, 3: 10, 4: 6, 5: 14, 6: 20, 8: 5}
 

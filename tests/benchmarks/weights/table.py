@@ -1,6 +1,6 @@
 """Quality of budgeted conversions at the bytes of stock's uniform ones, beside other methods.
 
-    python tests/benchmarks/weights_table.py MODEL --calibration FILE --text FILE
+    python tests/benchmarks/weights/table.py MODEL --calibration FILE --text FILE
         [--problems FILE.jsonl] [--budgets 4.5 4.0 3.5 3.0] [--methods stock taylor kl refine
         distill dynamic_quant gptq mlx-optiq] [--mlx-optiq VENV] [--sweep-windows N]
         [--rows FILE.jsonl] [--again] [--keep] [--work FOLDER]

@@ -1,6 +1,6 @@
 """Time and peak memory of conversions with a budget, beside stock's uniform conversion.
 
-    python tests/benchmarks/conversion.py [MODEL] [--budget 3.5] [--calibration FILE]
+    python tests/benchmarks/weights/conversion.py [MODEL] [--budget 3.5] [--calibration FILE]
 
 Each conversion runs in a process of its own with an empty measurement cache.
 """
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-qwen3"
+TINY = Path(__file__).parents[2] / "data" / "tiny-qwen3"
 
 
 def run(*arguments: str, environment: dict[str, str]) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Perplexity of KV plans at long context, by stored bits per element.
 
-    python tests/benchmarks/kv_quality.py MODEL --text FILE --calibration FILE
+    python tests/benchmarks/kv/perplexity.py MODEL --text FILE --calibration FILE
         [--budgets 4.5 4.0 3.5] [--specs k4v3r 4 4r 3 3r] [--windows 2] [--tokens 4096]
 
 Each window of ``--tokens`` + 1 tokens of the text goes in chunks of ``--chunk`` into one cache, and

@@ -1,6 +1,6 @@
 """Greedy answers under KV plans beside the 16-bit cache's, alone and in one batch.
 
-    python tests/benchmarks/kv_tokens.py MODEL... --problems FILE.jsonl [--specs 8 4 4r]
+    python tests/benchmarks/kv/greedy_tokens.py MODEL... --problems FILE.jsonl [--specs 8 4 4r]
         [--count 50] [--max-tokens 40] [--plain]
 
 ``same`` is the share of prompts with the very tokens of the plain cache, ``batch`` the share whose

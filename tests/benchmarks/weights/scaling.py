@@ -1,7 +1,8 @@
 """Time and peak memory of budgeted conversions of three model sizes, and what 9B would take.
 
-    python tests/benchmarks/scaling.py --calibration FILE [--tokenizer tests/data/tiny-qwen3]
-        [--sizes 384x12 640x20 1024x32] [--methods taylor] [--budget 4.0] [--report FILE.json]
+    python tests/benchmarks/weights/scaling.py --calibration FILE
+        [--tokenizer tests/data/tiny-qwen3] [--sizes 384x12 640x20 1024x32] [--methods taylor]
+        [--budget 4.0] [--report FILE.json]
 
 Models of Qwen3's shape with random weights, WIDTHxLAYERS, whose embedding is the same share of the
 whole at every size; the calibration tokens are the same too. Each is converted in a process of its
@@ -26,7 +27,7 @@ from typing import Any
 from rivals.process import measure
 
 HERE = Path(__file__).parent
-TINY = HERE.parent / "data" / "tiny-qwen3"
+TINY = HERE.parents[1] / "data" / "tiny-qwen3"
 BIG = 9e9
 
 #: Share of the parameters in the embedding: ref-24m's.

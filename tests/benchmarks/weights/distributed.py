@@ -1,7 +1,7 @@
 """How ranks of ``mlx.launch`` on this machine share a sweep, and how long it takes them.
 
-    python tests/benchmarks/distributed.py --calibration FILE [--model tests/data/tiny-qwen3]
-        [--ranks 1 2 4] [--methods taylor kl] [--report FILE.json]
+    python tests/benchmarks/weights/distributed.py --calibration FILE
+        [--model tests/data/tiny-qwen3] [--ranks 1 2 4] [--methods taylor kl] [--report FILE.json]
 
 Each run measures every candidate with nothing known beforehand. Printed are its wall time, from
 when all ranks have loaded the model; and for each rank the windows that it differentiated (times
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-TINY = HERE.parent / "data" / "tiny-qwen3"
+TINY = HERE.parents[1] / "data" / "tiny-qwen3"
 COUNTED = ("windows", "candidates", "probes")
 
 

@@ -1,6 +1,6 @@
 """What a patched call and a plugin hook cost, against a plain call.
 
-    python tests/benchmarks/wrapper_cost.py [--loops 200000]
+    python tests/benchmarks/hooks/wrapper_cost.py [--loops 200000]
 
 The best of several repeats, in nanoseconds a call. No mlx-lm entry point that we wrap is called
 more than once a load, request or conversion.

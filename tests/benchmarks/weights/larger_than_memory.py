@@ -1,6 +1,7 @@
 """Converts a generated model under a limit several times smaller, beside a control that may not.
 
-    python tests/benchmarks/larger_than_memory.py [--layers 104] [--limit-mb 1024] [--refine]
+    python tests/benchmarks/weights/larger_than_memory.py [--layers 104] [--limit-mb 1024]
+        [--refine]
 
 The model has random weights, so only memory and time mean anything. The limit is RLIMIT_DATA, which
 counts what a process allocates and not what the system caches of files. The control
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-TINY = Path(__file__).parent.parent / "data" / "tiny-qwen3"
+TINY = Path(__file__).parents[2] / "data" / "tiny-qwen3"
 
 
 def generate(folder: Path, layers: int, hidden: int) -> float:

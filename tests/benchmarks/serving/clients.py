@@ -1,7 +1,8 @@
 """Throughput of ``mlx_lm.server`` for concurrent clients, with and without a KV plan.
 
-    python tests/benchmarks/serving.py MODEL --problems FILE.jsonl [--clients 16] [--requests 64]
-        [--max-tokens 40] [--configs "" "--optiq-kv 4" "--kv-bits 4 --quantized-kv-start 0"]
+    python tests/benchmarks/serving/clients.py MODEL --problems FILE.jsonl [--clients 16]
+        [--requests 64] [--max-tokens 40]
+        [--configs "" "--optiq-kv 4" "--kv-bits 4 --quantized-kv-start 0"]
         [--runs 3]
 
 Each configuration gets a server of its own, and they take turns, so that whatever else the machine

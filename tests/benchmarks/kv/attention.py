@@ -1,6 +1,6 @@
 """One decode step's attention over packed keys and values, beside fused 16-bit attention.
 
-    python tests/benchmarks/kv_attention.py [--lengths 4096 16384 65536] [--batch 1] [--specs 8 4]
+    python tests/benchmarks/kv/attention.py [--lengths 4096 16384 65536] [--batch 1] [--specs 8 4]
 
 32 query heads, 8 heads of 128, bfloat16. A time is the slope over chains of calls that each take
 the one before's output as queries, so that launch and synchronisation cancel; the median of

@@ -1,6 +1,6 @@
 """Time of the ways to measure sensitivity, on the same calibration tokens, and their plans' KL.
 
-    python tests/benchmarks/sensitivity.py MODEL --calibration FILE [--text FILE]
+    python tests/benchmarks/weights/sensitivity.py MODEL --calibration FILE [--text FILE]
         [--budgets 4.5 4.0 3.5 3.0] [--windows 16] [--methods taylor kl plain mlx-optiq]
         [--mlx-optiq VENV] [--bits 2 3 4 5 6 8] [--report FILE.json]
 

@@ -1,7 +1,7 @@
 """Quality of converted models against their original: KL on a text, accuracy on word problems.
 
-    python tests/benchmarks/quality.py ORIGINAL CONVERTED... --text FILE [--problems FILE.jsonl]
-        [--json]
+    python tests/benchmarks/weights/quality.py ORIGINAL CONVERTED... --text FILE
+        [--problems FILE.jsonl] [--json]
 
 Weights are dequantized to float32, so that half-precision products add no noise of their own. KL is
 the mean over the first ``--tokens`` tokens in windows of ``--window``, over the whole vocabulary.

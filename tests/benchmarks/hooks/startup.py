@@ -1,6 +1,6 @@
 """What the package adds to the start of Python and to ``import mlx_lm``.
 
-    python tests/benchmarks/startup.py [--runs 60]
+    python tests/benchmarks/hooks/startup.py [--runs 60]
 
 Two virtual environments see the same dependencies; only one has the package, installed as a wheel
 would be. Their runs alternate, so that a busy machine slows both. Exit status 1 if over budget.
@@ -18,7 +18,7 @@ import time
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PARTS = (
     "mlx_optiq_ext",
     "hooks/mlx_optiq_hooks",

@@ -1,7 +1,8 @@
 """Throughput, time to the first token, memory and mounting of many adapters on one base.
 
-    python tests/benchmarks/adapters.py MODEL --problems FILE.jsonl [--adapters 8] [--clients 16]
-        [--requests 64] [--max-tokens 40] [--runs 3] [--stock-requests 16] [--rank 8] [--mounts 64]
+    python tests/benchmarks/serving/adapters.py MODEL --problems FILE.jsonl [--adapters 8]
+        [--clients 16] [--requests 64] [--max-tokens 40] [--runs 3] [--stock-requests 16]
+        [--rank 8] [--mounts 64]
 
 Random adapters of mlx-lm's form are made first. One server then answers the same load on the base,
 on one adapter and spread over all, in turns; a stock server, which loads the model anew for another
@@ -18,10 +19,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+from clients import start
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from openai import OpenAI
-from serving import start
 
 from mlx_optiq_ext.adapters import mount_adapter_on_model
 

@@ -1,6 +1,6 @@
 """Peak memory of a long prompt's prefill, and bytes of the cache after it.
 
-    python tests/benchmarks/kv_memory.py [--tokens 8192] [--layers 8] [--specs 4 8]
+    python tests/benchmarks/kv/memory.py [--tokens 8192] [--layers 8] [--specs 4 8]
 
 A random model whose keys and values outweigh everything else (32 query heads, 8 heads of 128, a
 narrow feed-forward), in bfloat16 on a GPU and float32 on a CPU; each configuration in a process of

@@ -1,6 +1,6 @@
 """Tokens per second of decoding at long context under KV plans, prefill time and peak memory.
 
-    python tests/benchmarks/kv_decoding.py [--tokens 65536] [--batch 1 8] [--plans 16 8 4 mixed]
+    python tests/benchmarks/kv/decoding.py [--tokens 65536] [--batch 1 8] [--plans 16 8 4 mixed]
 
 A random model in 4 bits with the shapes of Qwen3-4B (36 layers, 32 query heads, 8 heads of 128);
 each plan and batch in a process of its own. One row is prefilled, which is timed; a batch decodes

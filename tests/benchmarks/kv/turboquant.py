@@ -1,6 +1,6 @@
 """KL divergence under TurboQuant caches beside affine ones, by stored bits.
 
-    python tests/benchmarks/kv_turboquant.py MODEL TEXT [--windows 4] [--length 512]
+    python tests/benchmarks/kv/turboquant.py MODEL TEXT [--windows 4] [--length 512]
 
 Every layer's keys and values are packed alike; the divergence of the final logits from those with
 unpacked caches is the mean over all positions of windows spread over the text, in nats. ``r``

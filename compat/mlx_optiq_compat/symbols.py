@@ -6,7 +6,7 @@ imported inside the functions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,9 @@ def generation_stream(call: Mapping[str, Any]) -> Any:
     """
     if "stream" in call:
         return call["stream"]
-    from mlx_lm import generate
+    from mlx_lm.generate import generation_stream
 
-    return generate.generation_stream
+    return generation_stream
 
 
 def device_info() -> dict[str, Any]:
@@ -80,11 +80,20 @@ def device_info() -> dict[str, Any]:
     return dict(info())
 
 
-def has_cuda_kernels() -> bool:
-    """Whether MLX can compile CUDA source of ours, and says what the GPU is."""
+def kernel_compiler(platform: str) -> Callable[..., Any] | None:
+    """``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
+
+    Args:
+        platform: ``"metal"`` or ``"cuda"``.
+
+    Returns:
+        The function; None if this MLX has none, or for CUDA does not say which GPU there is.
+    """
     import mlx.core as mx
 
-    return hasattr(mx.fast, "cuda_kernel") and hasattr(mx, "device_info")
+    if platform == "cuda" and not hasattr(mx, "device_info"):
+        return None
+    return getattr(mx.fast, f"{platform}_kernel", None)
 
 
 def cache_has_meta_state(cache: Any) -> bool:

@@ -49,12 +49,12 @@ def detected(name: str) -> Platform:
     """
     from mlx_optiq_compat import symbols
 
-    make = getattr(mx.fast, f"{name}_kernel", None)
+    make = symbols.kernel_compiler(name)
     if name == "metal":
         # The Metal kernel was never timed, so that it waits to be asked for.
         wanted = os.environ.get("MLX_OPTIQ_EXT_METAL_KERNEL") == "1"
         return Platform(name, make if wanted else None)
-    if not symbols.has_cuda_kernels():
+    if make is None:
         return Platform(name)
     capability = symbols.device_info().get("compute_capability_major", CAPABILITY)
     return Platform(name, make if int(capability) >= CAPABILITY else None)

@@ -7,8 +7,15 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 import mlx_optiq_compat
-from mlx_optiq_compat import feature, features, installed_version, verdict
-from mlx_optiq_compat.version import release
+from mlx_optiq_compat import (
+    feature,
+    features,
+    installed_mlx,
+    installed_version,
+    rows,
+    verdict,
+)
+from mlx_optiq_compat.version import release, within
 
 
 @pytest.mark.parametrize(
@@ -39,6 +46,53 @@ def test_verdict_of_a_version(version, kind):
     given = verdict(version)
     assert (given.version, given.kind) == (version, kind)
     assert version in given.reason
+
+
+@pytest.mark.parametrize(
+    ("version", "mlx", "kind", "reason"),
+    [
+        ("0.32.2", "0.32.4", "pinned", "is tested with mlx 0.32.4"),
+        ("0.32.2", "0.32.2", "pinned", "is tested with mlx 0.32.4"),
+        ("0.32.2", "0.32.5", "untested", "; mlx 0.32.5 is newer and untested"),
+        ("0.32.2", "0.33.0.dev1", "untested", "; mlx 0.33.0.dev1 is newer and untested"),
+        ("0.32.2", "0.31.2", "outside", "run with mlx 0.31.2: pip install 'mlx>=0.32.2'"),
+        ("0.31.2", "0.31.1", "pinned", "is tested with mlx 0.31.1"),
+        ("0.31.2", "0.32.0", "outside", "mlx 0.32.0 (the server hangs): pip install 'mlx>=0.30.4,"),
+        ("0.30.4", "0.32.4", "outside", "mlx 0.32.4 (the server hangs): pip install 'mlx>=0.30.3,"),
+        ("0.30.4", "0.29.0", "outside", "does not run with mlx 0.29.0: pip install"),
+        ("0.31.2.post1", "0.32.4", "outside", "mlx-lm 0.31.2.post1 does not run with mlx 0.32.4"),
+        ("0.31.0", "0.31.2", "outside", "does not run with mlx 0.31.2"),
+        ("0.33.0", "0.40.0", "untested", "mlx-lm 0.33.0 is untested (tested: "),
+        ("0.30.2", "0.40.0", "outside", "older than 0.30.4"),
+        ("0.32.2", "built here", "untested", "mlx's version 'built here' cannot be read"),
+        ("0.32.2", None, "pinned", "is tested with mlx 0.32.4"),
+    ],
+)
+def test_the_mlx_beside_it_is_part_of_the_verdict(version, mlx, kind, reason):
+    given = verdict(version, mlx)
+    assert given.kind == kind
+    assert reason in given.reason
+    weights = feature("weights", version, mlx)
+    assert weights.on is (kind != "outside")
+    assert weights.reason == given.reason
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.mlx_lm)
+def test_every_row_runs_with_the_mlx_it_was_tested_with(row):
+    assert within(row.tested_mlx, row.mlx)
+    assert verdict(row.mlx_lm, row.tested_mlx).kind == row.verdict
+    assert bool(row.beyond) is ("<" in row.mlx)
+
+
+def test_a_range_that_is_no_range_is_an_error():
+    with pytest.raises(ValueError, match="not a bound: '==1'"):
+        within("1", ">=0,==1")
+
+
+def test_the_installed_mlx_is_the_one_that_runs():
+    import mlx.core as mx
+
+    assert installed_mlx() == mx.__version__.partition("+")[0]
 
 
 def test_a_short_version_is_the_release_it_abbreviates():

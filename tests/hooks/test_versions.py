@@ -61,6 +61,49 @@ def test_a_missing_symbol_on_an_unknown_release_is_named(run, fake_mlx_lm):
     assert "(mlx_lm.utils:quantize_model is missing: " in done.stderr
 
 
+def test_an_mlx_that_the_release_does_not_run_with_refuses_the_flag(run, fake_mlx_lm):
+    env = fake_mlx_lm("0.31.2", "0.32.4")
+    done = run(*ASK, env=env)
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "error: mlx-lm 0.31.2 does not run with mlx 0.32.4 (the server hangs): pip install "
+        "'mlx>=0.30.4,<0.31.2', or a release of mlx-lm from the compat table that does\n"
+    )
+    assert done.stdout == ""
+    code = "import mlx_optiq_ext; print(mlx_optiq_ext.status())"
+    text = run("python", "-c", code, env=env, check=True).stdout
+    assert "\nmlx-lm 0.31.2: outside (mlx-lm 0.31.2 does not run with mlx 0.32.4 (" in text
+    assert "\n  weights: off (mlx-lm 0.31.2 does not run with mlx 0.32.4 (" in text
+
+
+def test_a_release_without_a_name_that_a_patch_uses_has_the_feature_off(run, fake_mlx_lm):
+    env = fake_mlx_lm("0.99.0")
+    Path(env["PYTHONPATH"], "mlx_lm", "quant", "utils.py").write_text(
+        "from pathlib import Path\n"
+        "def load_data(tokenizer, num_samples, sequence_length):\n"
+        "    return Path.home() / '.cache/mlx-lm/calibration_v6.txt'\n"
+    )
+    done = run(*ASK, env=env)
+    assert done.returncode == 2
+    assert (
+        "error: mlx-lm 0.99.0 is untested and differs where weights needs it (mlx_lm.quant.utils:"
+        "'.cache/mlx-lm/calibration_v5.txt' is missing: " in done.stderr
+    )
+
+
+def test_a_tested_release_that_somebody_edited_is_refused_too(run, fake_mlx_lm):
+    env = fake_mlx_lm("0.32.2")
+    utils = Path(env["PYTHONPATH"], "mlx_lm", "utils.py")
+    utils.write_text(utils.read_text().replace("hf_repo_to_path", "path_of_repo"))
+    done = run(*ASK, env=env)
+    assert done.returncode == 2
+    assert (
+        "error: mlx-lm 0.32.2 is not what was released under that number where weights needs it "
+        "(mlx_lm.utils:hf_repo_to_path is missing: " in done.stderr
+    )
+    assert done.stderr.endswith("install it anew\n")
+
+
 def test_the_installed_release_under_an_unknown_number_has_every_feature_on(
     claim, command, fresh_gate, tiny
 ):

@@ -41,6 +41,7 @@ def _check_kv(options: Options, args) -> None:
     from ...installation import gate
 
     gate().require("kv")
+    gate().require("weights")  # whose wrapper of convert() makes the plan
     if options.kv_budget is None:
         raise InputError("--optiq-kv-only needs --optiq-kv-budget, such as --optiq-kv-budget 4.5")
     if options.kv_only:

@@ -143,6 +143,11 @@ class Evidence:
         costs = [(t, cost) for t in self.tensors if (cost := self.cost(t)) is not None]
         return sorted(costs, key=lambda entry: (-entry[1], entry[0].path))
 
+    @property
+    def costliest(self) -> list[tuple[Tensor, float]]:
+        """The first tenth of the curve, one tensor at least."""
+        return self.curve[: max(1, len(self.curve) // 10)]
+
     @cached_property
     def total_cost(self) -> float:
         """Costs at the common precision, summed."""

@@ -14,7 +14,8 @@ from mlx_optiq_ext.weights.report.words import nats, percent, size
 
 from .markup import Markup
 
-NAME = """<script>alert("x")</script> & 'co'"""
+NAME = """</title></h1><script>alert("x")</script> & 'co' {{ 7 * 7 }}{% raw %}"""
+MARKUP = '"><img src=x onerror=alert(1)></svg><b a="1">&{{ 7 * 7 }}'
 
 
 def number(value: str | None) -> float:
@@ -119,7 +120,11 @@ def test_tensors_above_the_average_are_listed_with_their_reason(evidence):
 
 def test_names_are_escaped_everywhere(evidence):
     tensors = tuple(
-        dataclasses.replace(t, path=f'{t.path}<b a="1">&') if t.path.endswith("_proj") else t
+        dataclasses.replace(
+            t, path=f'{t.path}"><img src=x onerror=alert(1)></svg><b a="1">&{{ 7 * 7 }}'
+        )
+        if t.path.endswith("_proj")
+        else t
         for t in evidence.tensors
     )
     renamed = {old.path: new.path for old, new in zip(evidence.tensors, tensors, strict=True)}
@@ -144,7 +149,8 @@ def test_names_are_escaped_everywhere(evidence):
     assert [tag for tag, *_ in page.elements] == [tag for tag, *_ in plain.elements]
     assert set(page.cells()) == set(renamed.values())
     assert page.all("h1")[0][1] == NAME
-    assert page.all("script") == []
+    assert page.all("script") == page.all("img") == []
+    assert "49" not in page.all("h1")[0][1]
 
 
 def test_nothing_is_loaded_from_elsewhere(evidence):

@@ -67,6 +67,16 @@ def plugin_manager() -> pluggy.PluginManager:
     return plugins.load(spec, [("optiq", builtin)])
 
 
+@functools.cache
+def register_kv_formats() -> None:
+    """Let KV plans and saved prompt caches name the plugins' formats."""
+    from mlx_optiq_ext.kv import formats
+
+    for offered in reversed(plugin_manager().hook.optiq_kv_formats()):
+        for format in offered:
+            formats.register(format)
+
+
 def sensitivity_methods() -> dict[str, Any]:
     """Every method of ``--optiq-sensitivity``: ours and the plugins', who may replace ours."""
     methods: dict[str, Any] = {}

@@ -96,6 +96,15 @@ def test_it_builds_the_prompt_cache_or_leaves_it_to_mlx_lm(python, tiny):
     assert python("-c", CACHES, tiny).stdout == "6 KVCache None\n6 RotatingKVCache 32\n"
 
 
+def test_its_kv_format_is_one_more_letter(python, tiny):
+    ask = ("-m", "mlx_lm", "generate", "--model", tiny, "--prompt", "How many?", "-m", "4")
+    done = python(*ask, "--optiq-kv", "8s")
+    assert done.returncode == 0, done.stderr
+    assert "==========" in done.stdout
+    refused = python(*ask, "--optiq-kv", "7s")
+    assert "--optiq-kv 7s: int8 has 8 bits, not 7" in refused.stderr
+
+
 ATTEND = """
 import sys, mlx_lm
 from mlx_lm.models.cache import make_prompt_cache

@@ -56,6 +56,13 @@ def optiq_prompt_cache(model, max_kv_size):
 
 
 @hookimpl
+def optiq_kv_formats():
+    from optiq_example_int8 import Int8
+
+    return [Int8]
+
+
+@hookimpl
 def optiq_attention_backends():
     return [short_contexts]
 

@@ -50,11 +50,12 @@ def add_arguments(group):
 
 def check(command, parsed, args) -> None:
     """Refuse a plan that cannot be used, and keep the one that can."""
-    from ..installation import gate
+    from ..installation import gate, register_kv_formats
 
     options = read(Options, parsed)
     if options.kv is not None:
         gate().require("kv")
+        register_kv_formats()
         if getattr(args, "kv_bits", None) is not None:
             raise InputError(
                 "--optiq-kv and --kv-bits both decide how to keep keys and values: leave one out"

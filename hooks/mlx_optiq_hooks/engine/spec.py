@@ -58,6 +58,15 @@ def optiq_prompt_cache(model, max_kv_size, options):
 
 
 @hookspec
+def optiq_kv_formats():
+    """Offer ways to store keys and values, as a list of subclasses. All results, joined.
+
+    Called once, before a KV plan or a saved prompt cache is read. Each is a subclass of
+    ``mlx_optiq_ext.kv.formats.Format``, whose ``name`` and ``letters`` no other format has.
+    """
+
+
+@hookspec
 def optiq_attention_backends():
     """Offer functions that attend over packed keys and values, as a list. All results, joined.
 

@@ -24,6 +24,9 @@ def make_prompt_cache(wrapped, instance, args, kwargs):
 def load_prompt_cache(wrapped, instance, args, kwargs):
     from mlx_optiq_ext.kv import PackedKVCache
 
+    from ...installation import register_kv_formats
+
+    register_kv_formats()
     # mlx-lm looks the classes in a file up by name in its own module.
     sys.modules["mlx_lm.models.cache"].__dict__.setdefault("PackedKVCache", PackedKVCache)
     return wrapped(*args, **kwargs)

@@ -22,11 +22,11 @@ def note(what: str, why: Exception | None = None) -> None:
     """Say once on stderr what runs otherwise than usual, and keep it for `status`.
 
     Args:
-        what: One line without a line break.
-        why: The exception that led to it.
+        what: One line.
+        why: The exception that led to it; its first sentence is shown.
     """
-    line = what if why is None else f"{what} ({type(why).__name__}: {why})"
-    line = " ".join(line.split())
+    reason = " ".join(str(why).split()).partition(". ")[0]
+    line = what if why is None else f"{what} ({type(why).__name__}: {reason})"
     if line not in _notes:
         _notes.append(line)
         print(f"[optiq] {line}", file=sys.stderr)

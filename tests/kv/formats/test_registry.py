@@ -15,9 +15,9 @@ from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.kv.formats import Affine, register, unregister
 from mlx_optiq_ext.kv.plan import entries
 
-from .conftest import PROBLEMS, serve
+from ..conftest import PROBLEMS, serve
 
-SOURCE = Path(__file__).resolve().parents[1] / "plugin_example" / "optiq_example_int8.py"
+SOURCE = Path(__file__).resolve().parents[2] / "plugin_example" / "optiq_example_int8.py"
 HOOK = """
 
 from mlx_optiq_ext import hookimpl

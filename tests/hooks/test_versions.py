@@ -102,6 +102,9 @@ def test_a_tested_release_that_somebody_edited_is_refused_too(run, fake_mlx_lm):
         "(mlx_lm.utils:hf_repo_to_path is missing: " in done.stderr
     )
     assert done.stderr.endswith("install it anew\n")
+    code = "import mlx_optiq_ext; print(mlx_optiq_ext.status())"
+    text = run("python", "-c", code, env=env, check=True).stdout
+    assert "\n  weights: off (mlx-lm 0.32.2 is not what was released under that number" in text
 
 
 def test_the_installed_release_under_an_unknown_number_has_every_feature_on(

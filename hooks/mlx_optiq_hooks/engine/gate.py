@@ -69,11 +69,23 @@ class Gate:
         problem = self.engine().problem(feature) if state.on else None
         return state if problem is None else State(False, problem)
 
+    def checked(self, feature: str) -> State:
+        """As `state`, and mlx-lm's source compared with what is recorded of all that is used."""
+        state = self.state(feature)
+        if feature == "flags" or not state.on:
+            return state
+        if wrong := _differing(names(self.patches, feature)):
+            return State(
+                False,
+                f"mlx-lm {self.version} is not what was released under that number where "
+                f"{feature} needs it ({wrong}): install it anew",
+            )
+        return state
+
     def require(self, feature: str) -> None:
         """Make sure that a feature works before anything is done with it.
 
-        Its patches' modules are imported, so that every patch can be proved live, and mlx-lm's
-        source is compared with what is recorded of all that they use.
+        Its patches' modules are imported, so that every patch can be proved live.
 
         Raises:
             UnsupportedError: The feature is off, with the reason and the remedy.
@@ -84,12 +96,7 @@ class Gate:
             _refuse_if_off(self.states[each])
         self.engine().load(wanted)
         for each in wanted:
-            _refuse_if_off(self.state(each))
-            if wrong := _differing(names(self.patches, each)):
-                raise UnsupportedError(
-                    f"mlx-lm {self.version} is not what was released under that number where "
-                    f"{each} needs it ({wrong}): install it anew"
-                )
+            _refuse_if_off(self.checked(each))
 
     @classmethod
     def for_installed(cls, patches: Iterable[Patch], engine: Callable[[], Engine]) -> "Gate":

@@ -19,7 +19,7 @@ def lines() -> list[str]:
     verdict, patches = gate(), patch_engine()
     result = [f"mlx-lm {verdict.version}: {verdict.verdict} ({verdict.reason})", "features:"]
     for feature in verdict.states:
-        state = verdict.state(feature)
+        state = verdict.checked(feature)
         result.append(f"  {feature}: {'on' if state.on else 'off'} ({state.reason})")
     result.append("patches:")
     words = {True: "live", False: "NOT live", None: "waiting for its import"}

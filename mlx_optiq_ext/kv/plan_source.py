@@ -80,6 +80,7 @@ def _layer_count(model: str | None) -> int | None:
         return None  # mlx-lm's own error about the config is the better one
     if not isinstance(config, dict):
         return None
-    text = config.get("text_config") or {}
-    found = config.get("num_hidden_layers", text.get("num_hidden_layers"))
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    found = config.get("num_hidden_layers", inner.get("num_hidden_layers"))
     return found if isinstance(found, int) else None

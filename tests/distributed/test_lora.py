@@ -134,7 +134,7 @@ def test_training_goes_on_from_what_only_the_first_rank_has(apart, converted, da
 def test_a_batch_that_does_not_divide_is_refused_once(launch, converted, data, tmp_path):
     given = (*words(converted, data, tmp_path / "a"), "--batch-size", "3")
     done = launch(2, "-m", "mlx_lm", "lora", *given)
-    assert done.stderr.count("--batch-size 3 does not divide over 2 ranks") == 1, done.stderr
+    assert done.stderr.count("--batch-size 3 does not divide over 2 processes") == 1, done.stderr
     assert not (tmp_path / "a").exists()
 
 

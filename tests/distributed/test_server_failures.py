@@ -112,8 +112,8 @@ def test_what_cannot_work_is_refused_at_start(launch, exact):
     adapters = ["--optiq-adapter=a=red", "--optiq-adapter=b=red", "--optiq-max-adapters", "1"]
     told = {
         "mlx_lm.generate does not split a model": ["generate"],
-        "takes no --draft-model on several ranks": ["server", "--draft-model", "x"],
-        "takes no --adapter-path on several ranks": ["server", "--adapter-path", "red"],
+        "takes no --draft-model in several processes": ["server", "--draft-model", "x"],
+        "takes no --adapter-path in several processes": ["server", "--adapter-path", "red"],
         "--optiq-allow-adapter-updates works in one process only": ["server", *updates],
         "--optiq-max-adapters 1 would mount adapters while": ["server", *adapters],
         "does not support pipelining": ["chat", "--pipeline"],

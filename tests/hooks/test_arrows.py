@@ -100,6 +100,12 @@ def test_the_trigger_imports_sys_only():
     assert set(imports("mlx_optiq_ext", top_only=True)) == {"mlx_optiq_ext._activation"}
 
 
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("mlx_optiq_hooks.engine")])
+def test_the_engine_knows_no_command_and_no_patch(module):
+    rooms = ("mlx_optiq_hooks.commands", "mlx_optiq_hooks.patches")
+    assert [name for name in imports(module) if name.startswith(rooms)] == []
+
+
 def test_rooms_import_what_the_table_allows():
     strange = {
         f"{source} -> {other}": lines

@@ -4,6 +4,10 @@ A plugin is any module or object whose functions are marked with ``mlx_optiq_ext
 which is named in the entry-point group ``mlx_optiq_ext``. Arguments are passed by name; an
 implementation lists only those it wants. Hooks marked *first result* stop at the first answer that
 is not None, and installed plugins are asked before the built-in ones.
+
+``options`` has the parsed ``--optiq-*`` values of all plugins as attributes, named without the
+``optiq_`` prefix; None stands for an option that was not given. Outside a command, or without any
+such option, ``options`` itself is None.
 """
 
 from mlx_optiq_ext.plugins import hookspec
@@ -15,8 +19,7 @@ def optiq_add_arguments(command, group):
 
     ``command`` is the name after ``mlx_lm.`` (``"convert"``, ``"server"``, ...), ``group`` an
     argparse argument group. Option names must start with ``--optiq-`` and default to None. The
-    parsed values never reach mlx-lm; they are attributes of ``options`` without the ``optiq_``
-    prefix.
+    parsed values never reach mlx-lm.
     """
 
 
@@ -34,7 +37,7 @@ def optiq_check_options(command, options, args):
 def optiq_quant_predicate(model, config, options):
     """Choose the precision of each module. First result; called by ``quantize_model``.
 
-    Return a callable ``(path, module) -> bool | dict`` as mlx-lm's own ``quant_predicate``, or
+    Return a callable ``(path, module) -> bool | dict``, as mlx-lm's own ``quant_predicate`` is, or
     None for mlx-lm's choice. Not called without an ``--optiq-*`` option, nor when the caller passes
     a predicate of its own.
     """
@@ -53,7 +56,7 @@ def optiq_sensitivity_methods():
 def optiq_prompt_cache(model, max_kv_size, options):
     """Build the list of per-layer caches. First result; None means mlx-lm's own caches.
 
-    Called whenever a stock command makes a prompt cache. ``options`` is None outside a command.
+    Called whenever mlx-lm makes a prompt cache.
     """
 
 

@@ -1,4 +1,4 @@
-"""``mlx_lm.generate``: every row of a batch generator keeps the adapter it was inserted with."""
+"""``mlx_lm.generate``: each row of a batch generator keeps the adapter it was inserted with."""
 
 import sys
 from contextvars import ContextVar
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _NAME = "_optiq_routes"
 
-#: Those of the generator that runs, for its batches, which only know their rows' uids.
+#: The routes of the generator that runs, for its batches, which only know the uids of their rows.
 _running: ContextVar["Routes | None"] = ContextVar("mlx_optiq_routes", default=None)
 
 

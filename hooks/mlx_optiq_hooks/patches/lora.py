@@ -1,4 +1,4 @@
-"""``mlx_lm.lora``: ranks of their own for the layers, and adapters that load everywhere."""
+"""``mlx_lm.lora``: each layer has its own rank, and adapters load everywhere."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""``mlx_lm.perplexity``: keys and values go through the cache that the plan makes."""
+"""``mlx_lm.perplexity``: keys and values go through the caches of the KV plan."""
 
 from ..commands import kv as command
 from ..engine.patch import Patch, bind

@@ -109,7 +109,7 @@ PATCHES = (
     Patch(
         "mlx_lm.utils:sharded_load",
         feature="sharded",
-        why="keeps how a model was split, for adapters to be split the same way",
+        why="notes how a model was split, so that adapters are split alike",
         upstream="none: adapters are refused in several processes (server.py)",
         wrapper=sharded_load,
         uses=(

@@ -8,7 +8,7 @@ from ...engine.patch import Patch
 
 @functools.cache
 def attention_backends() -> tuple[Any, ...]:
-    """The plugins' functions, that of the plugin registered last first."""
+    """The plugins' functions; the plugin registered last comes first."""
     from ...installation import plugin_manager
 
     found = plugin_manager().hook.optiq_attention_backends()
@@ -17,14 +17,14 @@ def attention_backends() -> tuple[Any, ...]:
 
 @functools.cache
 def _names(function: Any) -> tuple[str, ...]:
-    """Of its parameters: to bind them anew at every layer of every token would take longer."""
+    """Names of its parameters, cached: binding them at each layer of each token takes longer."""
     import inspect
 
     return tuple(inspect.signature(function).parameters)
 
 
 def scaled_dot_product_attention(wrapped, instance, args, kwargs):
-    # The hottest of all wrappers: two look-ups decide for everyone who has no KV plan.
+    # The hottest wrapper: without a KV plan it takes two look-ups.
     keys = args[1] if len(args) > 1 else kwargs["keys"]
     values = args[2] if len(args) > 2 else kwargs["values"]
     if not (hasattr(keys, "format") or hasattr(values, "format")):
@@ -32,7 +32,7 @@ def scaled_dot_product_attention(wrapped, instance, args, kwargs):
     from mlx_optiq_ext.kv import attend
 
     call = dict(zip(_names(wrapped), args, strict=False)) | kwargs
-    # Which cache it came from does not matter: what is packed knows its own format.
+    # The cache does not matter: packed keys and values know their format.
     call.pop("cache", None)
     return attend(**call, backends=attention_backends())
 
@@ -41,7 +41,7 @@ PATCHES = (
     Patch(
         "mlx_lm.models.base:scaled_dot_product_attention",
         feature="kv",
-        why="computes attention over keys and values of their own precision",
+        why="computes attention over packed keys and values",
         upstream="none: one width for a cache, no sinks, no shared keys (base.py)",
         wrapper=scaled_dot_product_attention,
     ),

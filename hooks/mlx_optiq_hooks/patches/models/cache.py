@@ -1,4 +1,4 @@
-"""``mlx_lm.models.cache``: lets plugins build the prompt cache."""
+"""``mlx_lm.models.cache``: plugins build prompt caches, and saved ones may be packed."""
 
 import sys
 

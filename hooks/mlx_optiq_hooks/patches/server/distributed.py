@@ -1,6 +1,6 @@
-"""``mlx_lm.server`` on several ranks: what ends one of them ends all, with the reason.
+"""``mlx_lm.server`` in several processes: what ends one of them ends all, with the reason.
 
-Stock's other ranks wait for a generation thread that died; its HTTP server stays up.
+In stock the other processes wait for a generation thread that died, and the HTTP server stays up.
 """
 
 from typing import Any
@@ -12,18 +12,18 @@ from ...engine import session
 from ...engine.patch import Patch, bind, of
 
 
-def _on_several_ranks() -> bool:
-    """Whether the running server was given our options and runs on several ranks."""
+def _distributed() -> bool:
+    """Whether the running server was given our options and runs in several processes."""
     running = session.current()
     return running is not None and running.command == "server" and distributed.size() > 1
 
 
 def _generate(wrapped, instance, args, kwargs):
-    if not _on_several_ranks():
+    if not _distributed():
         return wrapped(*args, **kwargs)
     try:
         return wrapped(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # whatever it is, this thread ends, and says why
         kind = "" if isinstance(error, distributed.RankError) else f"{type(error).__name__}: "
         distributed.leave(f"rank {distributed.rank()} stops serving: {kind}{error}")
 
@@ -31,10 +31,10 @@ def _generate(wrapped, instance, args, kwargs):
 class _Answers:
     """The queue that a request's answers go to.
 
-    A client cannot stop them: the other ranks would go on.
+    A client that leaves cannot stop them, because the other processes would go on.
 
     Attributes:
-        failure: What the request ended with here; empty if it did not fail.
+        failure: What the request failed with in this process; empty if it did not fail.
     """
 
     def __init__(self, queue: Any):
@@ -42,7 +42,7 @@ class _Answers:
         self._queue = queue
 
     def put(self, item: Any) -> None:
-        """As ``Queue.put``."""
+        """Hand an answer on, and note an error."""
         if isinstance(item, Exception):
             self.failure = f"{type(item).__name__}: {item}"
         elif hasattr(item, "_should_stop"):
@@ -51,7 +51,7 @@ class _Answers:
 
 
 def _serve_single(wrapped, instance, args, kwargs):
-    if not _on_several_ranks():
+    if not _distributed():
         return wrapped(*args, **kwargs)
     import mlx.core as mx
 
@@ -59,14 +59,14 @@ def _serve_single(wrapped, instance, args, kwargs):
     queue, *request = call["request"]
     answers = _Answers(queue)
     wrapped(**{**call, "request": (answers, *request)})
-    # Stock answers with the error and goes on, while ranks without it still wait for this one.
-    own = answers.failure or "the other ranks did not finish a request"
+    # Stock answers with the error and goes on, while processes without it still wait for this one.
+    own = answers.failure or "the other processes did not finish a request"
     try:
         with distributed.within(
             distributed.LIMIT, lambda: f"rank {distributed.rank()} stops serving: {own}"
         ):
-            # mlx-lm is one token ahead. Before 0.32 synchronize keeps Python's other threads from
-            # running, so something is awaited there.
+            # mlx-lm computes one token ahead. Evaluating a zero on its stream waits for that token;
+            # synchronize would keep Python's other threads from running before 0.32.
             mx.eval(mx.zeros((), stream=symbols.generation_stream(call)))
             failures = distributed.gathered(answers.failure)
     except distributed.RankError as error:
@@ -76,28 +76,28 @@ def _serve_single(wrapped, instance, args, kwargs):
 
 
 def _next_request(wrapped, instance, args, kwargs):
-    # Without a timeout a batch runs: another rank may be busy for as long as a step takes.
-    if not _on_several_ranks() or bind(wrapped, args, kwargs).get("timeout") is None:
+    # Without a timeout a batch runs: another process may be busy for as long as a step takes.
+    if not _distributed() or bind(wrapped, args, kwargs).get("timeout") is None:
         return wrapped(*args, **kwargs)
-    late = f"rank {distributed.rank()} heard nothing of the others for {distributed.LIMIT:.0f} s"
+    late = f"rank {distributed.rank()} heard nothing from the others for {distributed.LIMIT:.0f} s"
     with distributed.within(distributed.LIMIT, lambda: late):
         return wrapped(*args, **kwargs)
 
 
-_UPSTREAM = "none: the other ranks wait for ever (server.py)"
+_UPSTREAM = "none: the other processes wait for ever (server.py)"
 
 PATCHES = (
     Patch(
         "mlx_lm.server:ResponseGenerator._generate",
         feature="sharded",
-        why="ends all ranks when one cannot go on",
+        why="ends all processes when one cannot go on",
         upstream=_UPSTREAM,
         wrapper=_generate,
     ),
     Patch(
         "mlx_lm.server:ResponseGenerator._serve_single",
         feature="sharded",
-        why="ends all ranks when one fails at a request, and none when a client leaves",
+        why="ends all processes when one fails at a request, and none when a client leaves",
         upstream=_UPSTREAM,
         wrapper=_serve_single,
         uses=(
@@ -108,7 +108,7 @@ PATCHES = (
     Patch(
         "mlx_lm.server:ResponseGenerator._next_request",
         feature="sharded",
-        why="ends an idle rank when the others are gone",
+        why="ends an idle process when the others are gone",
         upstream=_UPSTREAM,
         wrapper=_next_request,
     ),

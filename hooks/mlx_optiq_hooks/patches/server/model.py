@@ -1,7 +1,7 @@
 """``mlx_lm.server``: the model it serves, and its KV plan.
 
-It loads its model in the thread that generates. Stock logs an error there and goes on without one;
-what the command line asks for and cannot be done ends it instead.
+The server loads its model in the thread that generates. Stock logs an error there and goes on
+without a model. If what failed is what our options asked for, the server ends instead.
 """
 
 import _thread
@@ -33,9 +33,10 @@ class Loading:
 
 
 def ending(load):
-    """``ModelProvider.load`` that ends the command if our part of its first run fails.
+    """A wrapper of ``ModelProvider.load`` that ends the command if our part of it fails.
 
-    Each feature has its own; the outermost one acts.
+    Only the first load ends it; later ones answer the request with the error. Each feature wraps
+    ``load``, and the outermost wrapper acts.
     """
 
     @functools.wraps(load)

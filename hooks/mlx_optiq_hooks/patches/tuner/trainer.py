@@ -1,4 +1,4 @@
-"""``mlx_lm.tuner.trainer``: checkpoints that are whole, and a step that need not be compiled."""
+"""``mlx_lm.tuner.trainer``: checkpoints are written whole, and the step need not be compiled."""
 
 import importlib
 from pathlib import Path

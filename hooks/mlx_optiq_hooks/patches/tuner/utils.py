@@ -1,4 +1,4 @@
-"""``mlx_lm.tuner.utils``: LoRA ranks of their own, and adapters in every form."""
+"""``mlx_lm.tuner.utils``: LoRA ranks by layer, and adapters in every form."""
 
 from ...commands import lora as command
 from ...engine import session
@@ -87,7 +87,7 @@ PATCHES = (
     Patch(
         "mlx_lm.tuner.utils:load_adapters",
         feature="lora",
-        why="reads PEFT adapters, ranks of their own and names on the Hub",
+        why="reads PEFT adapters, ranks by layer and names on the Hub",
         upstream="mlx-lm #1119 (PEFT adapters)",
         wrapper=load_adapters,
         uses=(*of("mlx_lm.utils", "load_adapters"), *LAYERS),

@@ -40,10 +40,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_is_refused_at_once_and_named(name):
     text, reason = REFUSED[name]
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(InputError, match=f"^a file .*{reason}") as raised:
         files.parse_json(text, "a file")
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert len(str(raised.value)) < 300
 
 

@@ -77,10 +77,10 @@ VIEWS = {
 )
 def test_a_bomb_is_refused_at_once(tmp_path, pickled):
     path = archive(tmp_path / "a.pt", pickled)
-    begin, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin, peak = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match=r"not a whole PyTorch file|holds no weights"):
         torch_file.read(path)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 256 * scale()
 
 
@@ -94,10 +94,10 @@ def test_modules_that_contain_each_other_end(tmp_path):
     begin = b"\x80\2N0ctorch.nn\nModule\n)\x81q\0"
     link = b"ctorch.nn\nModule\n)\x81}X\x08\0\0\0_modules}(X\1\0\0\0ah\0X\1\0\0\0bh\0usbq\0"
     path = archive(tmp_path / "a.pt", begin + link * 60 + b".")
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InputError, match="contain each other"):
         torch_file.read(path)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 def test_compressed_entries_are_refused_unread(tmp_path):

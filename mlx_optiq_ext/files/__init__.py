@@ -13,6 +13,7 @@ from .cache import cache_dir
 from .documents import DEFAULT, LABELS, MODEL_CONFIG, REQUEST, Limits, parse_json, read_json
 from .fields import Fields, shown
 from .reading import open_regular, read_bytes, read_lines, read_text
+from .tensors import StoredTensor, TensorHeader, parse_header, read_header
 from .writing import staged, write_json, write_text
 
 __all__ = [
@@ -22,10 +23,14 @@ __all__ = [
     "REQUEST",
     "Fields",
     "Limits",
+    "StoredTensor",
+    "TensorHeader",
     "cache_dir",
     "open_regular",
+    "parse_header",
     "parse_json",
     "read_bytes",
+    "read_header",
     "read_json",
     "read_lines",
     "read_text",

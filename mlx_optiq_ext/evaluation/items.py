@@ -1,10 +1,10 @@
 """Test items of a task, one JSON object a line."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .. import files
 from ..errors import InputError
 
 Item = TypeVar("Item")
@@ -21,17 +21,11 @@ def read_lines(path: Path, item: Callable[[str, Any], Item], needs: str) -> list
     Raises:
         InputError: The file is missing, empty, or a line is wrong; the message names it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the data file {path} ({error})") from error
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in files.read_lines(path):
         where = f"{path}, line {number}"
         try:
-            found.append(item(where, json.loads(line)))
+            found.append(item(where, files.parse_json(line, where, files.REQUEST)))
         except InputError:
             raise
         except (ValueError, KeyError, TypeError) as error:

@@ -13,6 +13,10 @@ from typing import Any
 import numpy as np
 
 from .. import files
+from ..errors import InputError
+
+#: Bytes of a journal that is read.
+LARGEST = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,14 @@ class Journal:
         """JSON items by name; a line that was cut off is left out."""
         found = {}
         try:
-            lines = (self.folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
-        except OSError:
+            lines = files.read_lines(self.folder / "items.jsonl", LARGEST)
+        except InputError:
             return found
-        for line in lines:
+        for _, line in lines:
             try:
-                entry = json.loads(line)
+                entry = files.parse_json(line, "an item", files.REQUEST)
                 found[entry["name"]] = entry["value"]
-            except (ValueError, KeyError, TypeError):
+            except (InputError, KeyError, TypeError):
                 continue
         return found
 

@@ -4,7 +4,6 @@ Corpus rate: edits over words of the whole set, after the English normaliser of 
 al., arXiv 2212.04356, appendix C).
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .. import files
 from ..errors import InputError, UnsupportedError
 from .items import read_lines
 from .journal import Journal
@@ -47,7 +47,7 @@ def normaliser(folder: Path) -> Callable[[str], str]:
     from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
     path = folder / "normalizer.json"
-    spellings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    spellings = files.read_json(path) if path.exists() else {}
     return EnglishTextNormalizer(spellings)
 
 

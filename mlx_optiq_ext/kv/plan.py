@@ -1,6 +1,5 @@
 """Which precision each layer's keys and values get."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import InputError
 from . import formats
 from .formats import Format, registry
@@ -94,12 +94,7 @@ def read_plan(path: Path) -> KVPlan:
     Raises:
         InputError: The file is missing or wrong; the message names the entry.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check the name") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): it must be a list of layers") from error
+    entries = files.read_json(path)
     if not isinstance(entries, list) or not entries:
         raise InputError(
             f'{path} must be a JSON list such as [{{"layer_idx": 0, "bits": 8, "group_size": 64}}]'
@@ -152,10 +147,10 @@ def _layer_index(entry: Any, where: str) -> int:
     if not isinstance(entry, dict):
         raise InputError(f"{where} is not an object with layer_idx, bits and group_size")
     if unknown := set(entry) - _known_fields():
-        raise InputError(f"{where} has unknown keys: {', '.join(sorted(unknown))}")
+        raise InputError(f"{where} has unknown keys: {files.shown(', '.join(sorted(unknown)))}")
     index = entry.get("layer_idx")
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise InputError(f"{where}: layer_idx {index!r} is not a layer number from 0 on")
+        raise InputError(f"{where}: layer_idx {files.shown(index)} is not a layer number from 0 on")
     return index
 
 

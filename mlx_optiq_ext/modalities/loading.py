@@ -1,10 +1,10 @@
 """Loading a multimodal checkpoint as the text model in it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import files
 from .text import Report, handed_down, to_text
 
 
@@ -49,7 +49,7 @@ def _read_config(source: str, revision: str | None) -> dict[str, Any]:
         path = Path(source) / "config.json"
         if not Path(source).exists():
             path = Path(hf_hub_download(source, "config.json", revision=revision))
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = files.read_json(path, files.MODEL_CONFIG)
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}

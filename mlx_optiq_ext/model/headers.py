@@ -1,7 +1,5 @@
 """Names, shapes and sizes of a model's tensors, without reading the tensors."""
 
-import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +7,6 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
-
-#: No header of a real model is longer; a larger number means another kind of file.
-LONGEST = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -68,23 +63,12 @@ def read_file(path: Path) -> Headers:
     """The headers of one safetensors file.
 
     Raises:
-        InputError: It is none.
+        InputError: It is none, is cut off, or its header does not fit it.
     """
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else LONGEST + 1
-            body = stream.read(length) if length <= LONGEST else b""
-        entries = json.loads(body)
-        return {
-            name: _header(entry["dtype"], entry["shape"], entry["data_offsets"])
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        }
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} has no safetensors header: is the download complete?") from error
+    return {
+        name: Header(tensor.dtype, tensor.shape, tensor.nbytes)
+        for name, tensor in files.read_header(path).tensors.items()
+    }
 
 
 def _header(dtype: str, shape: Any, offsets: Any) -> Header:
@@ -100,6 +84,8 @@ def _remote(repo: str, revision: str | None) -> tuple[dict[str, Any], Headers]:
         path = Path(hf_hub_download(repo, "config.json", revision=revision))
         config = files.read_json(path, files.MODEL_CONFIG)
         metadata = HfApi().get_safetensors_metadata(repo, revision=revision)
+    except InputError:
+        raise
     except NotASafetensorsRepoError as error:
         raise InputError(
             f"{repo} has no safetensors weights, whose headers a prediction is made from: name a "

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from ...errors import InputError, UnsupportedError
+from ...files import shown
 from ...turboquant.hadamard import rotatable, rotate, rotate_back
 from .affine_ranges import pack
 from .format import CodeLayout, Format
@@ -52,14 +53,14 @@ class Affine(Format):
         """Read ``bits``, ``group_size`` (64) and ``rotated`` (false)."""
         bits, group = fields.get("bits"), fields.get("group_size", GROUP_SIZE)
         rotated = fields.get("rotated", False)
-        if bits not in BITS or isinstance(bits, bool):
-            raise InputError(f"{where}: bits {bits!r} is none of {', '.join(map(str, BITS))}")
-        if group is not None and (group not in GROUP_SIZES or isinstance(group, bool)):
+        if type(bits) is not int or bits not in BITS:
+            raise InputError(f"{where}: bits {shown(bits)} is none of {', '.join(map(str, BITS))}")
+        if group is not None and (type(group) is not int or group not in GROUP_SIZES):
             names = ", ".join(map(str, GROUP_SIZES))
-            raise InputError(f"{where}: group_size {group!r} is none of {names}")
+            raise InputError(f"{where}: group_size {shown(group)} is none of {names}")
         if not isinstance(rotated, bool):
-            raise InputError(f"{where}: rotated {rotated!r} is not true or false")
-        return cls(int(bits), group, rotated)
+            raise InputError(f"{where}: rotated {shown(rotated)} is not true or false")
+        return cls(bits, group, rotated)
 
     def to_json(self) -> dict[str, Any]:
         """All fields."""

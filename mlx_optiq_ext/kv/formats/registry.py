@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ...errors import InputError
+from ...files import shown
 from .format import Format
 
 #: ``"method"`` of an entry that gives none: the published form of kv_config.json has no other.
@@ -86,5 +87,5 @@ def from_json(given: Mapping[str, Any], where: str) -> Format:
     method = given.get("method", DEFAULT)
     if not isinstance(method, str) or method not in _formats:
         names = " or ".join(f'"{name}"' for name in _formats)
-        raise InputError(f"{where}: method {method!r} is not known: use {names}")
+        raise InputError(f"{where}: method {shown(method)} is not known: use {names}")
     return _formats[method].from_json(given, where)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from ...errors import InputError, UnsupportedError
+from ...files import shown
 from ...turboquant import BITS, Encoded, Quantizer, Rotation, levels
 from .format import CodeLayout, Format
 
@@ -35,12 +36,12 @@ class TurboQuant(Format):
     def from_json(cls, fields: Mapping[str, Any], where: str) -> "TurboQuant":
         """Read ``bits`` and ``seed`` (0)."""
         bits, seed = fields.get("bits"), fields.get("seed", 0)
-        if bits not in BITS or isinstance(bits, bool):
+        if type(bits) is not int or bits not in BITS:
             names = ", ".join(map(str, BITS))
-            raise InputError(f"{where}: TurboQuant bits {bits!r} is none of {names}")
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise InputError(f"{where}: seed {seed!r} is not a number from 0 on")
-        return cls(int(bits), seed)
+            raise InputError(f"{where}: TurboQuant bits {shown(bits)} is none of {names}")
+        if type(seed) is not int or not 0 <= seed < 1 << 63:
+            raise InputError(f"{where}: seed {shown(seed)} is not a number from 0 on")
+        return cls(bits, seed)
 
     def to_json(self) -> dict[str, Any]:
         """Bits, method and seed."""

@@ -1,6 +1,5 @@
 """From mlx-lm's form of an adapter to PEFT's, and back, in one folder that then has both."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,5 +104,5 @@ def _rank(adapter: Adapter) -> int:
 
 
 def _merge(folder: Path, own: Mapping[str, Any]) -> None:
-    before = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    before = files.read_json(folder / CONFIG)
     files.write_json(folder / CONFIG, dict(sorted({**before, **own}.items())))

@@ -1,7 +1,6 @@
 """Where an adapter's files are: a folder, or a repository on the Hub."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,8 +133,8 @@ def readable_by_stock(source: str | Path) -> bool:
     if not (folder / CONFIG).is_file() or (folder / NOTES).exists():
         return not (folder / NOTES).exists()
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = files.read_json(folder / CONFIG)
+    except InputError:
         return True
     if not isinstance(config, dict) or "peft_type" not in config:
         return not isinstance(config, dict) or _one_rank(folder / MLX_LM_WEIGHTS)
@@ -144,15 +143,9 @@ def readable_by_stock(source: str | Path) -> bool:
 
 
 def _one_rank(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    ranks = set()
     try:
-        with safe_open(path, framework="numpy") as stream:
-            for name in stream.keys():  # noqa: SIM118 - not a dict
-                if name.endswith(".lora_a"):
-                    shape = stream.get_slice(name).get_shape()
-                    ranks.add(shape[1] if len(shape) == 3 else shape[-1])
-    except (OSError, SafetensorError):
+        stored = files.read_header(path).tensors
+    except InputError:
         return True
-    return len(ranks) <= 1
+    shapes = [t.shape for name, t in stored.items() if name.endswith(".lora_a") and t.shape]
+    return len({shape[1] if len(shape) == 3 else shape[-1] for shape in shapes}) <= 1

@@ -1,6 +1,5 @@
 """Writing PEFT's form of an adapter."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ... import files
+from ...errors import InputError
 from ..adapter import LayerAdapter
 from .peft_reading import PREFIX
 
@@ -147,7 +148,7 @@ def base_config(model: str | None) -> Mapping[str, Any]:
             return {}
         path = Path(cached)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = files.read_json(path, files.MODEL_CONFIG)
+    except InputError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -1,16 +1,22 @@
 """Reading an adapter in any form, without a model."""
 
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ... import files
 from ...errors import InputError
 from ..adapter import MLX_LM, PEFT, Adapter, LayerAdapter
 from . import peft_reading
 from .location import NOTES, PEFT_WEIGHTS, Files, locate
+
+#: Types of matrices, as safetensors names them.
+FLOATS = ("F16", "BF16", "F32")
+
+#: Of an adapter's scale. Real ones are below a hundred.
+HIGHEST = 1e6
 
 _PARTS = ("lora_a", "lora_b", "m")
 
@@ -45,18 +51,21 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     """Read a safetensors file whole.
 
     Raises:
-        InputError: It is missing, cut short, no safetensors, or holds NaN or infinity.
+        InputError: It is missing, cut short, no safetensors, not of real numbers, or holds NaN or
+            infinity.
     """
-    from safetensors import SafetensorError, safe_open
-
+    # MLX would notice a cut file only when an array is used.
+    for name, tensor in files.read_header(path).tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise InputError(
+                f"{path}: {name} is of type {tensor.dtype}, LoRA's matrices are of "
+                f"{', '.join(FLOATS)}: is it another file?"
+            )
     try:
-        # MLX would notice a cut file only when an array is used.
-        with safe_open(path, framework="numpy"):
-            pass
         tensors = mx.load(str(path))
         assert isinstance(tensors, dict)
         mx.eval(tensors)
-    except (OSError, RuntimeError, ValueError, struct.error, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{path} cannot be read ({error}): it is damaged or incomplete, fetch it again"
         ) from error
@@ -97,10 +106,10 @@ def scale_of(config: Mapping[str, Any], source: str) -> float:
     """The scale in mlx-lm's ``lora_parameters``."""
     parameters = config.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
+    if type(scale) not in (int, float) or not -HIGHEST <= scale <= HIGHEST:
         raise InputError(
-            f"{source}: adapter_config.json has no scale in lora_parameters: add the one that the "
-            "adapter was trained with (mlx-lm's default is 20.0)"
+            f"{source}: adapter_config.json has no scale in lora_parameters, or one that no adapter "
+            "has: write the one that it was trained with (mlx-lm's default is 20.0)"
         )
     return float(scale)
 

@@ -1,12 +1,12 @@
 """What a request says about adapters, and answers in OpenAI's form when it cannot be served."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import OptiqError
+from .. import files
+from ..errors import InputError, OptiqError
 from ..lora.forms.location import locate
 from .catalogue import (
     AdapterConflictError,
@@ -184,11 +184,11 @@ def read_body(length: str | None, stream: BinaryIO) -> dict[str, Any]:
     length = length or ""
     if not length.isdecimal():
         raise Refusal(411, "Content-Length header is required", "invalid_request")
-    if int(length) > LIMIT:
+    if len(length) > 18 or int(length) > LIMIT:
         raise Refusal(413, f"the request is larger than {LIMIT} bytes", "invalid_request")
     try:
-        body = json.loads(stream.read(int(length)))
-    except (ValueError, RecursionError):
+        body = files.parse_json(stream.read(int(length)), "the request", files.REQUEST)
+    except InputError:
         body = None
     if not isinstance(body, dict):
         raise Refusal(400, "the request is not a JSON object", "invalid_request")

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import files
 from .encoding import arrange, encode, packed_of
 from .formats import from_json
 from .packed_array import Packed
@@ -21,6 +22,10 @@ from .platform import Platform, current
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
+
+
+#: Types of what is packed, and the widest head.
+DTYPES, WIDEST = ("float32", "float16", "bfloat16"), 1 << 16
 
 
 class PackedKVCache:
@@ -243,17 +248,21 @@ class PackedKVCache:
     def _restore(self, states: Any, metas: Any, description: str) -> None:
         from mlx_lm.models import cache as caches
 
-        found = json.loads(description)
-        kind = getattr(caches, found["cache"])
-        keys, values = (
-            found[side] and from_json(found[side], f"saved prompt cache, {side}")
-            for side in ("keys", "values")
-        )
-        self.formats = LayerFormat(keys, values)
-        self.dims, self.dtype = found["dims"] and tuple(found["dims"]), found["dtype"]
+        where = "saved prompt cache"
+        found = files.Fields.of(files.parse_json(description, where, files.REQUEST), where)
+        kind: Any = getattr(caches, found.text("cache"), None)
+        if not (isinstance(kind, type) and kind.__module__ == caches.__name__):
+            raise found.refusal("cache", "one of this mlx-lm's own")
+        sides = (found.table(side, None) for side in ("keys", "values"))
+        self.formats = LayerFormat(*(side and from_json(side.entry, side.where) for side in sides))
+        self.dims, self.dtype = None, found.choice("dtype", (*DTYPES, None))
+        if (dims := found.items("dims", None)) is not None:
+            pair = files.Fields(dict(zip(("keys", "values"), dims, strict=False)), f"{where}: dims")
+            self.dims = pair.integer("keys", 1, WIDEST), pair.integer("values", 1, WIDEST)
         if self.dims is not None:
             self.formats = self.formats.fitted(*self.dims)
-        self.dense, self.mergeable, self.platform = found["dense"], found["mergeable"], None
+        self.dense, self.mergeable = found.flag("dense"), found.flag("mergeable")
+        self.platform = None
         states = [_restored(state, states[0]) for state in states]
         if metas is None:
             self.planes = [kind.from_state(state) for state in states]

@@ -147,7 +147,7 @@ def _layer_index(entry: Any, where: str) -> int:
     if not isinstance(entry, dict):
         raise InputError(f"{where} is not an object with layer_idx, bits and group_size")
     if unknown := set(entry) - _known_fields():
-        raise InputError(f"{where} has unknown keys: {files.shown(', '.join(sorted(unknown)))}")
+        raise InputError(f"{where} has unknown keys: {', '.join(sorted(unknown))[:80]}")
     index = entry.get("layer_idx")
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise InputError(f"{where}: layer_idx {files.shown(index)} is not a layer number from 0 on")

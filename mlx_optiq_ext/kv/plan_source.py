@@ -75,7 +75,7 @@ def _layer_count(model: str | None) -> int | None:
     """Decoder layers by the config of a folder; None if it is no folder or does not say."""
     path = Path(model or "") / "config.json"
     try:
-        config = files.read_json(path)
+        config = files.read_json(path, files.MODEL_CONFIG)
     except InputError:
         return None  # mlx-lm's own error about the config is the better one
     if not isinstance(config, dict):

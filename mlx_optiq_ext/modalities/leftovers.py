@@ -1,7 +1,5 @@
 """What other modalities leave in a model folder beside the model itself."""
 
-import json
-import struct
 from pathlib import Path
 
 from .. import files
@@ -25,26 +23,16 @@ PROCESSOR_FILES = (
 def tower_tensors(folder: Path) -> dict[str, int]:
     """Bytes of each tensor of a checkpoint that serves another modality than text.
 
-    Reads only the headers of ``model*.safetensors``: a little-endian u64 length, then JSON with
-    ``data_offsets`` per tensor (https://huggingface.co/docs/safetensors).
+    Reads only the headers of ``model*.safetensors``.
 
     Raises:
         InputError: A file is cut off.
     """
     sizes: dict[str, int] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        try:
-            with path.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = json.loads(stream.read(length))
-        except (ValueError, struct.error) as error:
-            raise InputError(
-                f"{path} is not a complete safetensors file: fetch it again"
-            ) from error
-        for name, entry in header.items():
-            if name != "__metadata__" and in_tower(name):
-                begin, end = entry["data_offsets"]
-                sizes[name] = end - begin
+        for name, tensor in files.read_header(path).tensors.items():
+            if in_tower(name):
+                sizes[name] = tensor.nbytes
     return sizes
 
 
@@ -60,6 +48,8 @@ def remove_processor_files(folder: Path) -> tuple[str, ...]:
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.exists():
         config = files.read_json(tokenizer)
+        if not isinstance(config, dict):
+            raise InputError(f"{tokenizer} is not a JSON object: fetch it again")
         auto_map = config.get("auto_map")
         foreign = config.pop("processor_class", None) is not None
         if isinstance(auto_map, dict):

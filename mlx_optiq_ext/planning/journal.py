@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import distributed, files
+from ..errors import InputError
 
 
 class Journal:
@@ -36,12 +37,12 @@ class Journal:
     def _read(self) -> dict[str, float]:
         found: dict[str, float] = {}
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path else []
-        except OSError:
+            lines = files.read_lines(self.path) if self.path else ()
+        except InputError:
             return found
-        for line in lines:
+        for _, line in lines:
             try:
-                entry = json.loads(line)
+                entry = files.parse_json(line, "a measurement", files.REQUEST)
                 found[_text(entry["key"])] = float(entry["value"])
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of an interrupted run may be cut off

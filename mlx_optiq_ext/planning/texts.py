@@ -1,12 +1,12 @@
 """Texts to calibrate on: a file of the user's, or mlx-lm's own."""
 
-import json
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import files
 from ..errors import InputError
 
 #: A plain text, or the messages of a chat.
@@ -27,31 +27,28 @@ def read_texts(path: Path) -> list[Text]:
         InputError: The file is missing, empty, not UTF-8, or a line has none of these fields.
     """
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = list(files.read_lines(path))
+    except InputError as error:
         raise InputError(
-            f"cannot read the calibration file {path} ({error}): give a UTF-8 .txt or .jsonl file"
+            f"calibration file {path}: {error}; give a UTF-8 .txt or .jsonl file"
         ) from error
-    if path.suffix != ".jsonl":
-        texts: list[Text] = [content] if content.strip() else []
+    if path.suffix == ".jsonl":
+        texts = [_line(path, number, line) for number, line in lines]
     else:
-        lines = enumerate(content.splitlines(), 1)
-        texts = [_line(path, number, line) for number, line in lines if line.strip()]
+        texts: list[Text] = [files.read_text(path)] if lines else []
     if not texts:
         raise InputError(f"the calibration file {path} is empty: give it some text")
     return texts
 
 
 def _line(path: Path, number: int, line: str) -> Text:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}, line {number} is not JSON: {error}") from error
+    record = files.parse_json(line, f"{path}, line {number}", files.REQUEST)
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return record["text"]
-        if isinstance(record.get("messages"), list):
-            return record["messages"]
+        messages = record.get("messages")
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            return messages
         for first, second in (("prompt", "completion"), ("question", "answer")):
             if isinstance(record.get(first), str) and isinstance(record.get(second), str):
                 return [
@@ -62,6 +59,10 @@ def _line(path: Path, number: int, line: str) -> Text:
         f"{path}, line {number} has no text, messages, prompt and completion, or question and "
         "answer: give each line one of them"
     )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def stock_text() -> str:
@@ -82,10 +83,10 @@ def stock_text() -> str:
         except (ImportError, OSError, HTTPException) as error:
             raise InputError(f"{start} and cannot be downloaded ({error})") from error
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{start}: this mlx-lm does not keep it in {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
+        text = files.read_text(path)
+    except InputError as error:
+        if not path.exists():
+            raise InputError(f"{start}: this mlx-lm does not keep it in {path}") from error
         raise InputError(f"mlx-lm's calibration text in {path} cannot be read ({error})") from error
     if not text.strip():
         raise InputError(f"mlx-lm's calibration text in {path} is empty")

@@ -158,17 +158,7 @@ def check_written(folder: Path, plan: Plan) -> None:
 
 
 def _check_complete(path: Path) -> None:
-    import json
-    import struct
-
-    with path.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        body = stream.read(length)
     try:
-        header = json.loads(body)
-        end = max(e["data_offsets"][1] for k, e in header.items() if k != "__metadata__")
-    except (ValueError, KeyError, TypeError) as error:
+        files.read_header(path)
+    except InputError as error:
         raise OptiqError(f"{path.name} was not written completely: is the disk full?") from error
-    if path.stat().st_size < 8 + length + end:
-        raise OptiqError(f"{path.name} was not written completely: is the disk full?")

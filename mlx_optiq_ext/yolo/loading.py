@@ -31,7 +31,7 @@ def load(path: str | Path) -> Any:
         if not isinstance(record, dict) or len(weights) != 1:
             raise InputError(f"{path} is not an output of --optiq-model-type yolo")
         listed = record.get("names")
-        if isinstance(listed, dict) and all(str(key).isdecimal() for key in listed):
+        if isinstance(listed, dict) and all(k.isdecimal() and len(k) < 9 for k in listed):
             names = class_names({int(key): name for key, name in listed.items()})
         path = weights[0]
     checkpoint = read(path)

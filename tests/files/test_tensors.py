@@ -16,7 +16,7 @@ def write(path, header, data=b""):
     return path
 
 
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+def entry(dtype: object = "F32", shape: object = (2,), offsets=(0, 8)):
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 

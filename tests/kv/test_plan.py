@@ -87,7 +87,7 @@ def test_bad_files_are_refused_by_entry(name, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"none\.json cannot be read"):
+    with pytest.raises(InputError, match=r"cannot read .*none\.json"):
         read_plan(tmp_path / "none.json")
 
 

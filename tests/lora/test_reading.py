@@ -136,7 +136,7 @@ DAMAGE = {
         "damaged or incomplete",
     ),
     "no scale": (lambda f: edit(f, lora_parameters={"rank": 2}), "no scale"),
-    "scale of text": (lambda f: edit(f, lora_parameters={"scale": "2"}), "no scale"),
+    "scale of text": (lambda f: edit(f, lora_parameters={"scale": "2"}), "scale is '2'"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
     "NaN": (lambda f: poison(f, mx.nan), "NaN or infinity"),

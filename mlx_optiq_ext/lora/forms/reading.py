@@ -54,8 +54,14 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         InputError: It is missing, cut short, no safetensors, not of real numbers, or holds NaN or
             infinity.
     """
-    # MLX would notice a cut file only when an array is used.
-    for name, tensor in files.read_header(path).tensors.items():
+    try:
+        # MLX would notice a cut file only when an array is used.
+        stored = files.read_header(path).tensors
+    except InputError as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): it is damaged or incomplete, fetch it again"
+        ) from error
+    for name, tensor in stored.items():
         if tensor.dtype not in FLOATS:
             raise InputError(
                 f"{path}: {name} is of type {tensor.dtype}, LoRA's matrices are of "
@@ -105,13 +111,14 @@ def _layers(tensors: Mapping[str, mx.array], found: Files) -> dict[str, LayerAda
 def scale_of(config: Mapping[str, Any], source: str) -> float:
     """The scale in mlx-lm's ``lora_parameters``."""
     parameters = config.get("lora_parameters")
-    scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if type(scale) not in (int, float) or not -HIGHEST <= scale <= HIGHEST:
+    where = f"{source}: lora_parameters in adapter_config.json"
+    fields = files.Fields(parameters if isinstance(parameters, dict) else {}, where)
+    try:
+        return fields.number("scale", -HIGHEST, HIGHEST)
+    except InputError as error:
         raise InputError(
-            f"{source}: adapter_config.json has no scale in lora_parameters, or one that no adapter "
-            "has: write the one that it was trained with (mlx-lm's default is 20.0)"
-        )
-    return float(scale)
+            f"{error}, the one it was trained with (mlx-lm's default is 20.0)"
+        ) from error
 
 
 def _layer(file: Path, path: str, parts: Mapping[str, mx.array], scale: float) -> LayerAdapter:

@@ -150,21 +150,18 @@ def result(called: Name | Record, arguments: tuple[Any, ...]) -> Any:
     if is_dict(called):
         return {}
     if found in _TENSORS:
-        return _tensor(*arguments[:4]) if len(arguments) >= 4 else _no_tensor()
+        return _tensor(*arguments[:4], *[None] * (4 - len(arguments)))
     if called.module == "torch._utils" and called.name.startswith(_PARAMETER) and arguments:
         return arguments[0]
     return Record()
 
 
-def _no_tensor() -> Any:
-    raise Damaged("a tensor without storage, shape and stride")
-
-
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
-    numbers = (offset, *shape, *stride) if type(shape) is type(stride) is tuple else (None,)
-    if not isinstance(storage, Storage) or any(type(n) is not int for n in numbers):
-        _no_tensor()
-    if len(shape) != len(stride) or len(shape) > 8 or not all(0 <= n < 1 << 48 for n in numbers):
+    if not isinstance(storage, Storage) or type(shape) is not tuple or type(stride) is not tuple:
+        raise Damaged("a tensor without storage, shape and stride")
+    numbers = (offset, *shape, *stride)
+    whole = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+    if not whole or len(shape) != len(stride) or len(shape) > 8:
         raise Damaged("a tensor of impossible shape or stride")
     tensor = Tensor(storage, offset, shape, stride)
     if not tensor.elements:

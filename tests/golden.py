@@ -7,6 +7,7 @@ records tests/data/golden/NAME.json anew; do that only where a change means to a
 
 import contextlib
 import hashlib
+import html
 import io
 import json
 import os
@@ -97,7 +98,7 @@ def _weights(folder: Path) -> Iterator[tuple[str, str]]:
 def _words(page: str) -> str:
     """The words of a report, without those that tell when and with what it was made."""
     page = re.sub(r"<(style|script)\b.*?</\1>", " ", page, flags=re.S)
-    words = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    words = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", page)))
     return re.sub(r"\d{4}-\d\d-\d\d|\d+\.\d+\.\d+\S*|/\S*", "-", words).strip()
 
 

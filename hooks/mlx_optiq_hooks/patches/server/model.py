@@ -35,8 +35,8 @@ class Loading:
 def ending(load):
     """A wrapper of ``ModelProvider.load`` that ends the command if our part of it fails.
 
-    Only the first load ends it; later ones answer the request with the error. Each feature wraps
-    ``load``, and the outermost wrapper acts.
+    After a load that succeeded, a later one that fails is an error of its request only. Each
+    feature wraps ``load``, and the outermost wrapper acts.
     """
 
     @functools.wraps(load)

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MODULES = (
+    "mlx_lm",
     "mlx_lm.benchmark",
     "mlx_lm.cache_prompt",
     "mlx_lm.chat",
@@ -84,7 +85,8 @@ def module_signatures(folder: Path, module: str) -> dict[str, str]:
         elif isinstance(node, ast.ClassDef):
             found.update(_class_signatures(node, node.name))
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found.update(_imports(node, module))
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            found.update(_imports(node, package))
         else:
             found.update(dict.fromkeys(_assigned(node), "value"))
     return found | dict.fromkeys(_references(tree, module), "used")
@@ -170,13 +172,14 @@ def _assigned(node: ast.stmt) -> Iterator[str]:
     yield from (each.id for each in targets if isinstance(each, ast.Name))
 
 
-def _imports(node: ast.Import | ast.ImportFrom, module: str) -> Iterator[tuple[str, str]]:
+def _imports(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, ast.Import):
         for each in node.names:
             name = each.asname or each.name.partition(".")[0]
             yield name, f"import {each.name if each.asname else name}"
         return
-    parents = module.split(".")[: -node.level] if node.level else []
+    steps = package.split(".")
+    parents = steps[: len(steps) + 1 - node.level] if node.level else []
     source = ".".join([*parents, *([node.module] if node.module else [])])
     if source.partition(".")[0] != "mlx_lm":
         return

@@ -10,7 +10,8 @@ import pytest
 
 from mlx_optiq_compat import symbols
 from mlx_optiq_compat.matrix import supported
-from mlx_optiq_compat.signature import recorded, unspan
+from mlx_optiq_compat.signature import of_release, recorded, unspan
+from mlx_optiq_compat.source import MODULES
 from mlx_optiq_hooks import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +132,23 @@ def is_version(value):
 )
 def test_each_kind_of_condition_would_be_found(code):
     assert list(conditions(ast.parse(code)))
+
+
+@pytest.mark.parametrize("row", supported(), ids=lambda row: row.mlx_lm)
+def test_what_is_imported_from_mlx_lm_is_there_in_every_release(row):
+    known = of_release(row.mlx_lm)
+    compat = (ROOT / "compat" / "mlx_optiq_compat").glob("*.py")
+    imported = {
+        f"{node.module}:{each.name}"
+        for path in (*FILES, *compat)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mlx_lm"
+        for each in node.names
+    }
+    assert len(imported) > 10
+    assert {
+        name for name in imported if name not in known and name.replace(":", ".") not in MODULES
+    } == set()
 
 
 def test_what_is_private_to_mlx_lm_is_named_by_a_patch():

@@ -180,23 +180,16 @@ def test_a_version_file_that_says_nothing_gives_none(fake_mlx_lm):
     assert installed_version() is None
 
 
-def test_properties_dataclasses_and_class_methods_are_told_apart(tmp_path):
-    (tmp_path / "server.py").write_text(
-        "@dataclass(frozen=True)\nclass A(Base):\n    x: int\n    y: list = field()\n"
-        "    @property\n    def p(self): ...\n    @p.setter\n    def p(self, value): ...\n"
-        "    @classmethod\n    def c(cls, *args, **kw): ...\n"
-        "class B:\n    class Inner:\n        def f(self, a: int, /, b=-1, *, k: str = 'v'): ...\n"
-    )
-    assert source.module_signatures(tmp_path, "mlx_lm.server") == {
-        "A": "dataclass(Base) (x, y=field())",
-        "A.x": "attribute",
-        "A.y": "attribute",
-        "A.p": "@property (self)",
-        "A.c": "@classmethod (cls, *args, **kw)",
-        "B": "class()",
-        "B.Inner": "class()",
-        "B.Inner.f": "(self, a, /, b=-1, *, k='v')",
-    }
+@pytest.mark.parametrize("reference", source.REFERENCES)
+def test_a_reference_that_is_gone_does_not_match(fake_mlx_lm, reference):
+    module, _, name = reference.partition(":")
+    path = fake_mlx_lm.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"def f():\n    return {name}\n")
+    assert matching([reference]) == []
+    path.write_text("def f():\n    return None\n")
+    (complaint,) = matching([reference])
+    assert complaint.startswith(f"{reference} is missing: ")
 
 
 @pytest.mark.parametrize(

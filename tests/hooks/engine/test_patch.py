@@ -11,55 +11,6 @@ import wrapt
 
 from mlx_optiq_hooks.engine.patch import Engine, Patch, bind
 
-# wrapt's list of post-import hooks is global, so every module of every test has its own name.
-_numbers = itertools.count()
-
-TARGET = """
-    def f():
-        return "f"
-
-    class Parent:
-        def method(self):
-            return "method"
-
-        @staticmethod
-        def static():
-            return "static"
-
-        @classmethod
-        def create(cls):
-            return cls.__name__
-
-    class Child(Parent):
-        pass
-"""
-
-
-@pytest.fixture
-def module(tmp_path, monkeypatch):
-    """Writes a module of the stand-in package and returns its full name."""
-    monkeypatch.setenv("MLX_OPTIQ_EXT", "0")  # importing the stand-in must not arm the real hooks
-    mine = {name: sys.modules.pop(name) for name in _loaded()}
-    monkeypatch.syspath_prepend(tmp_path)
-    package = tmp_path / "mlx_lm"
-    package.mkdir()
-    (package / "__init__.py").touch()
-
-    def write(source=TARGET):
-        name = f"module_{next(_numbers)}"
-        (package / f"{name}.py").write_text(dedent(source))
-        importlib.invalidate_caches()
-        return f"mlx_lm.{name}"
-
-    yield write
-    for name in _loaded():
-        del sys.modules[name]
-    sys.modules.update(mine)
-
-
-def _loaded():
-    return [name for name in sys.modules if name == "mlx_lm" or name.startswith("mlx_lm.")]
-
 
 def marked(wrapped, instance, args, kwargs):
     return f"{wrapped(*args, **kwargs)}+ours"
@@ -205,6 +156,10 @@ def test_a_feature_with_a_missing_target_is_off_as_a_whole_and_others_stay_on(mo
     assert target.Parent().method() == "method+ours"
     assert list(engine.failures) == ["feature"]
     assert engine.failures["feature"].startswith(f"{lacking}:g: AttributeError: ")
+    assert str(engine.problem("feature")).startswith(
+        f"feature needs a patch that failed ({lacking}:g: AttributeError: "
+    )
+    assert engine.problem("b") is None
     engine.apply()
     assert target.f() == "f", "a feature that failed stays off"
 

@@ -1,6 +1,7 @@
 """``mlx_lm.models.cache``: plugins build prompt caches, and saved ones may be packed."""
 
 import sys
+from pathlib import Path
 
 from ...engine import session
 from ...engine.patch import Patch, bind, of
@@ -22,14 +23,15 @@ def make_prompt_cache(wrapped, instance, args, kwargs):
 
 
 def load_prompt_cache(wrapped, instance, args, kwargs):
-    from mlx_optiq_ext.kv import PackedKVCache
+    from mlx_optiq_ext.kv import PackedKVCache, saved
 
     from ...installation import register_kv_formats
 
     register_kv_formats()
     # mlx-lm looks the classes in a file up by name in its own module.
     sys.modules["mlx_lm.models.cache"].__dict__.setdefault("PackedKVCache", PackedKVCache)
-    return wrapped(*args, **kwargs)
+    path = Path(bind(wrapped, args, kwargs)["file_name"])
+    return saved.load(lambda: wrapped(*args, **kwargs), path)
 
 
 #: What `kv.PackedKVCache` reads of the caches whose place it takes, alone and in a batch.

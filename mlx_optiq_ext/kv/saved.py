@@ -3,7 +3,8 @@
 mlx-lm's file is a safetensors of the caches' arrays, named by their place in a tree (``0.1.2``: the
 third of the second of the first cache), whose metadata is another such tree: the user's notes,
 the caches' classes, and which arrays stand for scalars. A number in such a name makes a list of
-that length. Source: ``save_prompt_cache`` in mlx_lm/models/cache.py, ``tree_unflatten`` in mlx/utils.py.
+that length.
+Source: ``save_prompt_cache`` in mlx_lm/models/cache.py, ``tree_unflatten`` in mlx/utils.py.
 """
 
 from collections.abc import Callable, Iterable

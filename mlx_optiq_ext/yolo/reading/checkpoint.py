@@ -1,34 +1,22 @@
 """Reads YOLO26 weights from ``.pt``, ``.safetensors`` or ``.npz`` and tells the network."""
 
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
-import safetensors
 
+from ... import files
 from ...errors import InputError
-from . import torch_file
+from . import numpy_file, torch_file
 from .naming import canonical
 
 Task = Literal["detect", "segment", "pose"]
 
 #: Channels of the stem -> scale; ``m`` and ``l`` differ in depth only.
 STEMS = {16: "n", 32: "s", 64: "m", 96: "x"}
-
-#: What damaged files raise.
-_DAMAGE = (
-    RuntimeError,
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    zipfile.BadZipFile,
-    safetensors.SafetensorError,
-)
 
 SUFFIXES = {"detect": "", "segment": "-seg", "pose": "-pose"}
 
@@ -97,7 +85,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None
         assert isinstance(arrays, dict)
         mx.eval(arrays)
         return arrays, None
-    except _DAMAGE as error:
+    except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InputError(
             f"{path} is damaged or not a {path.suffix} file ({reason}): download it again"
@@ -107,12 +95,10 @@ def _read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None
 def _check_whole(path: Path) -> None:
     """Raise if a file is cut or altered; MLX reads past that in some releases."""
     if path.suffix == ".safetensors":
-        with safetensors.safe_open(str(path), framework="np"):
-            return
-    with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()
-    if broken is not None:
-        raise zipfile.BadZipFile(f"{broken} does not match its checksum")
+        files.read_header(path)
+        return
+    with files.open_regular(path) as stream:
+        numpy_file.check(stream)
 
 
 def identify(weights: Mapping[str, mx.array]) -> Architecture:

@@ -15,7 +15,7 @@ import numpy as np
 
 from ... import files
 from ...errors import InputError
-from . import torch_zip
+from . import zip_archive
 from .pickled import interpret
 from .torch_objects import Damaged, Record, Refused, Tensor
 
@@ -75,7 +75,9 @@ def read(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None]:
 
 
 def _read(stream: BinaryIO) -> tuple[dict[str, mx.array], Any]:
-    entries = torch_zip.entries(stream)
+    entries = zip_archive.entries(stream)
+    if any(entry.deflated for entry in entries.values()):
+        raise Damaged("a compressed entry, which torch.save does not write")
     pickled = next((name for name in entries if name.rpartition("/")[2] == "data.pkl"), None)
     if pickled is None:
         raise Damaged("no data.pkl in it")
@@ -88,7 +90,7 @@ def _read(stream: BinaryIO) -> tuple[dict[str, mx.array], Any]:
         if name.startswith(folder)
     }
     sizes = {key: entry.size for key, entry in stored.items()}
-    model = _model(interpret(torch_zip.content(stream, entries[pickled]), sizes))
+    model = _model(interpret(zip_archive.content(stream, entries[pickled]), sizes))
     if isinstance(model, Record):
         found, names = dict(_state(model)), model.state.get("names")
     else:
@@ -129,7 +131,7 @@ def _state(root: Record) -> Iterator[tuple[str, Tensor]]:
 
 
 def _arrays(
-    stream: BinaryIO, stored: Mapping[str, torch_zip.Entry], found: Mapping[str, Tensor]
+    stream: BinaryIO, stored: Mapping[str, zip_archive.Entry], found: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, mx.array]]:
     held, data = None, np.empty(0)
     made: dict[str, mx.array] = {}
@@ -138,7 +140,7 @@ def _arrays(
         storage = found[name].storage
         if held != storage.order:
             held = storage.order
-            whole = torch_zip.content(stream, stored[storage.key])
+            whole = zip_archive.content(stream, stored[storage.key])
             data = np.frombuffer(whole, TYPES[storage.kind])
         made[name] = _array(data, found[name])
     return ((name, made[name]) for name in found)

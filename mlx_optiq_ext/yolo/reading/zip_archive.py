@@ -1,13 +1,13 @@
-"""The zip archive of torch.save, read by its directory.
+"""A zip archive, read by its directory and never beyond what that says.
 
-PyTorch stores entries uncompressed and in a row. Nothing else is read here, so that an entry never
-takes more memory than its bytes on disk, and all entries together never more than the file.
+Each entry lies behind the one before it, so that all together take no more than the file; what a
+deflated one comes to is known before it is inflated.
 Format: PKWARE's APPNOTE, 4.3.7 (local header), 4.3.12 (directory) and 4.3.14 to 4.3.16 (ends).
 """
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from .torch_objects import Damaged
@@ -21,15 +21,27 @@ _END = struct.Struct("<4s6xH2I2x")
 _END64 = struct.Struct("<4s28x3Q")
 _LOCATOR = struct.Struct("<4s4xQ4x")
 _LONGEST_COMMENT = 0xFFFF
+_DEFLATED = 8
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where an entry lies: its local header, the start of what follows, its bytes and checksum."""
+    """An entry.
+
+    Attributes:
+        header: Where its local header begins.
+        end: Where the next entry or the directory begins.
+        stored: Bytes that it takes in the file.
+        size: Bytes that it comes to.
+        deflated: Whether it is compressed.
+        checksum: CRC-32 of what it comes to.
+    """
 
     header: int
     end: int
+    stored: int
     size: int
+    deflated: bool
     checksum: int
 
 
@@ -37,14 +49,14 @@ def entries(stream: BinaryIO) -> dict[str, Entry]:
     """The entries of an archive by name.
 
     Raises:
-        Damaged: It is no zip archive, cut off, compressed, or its entries overlap.
+        Damaged: It is no zip archive, cut off, encrypted, or its entries overlap.
     """
     count, size, start = _directory(stream)
     if count > ENTRIES or size > DIRECTORY_BYTES:
         raise Damaged(f"a zip archive of {count:,} entries")
     stream.seek(start)
     data = stream.read(size)
-    found: list[tuple[int, str, int, int]] = []
+    found: list[tuple[str, Entry]] = []
     at = 0
     for _ in range(count):
         if len(data) - at < _CENTRAL.size:
@@ -55,11 +67,12 @@ def entries(stream: BinaryIO) -> dict[str, Entry]:
         name = data[at : at + name_size].decode("utf-8", "replace")
         if sign != b"PK\x01\x02":
             raise Damaged("its zip directory is damaged")
-        if method != 0 or flags & 1 or packed != length:
-            raise Damaged("a compressed or encrypted entry, which torch.save does not write")
         extra = data[at + name_size : at + name_size + extra_size]
-        length, header = _wide(extra, length, packed, header)
-        found.append((header, name, length, checksum))
+        length, packed, header = _wide(extra, length, packed, header)
+        if method not in (0, _DEFLATED) or flags & 1 or (method == 0 and packed != length):
+            raise Damaged("an entry that is encrypted, or compressed in an unknown way")
+        entry = Entry(header, 0, packed, length, method == _DEFLATED, checksum)
+        found.append((name, entry))
         at += name_size + extra_size + comment_size
     if at != len(data):
         raise Damaged("its zip directory has another size than its end says")
@@ -78,13 +91,22 @@ def content(stream: BinaryIO, entry: Entry) -> bytes:
         raise Damaged("an entry is not where its zip directory says")
     _, name_size, extra_size = _LOCAL.unpack(local)
     start = entry.header + _LOCAL.size + name_size + extra_size
-    if start + entry.size > entry.end:
+    if start + entry.stored > entry.end:
         raise Damaged("an entry reaches into the next one")
     stream.seek(start)
-    data = stream.read(entry.size)
+    data = stream.read(entry.stored)
+    if entry.deflated:
+        data = _inflated(data, entry.size)
     if len(data) != entry.size or zlib.crc32(data) != entry.checksum:
         raise Damaged("an entry does not match its checksum")
     return data
+
+
+def _inflated(data: bytes, size: int) -> bytes:
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+    except zlib.error as error:
+        raise Damaged("a damaged compressed entry") from error
 
 
 def _directory(stream: BinaryIO) -> tuple[int, int, int]:
@@ -112,10 +134,10 @@ def _directory(stream: BinaryIO) -> tuple[int, int, int]:
     return count, size, start
 
 
-def _wide(extra: bytes, length: int, packed: int, header: int) -> tuple[int, int]:
-    """Size and place of an entry, of which zip64 keeps large ones in an extra field."""
+def _wide(extra: bytes, length: int, packed: int, header: int) -> tuple[int, int, int]:
+    """Sizes and place of an entry, of which zip64 keeps large ones in an extra field."""
     if max(length, packed, header) < 0xFFFFFFFF:
-        return length, header
+        return length, packed, header
     at = 0
     while len(extra) - at >= 4:
         kind, size = struct.unpack_from("<2H", extra, at)
@@ -127,20 +149,18 @@ def _wide(extra: bytes, length: int, packed: int, header: int) -> tuple[int, int
         length, packed, header = (
             next(values, 0) if value == 0xFFFFFFFF else value for value in (length, packed, header)
         )
-        if length != packed:
-            break
-        return length, header
+        return length, packed, header
     raise Damaged("a zip entry of unknown size")
 
 
-def _apart(found: list[tuple[int, str, int, int]], end: int) -> dict[str, Entry]:
+def _apart(found: list[tuple[str, Entry]], end: int) -> dict[str, Entry]:
     """The entries, each of which ends before the next one begins."""
     placed: dict[str, Entry] = {}
-    for header, name, size, checksum in sorted(found, reverse=True):
-        if header + _LOCAL.size + size > end:
+    for name, entry in sorted(found, key=lambda pair: pair[1].header, reverse=True):
+        if entry.header + _LOCAL.size + entry.stored > end:
             raise Damaged("its zip entries overlap")
         if name in placed:
             raise Damaged("two zip entries of one name")
-        placed[name] = Entry(header, end, size, checksum)
-        end = header
+        placed[name] = replace(entry, end=end)
+        end = entry.header
     return placed

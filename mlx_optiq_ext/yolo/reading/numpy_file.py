@@ -1,0 +1,45 @@
+"""``.npz`` files, checked before MLX reads them.
+
+Such a file is a zip archive of ``.npy`` entries, which may be deflated: a few kilobytes can come to
+gigabytes, and a header can tell of more than what follows it. Format: NumPy's NEP 1.
+"""
+
+import math
+import re
+from typing import BinaryIO
+
+from . import zip_archive
+from .torch_objects import Damaged
+
+#: What all entries may come to: some bytes, and a multiple of the file's own.
+BYTES, TIMES = 64 << 20, 16
+
+_HEADER = re.compile(
+    rb"\{'descr': '[<|][?bBiufcV](\d{1,2})', 'fortran_order': (?:False|True), "
+    rb"'shape': \(([0-9, ]{0,200})\),? ?\} *\n"
+)
+
+
+def check(stream: BinaryIO) -> None:
+    """Make sure that a file is whole and no larger than it looks.
+
+    Raises:
+        Damaged: It is not.
+    """
+    entries = zip_archive.entries(stream)
+    if sum(entry.size for entry in entries.values()) > BYTES + TIMES * stream.seek(0, 2):
+        raise Damaged("its entries come to far more than the file")
+    for name, entry in entries.items():
+        _check_array(zip_archive.content(stream, entry), name)
+
+
+def _check_array(data: bytes, name: str) -> None:
+    wide = data[6:7] != b"\1"
+    length = int.from_bytes(data[8 : 12 if wide else 10], "little")
+    start = (12 if wide else 10) + length
+    found = _HEADER.fullmatch(data[start - length : start])
+    if not data.startswith(b"\x93NUMPY") or length > 10_000 or found is None:
+        raise Damaged(f"{name:.80} is no array of NumPy")
+    size = math.prod(int(n) for n in re.findall(rb"\d+", found[2]))
+    if len(data) - start != size * int(found[1]):
+        raise Damaged(f"{name:.80} has another size than it says")

@@ -1,4 +1,15 @@
-"""Many LoRA adapters on one base model, chosen by call, by thread or by row of a batch."""
+"""Many LoRA adapters on one base model, chosen by call, by thread or by row of a batch.
+
+The base is never changed, and answers as itself outside of the block::
+
+    import mlx_lm
+    from mlx_optiq_ext import adapters
+
+    model, tokenizer = mlx_lm.load("Qwen/Qwen3-0.6B")
+    adapters.mount_adapter_on_model(model, "sql", "adapters/sql")
+    with adapters.AdapterActivation("sql"):
+        print(mlx_lm.generate(model, tokenizer, "All users older than 30?", max_tokens=16))
+"""
 
 from .activation import AdapterActivation, MountedAdapter, activate, active
 from .catalogue import Catalogue, Offer

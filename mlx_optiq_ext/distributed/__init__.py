@@ -1,6 +1,13 @@
 """The processes that ``mlx.launch`` started, which work on one task together.
 
-Alone, everything here is free and hands back what it is given.
+Alone, everything here is free and hands back what it is given::
+
+    from mlx_optiq_ext import distributed
+
+    with distributed.together():
+        sizes = distributed.gathered(distributed.rank())
+    if distributed.leads():
+        print(f"{len(sizes)} processes")
 """
 
 from .agreement import agree, compare, finish, together, told

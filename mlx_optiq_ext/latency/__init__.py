@@ -1,4 +1,14 @@
-"""Latency: what a model will do on a chip, predicted from its config and tensor headers."""
+"""Latency: what a model will do on a chip, predicted from its config and tensor headers.
+
+Only headers are read, so the model need not fit this machine::
+
+    from mlx_optiq_ext import latency
+
+    layout = latency.read_layout("Qwen/Qwen3-0.6B")
+    work = latency.Workload(prompt=512, generated=256)
+    prediction = latency.predict(layout, latency.find_chip("m4-max-40"), work)
+    print(f"{prediction.decode_tps:.0f} tokens per second")
+"""
 
 from ..model.headers import Header, read_headers
 from .chips import Chip, detect, find_chip, known_chips, read_chip, write_chip

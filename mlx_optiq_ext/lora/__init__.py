@@ -1,4 +1,12 @@
-"""LoRA adapters in every form: reading, checking, writing, and ranks that follow precision."""
+"""LoRA adapters in every form: reading, checking, writing, and ranks that follow precision.
+
+What an adapter of mlx-lm's or PEFT's form holds, layer by layer::
+
+    from mlx_optiq_ext import lora
+
+    adapter = lora.read_adapter("adapters/sql")
+    print(lora.table(adapter))
+"""
 
 from .adapter import Adapter, LayerAdapter
 from .averaging import over_all_tokens

@@ -1,4 +1,13 @@
-"""Text models out of vision-language and audio checkpoints."""
+"""Text models out of vision-language and audio checkpoints.
+
+A checkpoint that is a text model already is loaded as mlx-lm does::
+
+    import mlx_lm
+    from mlx_optiq_ext import modalities
+
+    loaded = modalities.load_text(mlx_lm.load, "Qwen/Qwen3-0.6B")
+    print(loaded.report.summary() if loaded.report else "nothing was left out")
+"""
 
 from .families import FAMILIES, Family, find, in_tower, is_modal, is_multimodal
 from .leftovers import remove_processor_files, tower_tensors

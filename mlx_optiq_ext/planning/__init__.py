@@ -1,1 +1,26 @@
-"""What every plan is made with: calibration text, divergence, measurements kept, allocation."""
+"""What every plan is made with: calibration text, divergence, measurements kept, allocation.
+
+One candidate for each tensor, at the least cost within a capacity::
+
+    from mlx_optiq_ext import planning
+
+    costs = [[0.9, 0.1], [0.4, 0.3]]
+    sizes = [[4, 8], [4, 8]]
+    print(planning.allocate(costs, sizes, capacity=12))
+"""
+
+from .allocation import allocate
+from .calibration import Calibration, Sampling, load_calibration
+from .divergence import Reference
+from .journal import Journal
+from .texts import read_texts
+
+__all__ = [
+    "Calibration",
+    "Journal",
+    "Reference",
+    "Sampling",
+    "allocate",
+    "load_calibration",
+    "read_texts",
+]

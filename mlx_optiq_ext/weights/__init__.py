@@ -1,4 +1,15 @@
-"""Weights: candidates, sensitivity, allocation, refinement, and the plan for mlx-lm to apply."""
+"""Weights: which precision each tensor gets, and what rounding makes of it.
+
+A plan for a budget in bits per weight, as mlx-lm prints them::
+
+    from pathlib import Path
+    from mlx_optiq_ext import weights
+
+    plan = weights.plan_folder(
+        "Qwen/Qwen3-0.6B", 4.5, bits=(4, 8), calibration=Path("calibration.txt")
+    )
+    print(plan.summary())
+"""
 
 from ..model.loading import local_folder, model_digest
 from ..planning.allocation import allocate

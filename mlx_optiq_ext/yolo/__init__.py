@@ -1,4 +1,13 @@
-"""YOLO26: per-layer precision for detections, in a file that yolo-mlx loads."""
+"""YOLO26: per-layer precision for detections, in a file that yolo-mlx loads.
+
+Checkpoints are read, and PyTorch's without running their code, where yolo-mlx is not installed;
+`run_yolo_pipeline`, `load`, `evaluate` and `draw` need it::
+
+    from mlx_optiq_ext import yolo
+
+    checkpoint = yolo.read("yolo26n.safetensors")
+    print(checkpoint.architecture.name, len(checkpoint.weights))
+"""
 
 from .detection.comparison import Evaluation, detect, evaluate
 from .detection.labels import read_labels

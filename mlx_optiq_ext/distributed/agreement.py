@@ -11,10 +11,11 @@ from .failure import Failed, Mismatch, RankError, named
 from .watch import LIMIT, within
 
 
-def agree(**facts: Any) -> None:
+def agree(limit: float = LIMIT, /, **facts: Any) -> None:
     """Check that all ranks have the same facts and run the same versions, at the same time.
 
     Args:
+        limit: Seconds that the others have to answer.
         facts: What to compare, by the name it is called in the message.
 
     Raises:
@@ -22,7 +23,7 @@ def agree(**facts: Any) -> None:
     """
     if size() == 1:
         return
-    with within(LIMIT, lambda: f"rank {rank()} got no answer within {LIMIT:.0f} s: {REMEDY}"):
+    with within(limit, lambda: f"rank {rank()} got no answer within {limit:.0f} s: {REMEDY}"):
         compare(**versions(), **{name: repr(value) for name, value in facts.items()})
 
 

@@ -44,15 +44,15 @@ REMEDY = (
 
 
 @cache
-def group() -> mx.distributed.Group:
+def group(limit: float = LIMIT) -> mx.distributed.Group:
     """All processes of this run; one alone if ``mlx.launch`` did not start them.
 
     Raises:
         RankError: MLX cannot reach the others. If they do not answer, this process ends instead.
     """
-    text = f"the other ranks did not start within {LIMIT:.0f} s: {REMEDY}"
+    text = f"the other ranks did not start within {limit:.0f} s: {REMEDY}"
     # Every backend of mlx.launch but MPI says so in the environment.
-    waits = guarded(LIMIT, text) if "MLX_RANK" in os.environ else nullcontext()
+    waits = guarded(limit, text) if "MLX_RANK" in os.environ else nullcontext()
     with waits:
         try:
             found = mx.distributed.init()

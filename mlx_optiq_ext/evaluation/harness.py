@@ -6,7 +6,7 @@ Answers are kept as they come, so that an interrupted run goes on where it stopp
 import contextlib
 import importlib.util
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def evaluate(
     fewshot_as_multiturn: bool = False,
     seed: int = 123,
     progress: bool = True,
+    generate: Callable[..., list[str]] | None = None,
 ) -> list[dict[str, Any]]:
     """Run one generating task of lm-eval on a model.
 
@@ -68,6 +69,7 @@ def evaluate(
         fewshot_as_multiturn: Whether the examples are turns of a chat.
         seed: For drawing examples.
         progress: Whether to show a progress bar.
+        generate: Continues texts, called as `generated`; None for that.
 
     Returns:
         lm-eval's samples: one dict per item and filter, with ``doc_id``, ``filter``, ``doc``,
@@ -78,6 +80,7 @@ def evaluate(
 
     journal = Journal.open({"task": config, "model": model.key(), "max_tokens": max_tokens})
     loaded, tokenizer = model.load()
+    generate = generate or generated
     templated = chat_template
     if templated is None:
         templated = getattr(tokenizer, "chat_template", None) is not None
@@ -107,7 +110,7 @@ def evaluate(
             ) as bar:  # fmt: skip
                 for start in range(0, len(missing), batch_size):
                     batch = missing[start : start + batch_size]
-                    answers = _generated(
+                    answers = generate(
                         loaded, tokenizer, batch, max_tokens or MAX_TOKENS, special=not templated
                     )
                     for text, answer in zip(batch, answers, strict=True):
@@ -147,7 +150,7 @@ def evaluate(
     return samples
 
 
-def _generated(
+def generated(
     model: Any, tokenizer: Any, texts: list[str], max_tokens: int, *, special: bool
 ) -> list[str]:
     """Greedy continuations: in a batch, or one by one where a KV plan makes the caches."""

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .journal import Journal
 from .models import Subject
 from .statistics import clustered_error
-from .token_divergence import CHUNK, digest_of, logits_of, target_log_probs
+from .token_divergence import digest_of, logits_of, target_log_probs
 
 
 def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list[np.ndarray]:
@@ -37,8 +37,7 @@ def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list
 
 def _window(model: Any, tokens: np.ndarray) -> np.ndarray:
     parts = []
-    starts = range(0, len(tokens), CHUNK)
-    for start, logits in zip(starts, logits_of(model, tokens), strict=True):
+    for start, logits in logits_of(model, tokens):
         following = tokens[start + 1 : start + 1 + logits.shape[1]]
         if len(following):
             parts.append(-np.array(target_log_probs(logits, following)))

@@ -26,13 +26,13 @@ CHUNK = 512
 QUANTILES = (50, 90, 95, 99, 99.9)
 
 
-def logits_of(model: Any, tokens: np.ndarray, chunk: int = CHUNK) -> Iterator[mx.array]:
-    """Logits (1, n, vocabulary) of one window in pieces, through the model's own cache."""
+def logits_of(model: Any, tokens: np.ndarray, chunk: int = CHUNK) -> Iterator[tuple[int, mx.array]]:
+    """First position and logits (1, n, vocabulary) of a sequence's pieces, through its cache."""
     cache = make_caches(model)
     for start in range(0, len(tokens), chunk):
         piece = model(mx.array(tokens[None, start : start + chunk]), cache=cache)
         mx.eval(piece)
-        yield piece
+        yield start, piece
 
 
 def target_log_probs(logits: mx.array, targets: np.ndarray) -> mx.array:
@@ -48,6 +48,7 @@ def compare(
     tokens: np.ndarray,
     *,
     top: int = TOP,
+    chunk: int = CHUNK,
     progress: bool = True,
 ) -> dict[str, float]:
     """How far a model's distributions are from a reference's.
@@ -57,6 +58,7 @@ def compare(
         reference: To be held against.
         tokens: int32 windows, (windows, context), in the tokens of both.
         top: Most likely tokens of the reference to keep at each position.
+        chunk: Positions whose logits are in memory at once.
         progress: Whether to show progress bars.
 
     Returns:
@@ -83,7 +85,7 @@ def compare(
     if missing:
         loaded, _ = reference.load()
         for n in _bar(missing, f"Reference {reference.name}", progress):
-            journal.put_arrays(f"reference-{n}", **_kept(loaded, tokens[n], top))
+            journal.put_arrays(f"reference-{n}", **_kept(loaded, tokens[n], top, chunk))
         del loaded
         mx.clear_cache()
     if open_windows:
@@ -92,7 +94,7 @@ def compare(
             kept = journal.arrays(f"reference-{n}")
             if kept is None:
                 raise InputError(f"{journal.folder} changed while it was used: run it again")
-            journal.put_arrays(f"window-{n}", **_held_against(loaded, tokens[n], kept))
+            journal.put_arrays(f"window-{n}", **_held_against(loaded, tokens[n], kept, chunk))
             (journal.folder / f"reference-{n}.npz").unlink()
         del loaded
         mx.clear_cache()
@@ -109,13 +111,13 @@ def _bar(items: list[int], label: str, progress: bool) -> Any:
     return tqdm(items, desc=label[-40:], disable=not progress)
 
 
-def _kept(model: Any, tokens: np.ndarray, top: int) -> dict[str, np.ndarray]:
+def _kept(model: Any, tokens: np.ndarray, top: int, chunk: int) -> dict[str, np.ndarray]:
     """What is kept of the reference's distributions behind each token but the last."""
     parts: dict[str, list[np.ndarray]] = {
         name: [] for name in ("indices", "log_probs", "rest", "top", "target")
     }
     width = 0
-    for start, logits in zip(range(0, len(tokens), CHUNK), logits_of(model, tokens), strict=True):
+    for start, logits in logits_of(model, tokens, chunk):
         width, logits = logits.shape[-1], logits[:, : len(tokens) - 1 - start]
         if not logits.shape[1]:
             continue
@@ -131,10 +133,10 @@ def _kept(model: Any, tokens: np.ndarray, top: int) -> dict[str, np.ndarray]:
 
 
 def _held_against(
-    model: Any, tokens: np.ndarray, kept: dict[str, np.ndarray]
+    model: Any, tokens: np.ndarray, kept: dict[str, np.ndarray], chunk: int
 ) -> dict[str, np.ndarray]:
     parts: dict[str, list[np.ndarray]] = {name: [] for name in ("kl", "same", "target")}
-    for start, logits in zip(range(0, len(tokens), CHUNK), logits_of(model, tokens), strict=True):
+    for start, logits in logits_of(model, tokens, chunk):
         if logits.shape[-1] != int(kept["width"][0]):
             raise InputError(
                 f"the model has logits for {logits.shape[-1]} tokens and the baseline for "

@@ -28,7 +28,7 @@ tell()
 """
 
 
-OTHER = "from mlx_optiq_ext.distributed import agreement; agreement.__version__ = f'9.{rank}'"
+OTHER = "from mlx_optiq_ext import _version; _version.__version__ = f'9.{rank}'"
 
 
 def outcomes(done, count) -> list[str]:
@@ -124,12 +124,10 @@ def run():
 
 def test_a_rank_that_does_not_answer_is_not_waited_for(launch):
     body = """
-from mlx_optiq_ext.distributed import agreement
-agreement.LIMIT = 2.0
 def run():
     if rank == 1:
         time.sleep(60)
-    distributed.agree()
+    distributed.agree(2.0)
 """
     done = ended(launch, 2, body + TOLD)
     assert "rank 0 got no answer within 2 s" in done.stderr
@@ -138,11 +136,10 @@ def run():
 def test_a_rank_that_never_starts_is_not_waited_for(launch):
     body = """
 import os, time
-from mlx_optiq_ext.distributed import exchange
-exchange.LIMIT = 2.0
+from mlx_optiq_ext.distributed import group
 if os.environ["MLX_RANK"] == "1":
     time.sleep(60)
-exchange.group()
+group(2.0)
 """
     started = time.monotonic()
     done = launch(2, "-c", body)

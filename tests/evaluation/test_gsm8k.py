@@ -9,6 +9,7 @@ from live_server import write_exact
 from mlx_optiq_ext import evaluation
 from mlx_optiq_ext.errors import InputError, UnsupportedError
 from mlx_optiq_ext.evaluation import harness, word_problems
+from mlx_optiq_ext.evaluation.journal import Journal
 
 pytestmark = pytest.mark.newest
 
@@ -42,7 +43,7 @@ def recorded(lines):
 
 
 @pytest.mark.parametrize("shots", [8, 5])
-def test_two_hundred_answers_are_scored_as_lm_eval_scores_them(tiny, tmp_path, monkeypatch, shots):
+def test_two_hundred_answers_are_scored_as_lm_eval_scores_them(tiny, tmp_path, shots):
     from lm_eval.api.metrics import exact_match_fn  # pyright: ignore[reportMissingImports]
     from lm_eval.filters.extraction import RegexFilter  # pyright: ignore[reportMissingImports]
 
@@ -59,10 +60,14 @@ def test_two_hundred_answers_are_scored_as_lm_eval_scores_them(tiny, tmp_path, m
             for text in texts
         ]
 
-    monkeypatch.setattr(harness, "_generated", answer)
     config = word_problems.config_for(tmp_path / "test.jsonl", shots)
     found = word_problems.answers(
-        evaluation.subject(str(tiny)), config, shots=0, chat_template=False, progress=False
+        evaluation.subject(str(tiny)),
+        config,
+        shots=0,
+        chat_template=False,
+        progress=False,
+        generate=answer,
     )
     assert len(prompts) == 200
     (metric,) = config["metric_list"]
@@ -97,16 +102,16 @@ def test_a_toy_answers_end_to_end_and_goes_on_where_it_stopped(tiny, tmp_path, m
     settings = evaluation.Settings(
         data=tmp_path / "test.jsonl", limit=2, max_tokens=4, batch_size=1, progress=False
     )
-    real, calls = harness._generated, []
+    real, calls = Journal.put_item, []
 
-    def interrupted(*args, **kwargs):
-        assert all(text.count("Q:") == 9 for text in args[2])  # eight examples and the question
-        calls.append(len(args[2]))
+    def interrupted(journal, text, answer):
+        assert text.count("Q:") == 9  # eight examples and the question
+        calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        real(journal, text, answer)
 
-    monkeypatch.setattr(harness, "_generated", interrupted)
+    monkeypatch.setattr(Journal, "put_item", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluation.TASKS["gsm8k"](model, [model], settings)
     report = evaluation.TASKS["gsm8k"](model, [model], settings)

@@ -14,6 +14,7 @@ from toy_qwen3 import write_toy
 from mlx_optiq_ext import evaluation
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.evaluation import models, token_divergence
+from mlx_optiq_ext.evaluation.journal import Journal
 from mlx_optiq_ext.evaluation.models import tokenizer_of
 from mlx_optiq_ext.evaluation.texts import windows
 from mlx_optiq_ext.kv import parse_spec
@@ -73,10 +74,8 @@ def test_figures_are_those_of_float64(tiny, packed, tokens):
 def test_long_windows_go_through_the_cache_in_pieces(tiny, packed, tokens, monkeypatch):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
     whole = token_divergence.compare(model, reference, tokens[:2], progress=False)
-    monkeypatch.setattr(token_divergence, "CHUNK", 7)
-    monkeypatch.setattr(token_divergence.logits_of, "__defaults__", (7,))
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(packed.parent / "another-cache"))
-    pieces = token_divergence.compare(model, reference, tokens[:2], progress=False)
+    pieces = token_divergence.compare(model, reference, tokens[:2], chunk=7, progress=False)
     assert pieces == pytest.approx(whole, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
@@ -93,23 +92,20 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
     tiny, packed, tokens, monkeypatch
 ):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
-    real, judged = token_divergence._held_against, []
+    real, judged = Journal.put_arrays, []
 
-    def interrupted(loaded, window, kept):
-        if len(judged) == 2:
-            raise KeyboardInterrupt
-        judged.append(1)
-        return real(loaded, window, kept)
+    def interrupted(journal, name, **arrays):
+        if name.startswith("window"):
+            judged.append(1)
+            if len(judged) == 3:
+                raise KeyboardInterrupt
+        real(journal, name, **arrays)
 
-    monkeypatch.setattr(token_divergence, "_held_against", interrupted)
+    monkeypatch.setattr(Journal, "put_arrays", interrupted)
     with pytest.raises(KeyboardInterrupt):
         token_divergence.compare(model, reference, tokens, progress=False)
-    counted = []
-    monkeypatch.setattr(
-        token_divergence, "_held_against", lambda *args: counted.append(1) or real(*args)
-    )
     found = token_divergence.compare(model, reference, tokens, progress=False)
-    assert len(counted) == len(tokens) - 2
+    assert len(judged) == 3 + len(tokens) - 2
     monkeypatch.setattr(models.Subject, "load", lambda self: pytest.fail("loaded again"))
     assert token_divergence.compare(model, reference, tokens, progress=False) == found
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .. import files
 from ..errors import InputError
+from ..model.config import layer_count
 from .plan import FILE, KVPlan, check_layers, parse_spec, read_plan
 
 #: Means the plan beside the model.
@@ -80,7 +81,4 @@ def _layer_count(model: str | None) -> int | None:
         return None  # mlx-lm's own error about the config is the better one
     if not isinstance(config, dict):
         return None
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
-    found = config.get("num_hidden_layers", inner.get("num_hidden_layers"))
-    return found if isinstance(found, int) else None
+    return layer_count(config)

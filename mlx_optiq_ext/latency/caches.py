@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..model.config import layer_count
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # weights plans for a speed, and kv looks into weights
     from ..kv.plan import KVPlan, LayerFormat
@@ -90,14 +92,6 @@ def layer_caches(
             )  # fmt: skip
         found.append(cache)
     return tuple(found)
-
-
-def layer_count(config: Mapping[str, Any]) -> int:
-    """Decoder layers by the config, 0 if it does not say."""
-    for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
-        if isinstance(config.get(name), int):
-            return config[name]
-    return 0
 
 
 def formats_of(plan: "KVPlan | None", cache: LayerCache) -> "LayerFormat | None":

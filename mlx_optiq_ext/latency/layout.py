@@ -8,15 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..model.config import generates, is_embedding, layer_count, text_config
 from ..model.headers import Header, Headers, read_file, read_headers
-from .caches import LayerCache, layer_caches, layer_count
+from .caches import LayerCache, layer_caches
 
-#: Modules that text generation never runs.
-_UNUSED = (
-    "vision_tower", "vision_model", "visual.", "audio_tower", "multi_modal_projector",
-    "embed_vision", "embed_audio", "mtp.", "mtp_layers", "vision_embed",
-)  # fmt: skip
-_EMBEDDINGS = ("embed_tokens", "wte", "tok_embeddings", "embed_in", "embeddings", "word_embeddings")
 _HEADS = ("lm_head", "output", "embed_out", "head")
 _PARTS = ("weight", "scales", "biases", "bias", "weight_scale_inv", "blocks")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
@@ -111,10 +106,10 @@ def read_layout(
 
 def layout_of(config: Mapping[str, Any], headers: Headers) -> Layout:
     """The layout of a model by its config and the headers of its tensors."""
-    text = _text_config(config)
+    text = text_config(config)
     modules: dict[str, dict[str, list[Header]]] = defaultdict(lambda: defaultdict(list))
     for name, header in headers.items():
-        if not any(part in name for part in _UNUSED):
+        if generates(name):
             path, part = _split(name)
             modules[_EXPERT.sub(r"\1.", path)][part].append(header)
     tied = not any(path.rpartition(".")[2] in _HEADS for path in modules)
@@ -130,13 +125,6 @@ def layout_of(config: Mapping[str, Any], headers: Headers) -> Layout:
             rows[index][_LAYER.split(operator.path, maxsplit=1)[-1]] = operator.rows
     used = sum(o.nbytes for o in operators)
     return Layout(operators, layer_caches(text, rows), text, used)
-
-
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("text_config", "llm_config", "language_config"):
-        if isinstance(config.get(name), dict):
-            return {"model_type": config.get("model_type"), **config[name]}
-    return dict(config)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -169,9 +157,9 @@ def _operator(
         launches = 1 + (shifted and name.endswith("norm"))
         return Operator(path, "vector", nbytes, sum(map(_size, weights)), 0, launches)
     elements = _elements(path, parts, weights, config)
-    if name in _EMBEDDINGS and tied:
+    if is_embedding(path) and tied:
         return Operator(path, "matmul", nbytes, elements, 0, 2, shape[0])  # a row, and the head
-    if name in _EMBEDDINGS or ("per_layer" in name and "embed" in name):
+    if is_embedding(path) or ("per_layer" in name and "embed" in name):
         return Operator(path, "embedding", nbytes, elements, 0, 1, shape[0])
     launches = 2 if "bias" in parts else 1
     kind = "expert" if experts else "matmul"

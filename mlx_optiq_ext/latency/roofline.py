@@ -11,7 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .caches import LayerCache, formats_of, layer_count
+from ..model.config import layer_count
+from .caches import LayerCache, formats_of
 from .chips import Chip
 from .efficiency import FITTED, Efficiency
 from .layout import Layout, Operator

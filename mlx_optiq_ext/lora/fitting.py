@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
+from ..model.config import is_embedding
 from .adapter import PEFT, Adapter, LayerAdapter
 from .geometry import EMBEDDING, geometry
 
@@ -22,8 +23,6 @@ _STEMS = (
     "transformer",
     "backbone",
 )
-#: Names of embeddings that a head may be tied to.
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
 
 
 def fit(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -107,7 +106,7 @@ def without_twin(layers: Mapping[str, LayerAdapter], source: str) -> dict[str, L
     """
     head = layers.get("lm_head")
     kept = {path: layer for path, layer in layers.items() if path != "lm_head"}
-    embedding = [layer for path, layer in kept.items() if path.endswith(_EMBEDDINGS)]
+    embedding = [layer for path, layer in kept.items() if is_embedding(path)]
     twins = (
         head is not None
         and len(embedding) == 1

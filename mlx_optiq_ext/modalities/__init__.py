@@ -9,7 +9,8 @@ A checkpoint that is a text model already is loaded as mlx-lm does::
     print(loaded.report.summary() if loaded.report else "nothing was left out")
 """
 
-from .families import FAMILIES, Family, find, in_tower, is_modal, is_multimodal
+from ..model.config import in_tower
+from .families import FAMILIES, Family, find, is_modal, is_multimodal
 from .leftovers import remove_processor_files, tower_tensors
 from .loading import Loaded, load_text
 from .text import Report, Text, handed_down, to_text

@@ -4,26 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Modules and checkpoint prefixes that serve images, video or sound, as Hugging Face names them.
-TOWERS = frozenset(
-    {
-        "audio_tower",
-        "embed_audio",
-        "embed_vision",
-        "mm_projector",
-        "multi_modal_projector",
-        "patch_merge_mlp",
-        "vision_adapter",
-        "vision_embedder",
-        "vision_encoder",
-        "vision_language_adapter",
-        "vision_model",
-        "vision_projection",
-        "vision_tower",
-        "visual",
-    }
-)
-
 _MODAL_WORDS = frozenset(
     {
         "audio",
@@ -128,8 +108,3 @@ def is_modal(key: str) -> bool:
 def is_multimodal(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a tower for images, video or sound."""
     return any(is_modal(key) and isinstance(value, dict) and value for key, value in config.items())
-
-
-def in_tower(name: str) -> bool:
-    """Whether a tensor belongs to a tower or its projector."""
-    return not TOWERS.isdisjoint(name.split("."))

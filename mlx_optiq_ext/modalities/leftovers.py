@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .. import files
 from ..errors import InputError
-from .families import in_tower
+from ..model.config import in_tower
 
 #: Files of image, video and audio processors; none of them serves a tokenizer.
 PROCESSOR_FILES = (

@@ -13,8 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UnsupportedError
+from ..model.config import in_tower
 from .configuration import text_config
-from .families import Family, find, in_tower, is_multimodal
+from .families import Family, find, is_multimodal
 from .leftovers import tower_tensors
 
 REMEDY = "add --optiq-keep-unused-modalities to convert it as mlx-lm does"

@@ -1,23 +1,15 @@
 """Names, shapes and sizes of a model's tensors, without reading the tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import files
 from ..errors import InputError
 
-
-@dataclass(frozen=True)
-class Header:
-    """One stored tensor: its dtype as safetensors names it, its shape, its bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
+#: One stored tensor.
+Header = files.StoredTensor
+#: Tensor name -> what is stored under it.
 Headers = Mapping[str, Header]
 
 
@@ -65,10 +57,7 @@ def read_file(path: Path) -> Headers:
     Raises:
         InputError: It is none, is cut off, or its header does not fit it.
     """
-    return {
-        name: Header(tensor.dtype, tensor.shape, tensor.nbytes)
-        for name, tensor in files.read_header(path).tensors.items()
-    }
+    return files.read_header(path).tensors
 
 
 def _header(dtype: str, shape: Any, offsets: Any) -> Header:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
+from .config import convert_dtype
 
 
 def to_compute_dtype(array: mx.array) -> mx.array:
@@ -78,7 +79,7 @@ def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
     """Cast a loaded model's parameters as ``mlx_lm.convert`` does before it quantizes."""
     from mlx.utils import tree_map_with_path
 
-    dtype = dtype or config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
+    dtype = dtype or convert_dtype(config)
     if dtype not in ("float16", "bfloat16", "float32"):
         return
     keep: Callable[[str], bool] = getattr(model, "cast_predicate", lambda _: True)

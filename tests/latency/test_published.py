@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.latency import FITTED, Workload, find_chip, predict
-from mlx_optiq_ext.latency.caches import layer_count
+from mlx_optiq_ext.model.config import layer_count
 
 from .published import PUBLISHED, Table, layout_named, points
 

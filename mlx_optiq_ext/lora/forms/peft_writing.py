@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ... import files
 from ...errors import InputError
+from ...model.config import is_embedding, ties_embeddings
 from ..adapter import LayerAdapter
 from .peft_reading import PREFIX
 
@@ -44,13 +45,10 @@ class Naming:
             paths: Of the adapted layers.
         """
         architectures = config.get("architectures") or ["ForConditionalGeneration"]
-        text = config.get("text_config")
-        tied = config.get("tie_word_embeddings", (text or {}).get("tie_word_embeddings", False))
-        names = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings")
         return cls(
             wrapped=any("ForConditionalGeneration" in name for name in architectures),
-            embeddings=tuple(path for path in paths if path.rpartition(".")[2] in names),
-            tied=bool(tied),
+            embeddings=tuple(path for path in paths if is_embedding(path)),
+            tied=ties_embeddings(config),
         )
 
 

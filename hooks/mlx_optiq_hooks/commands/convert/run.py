@@ -156,7 +156,7 @@ def _request(options: Options) -> "Request":
     from ...installation import sensitivity_methods
 
     speed = options.min_tps
-    chosen = {} if options.sensitivity is None else {"method": options.sensitivity}
+    chosen: dict[str, Any] = {} if options.sensitivity is None else {"method": options.sensitivity}
     return weights.Request(
         budget=options.budget,
         min_tps=None if speed is None else speed.tps,

@@ -11,8 +11,9 @@ import pytest
 from mlx_optiq_ext.errors import BudgetError
 from mlx_optiq_ext.kv import read_plan
 from mlx_optiq_ext.kv.planning import pipeline as conversion
-from mlx_optiq_ext.kv.planning.kv_sensitivity import choose, judged, measure
-from mlx_optiq_ext.kv.planning.replay import Replay
+from mlx_optiq_ext.kv.planning.kv_sensitivity import measure
+from mlx_optiq_ext.kv.planning.plan_search import choose, judged
+from mlx_optiq_ext.planning.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -23,24 +24,26 @@ def measured(exact, tiny):
 
 
 def test_a_plan_keeps_its_budget_and_is_no_worse_than_uniform(measured):
-    found, costs = measured
+    found, sensitivity = measured
     assert found.bits_per_element <= 4.0
     assert found.uniform is not None
     assert found.kl <= found.uniform[2]
     assert min(kl for _, kl in found.tried.values()) == found.kl
-    assert costs.bits_per_element(choose(costs, 6.0)) <= 6.0
+    assert sensitivity.bits_per_element(choose(sensitivity, 6.0)) <= 6.0
 
 
-def test_finer_formats_cost_less(measured):
-    _, costs = measured
-    for formats in costs.costs.values():
+def test_finer_formats_lose_less(measured):
+    _, sensitivity = measured
+    for formats in sensitivity.kl.values():
         plain = {f.bits: kl for f, kl in formats.items() if f.group_size == 64 and not f.rotated}
         assert [plain[bits] for bits in sorted(plain)] == sorted(plain.values(), reverse=True)
 
 
-def test_more_budget_costs_less(measured):
-    _, costs = measured
-    assert judged(costs, choose(costs, 8.0)) < judged(costs, choose(costs, 3.0))
+def test_more_budget_loses_less(measured):
+    _, sensitivity = measured
+    assert judged(sensitivity, choose(sensitivity, 8.0)) < judged(
+        sensitivity, choose(sensitivity, 3.0)
+    )
 
 
 def test_an_impossible_budget_names_the_range(measured):
@@ -49,36 +52,40 @@ def test_an_impossible_budget_names_the_range(measured):
 
 
 def test_the_files_are_read_back(measured, tmp_path):
-    found, costs = measured
-    conversion.write(tmp_path, found, costs, model="tiny", budget=4.0)
+    found, sensitivity = measured
+    conversion.write(tmp_path, found, sensitivity, model="tiny", budget=4.0)
     assert read_plan(tmp_path / "kv_config.json").layers == found.layers
     record = json.loads((tmp_path / "kv_sensitivity.json").read_text())
     assert record["achieved_bits"] == found.bits_per_element
     assert {entry["layer_idx"] for entry in record["layers"]} == set(range(6))
 
 
+class Watched(Journal):
+    """Counts the sides that are measured, and is interrupted behind one of them."""
+
+    def __init__(self, stop: int | None = None):
+        super().__init__({"model": "exact"})
+        self.measured, self.stop = 0, stop
+
+    def add_all(self, measured):
+        super().add_all(measured)
+        self.measured += 1
+        if self.measured == self.stop:
+            raise KeyboardInterrupt
+
+
 def test_an_interrupted_measurement_goes_on_where_it_stopped(exact, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path))
     model = mlx_lm.load(str(exact))[0]
-    windows = np.arange(2, 98, dtype=np.int32).reshape(2, 48)
-    divergence, calls = Replay.divergence, []
-
-    def counted(self, formats):
-        calls.append(formats)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return divergence(self, formats)
-
-    def run():
-        return measure(model, windows[:1], windows[1:], key={"model": "exact"}, progress=False)
-
-    monkeypatch.setattr(Replay, "divergence", counted)
+    first, second = np.arange(2, 98, dtype=np.int32).reshape(2, 1, 48)
     with pytest.raises(KeyboardInterrupt):
-        run()
-    found = run()
-    assert len(calls) == len(found.costs) + 1  # one of each side, and the one that was cut off
-    assert run().costs == found.costs
-    assert len(calls) == len(found.costs) + 1
+        measure(model, first, second, journal=Watched(stop=4), progress=False)
+    rest = Watched()
+    found = measure(model, first, second, journal=rest, progress=False)
+    assert rest.measured == len(found.kl) - 4
+    again = Watched()
+    assert measure(model, first, second, journal=again, progress=False).kl == found.kl
+    assert again.measured == 0
 
 
 def test_only_the_plan_is_written_beside_a_model(exact, tiny, tmp_path, run):

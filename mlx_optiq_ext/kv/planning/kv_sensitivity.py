@@ -1,12 +1,13 @@
-"""What each format costs each layer's keys and values, and the plan that fits a budget.
+"""How much each format of each layer's keys and values hurts the model.
 
 Each side of each layer is packed alone at one format, its anchor, and the KL divergence of the
-final logits measured over all positions of long windows. The other formats follow by how much they
-change that layer's output, relative to the anchor: one layer is run for each, not the model.
+final logits measured over all positions of long sequences. The other formats follow by how much
+they change that layer's output, relative to the anchor: one layer is run for each, not the model.
 """
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,8 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ... import distributed
-from ...errors import BudgetError, UnsupportedError
-from ...planning.allocation import allocate
+from ..._status import note
+from ...errors import UnsupportedError
 from ...planning.journal import Journal
 from ..formats import Affine, Format
 from ..formats.affine import candidates
@@ -29,7 +30,7 @@ from .replay import Replay
 ANCHOR = 3
 #: Width beyond which each bit is taken to quarter the error, as it does for a uniform quantizer.
 FINEST = 4
-#: Counted up when costs are measured in another way.
+#: Counted up when formats are measured in another way.
 VERSION = 2
 
 #: A decoder layer and whether it is its keys ("k") or values ("v").
@@ -37,19 +38,19 @@ Side = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What was measured.
+class KVSensitivity:
+    """What was measured of a model's keys and values.
 
     Attributes:
         slots: Decoder layer -> the caches that it writes to, mostly one.
         shapes: Side -> (1, heads, positions, dim) of each of them at the measured length.
-        costs: Side -> format -> expected KL in nats per token.
+        kl: Side -> format -> expected KL in nats per token.
         held_out: Runs to judge whole plans on.
     """
 
     slots: Mapping[int, tuple[Slot, ...]]
     shapes: Mapping[Side, list[tuple[int, ...]]]
-    costs: Mapping[Side, Mapping[Affine, float]]
+    kl: Mapping[Side, Mapping[Affine, float]]
     held_out: list[Replay]
 
     def elements(self, side: Side) -> int:
@@ -69,32 +70,31 @@ class Costs:
 
 def measure(
     model: nn.Module,
-    windows: np.ndarray,
+    sequences: np.ndarray,
     held_out: np.ndarray,
     *,
-    key: dict[str, Any] | None = None,
+    journal: Journal | None = None,
     rotation: bool = True,
     progress: bool = True,
-) -> Costs:
-    """Cost every format of every layer's keys and values; each rank measures some of them.
+) -> KVSensitivity:
+    """Measure every affine format of every layer's keys and values.
+
+    The processes of ``mlx.launch`` measure some layers each.
 
     Args:
         model: An mlx-lm model in the dtype to compute in.
-        windows: int32 (n, length) to measure on, as long as the contexts to serve.
+        sequences: int32 (n, length) to measure on, as long as the contexts to serve.
         held_out: int32 (n, length) to judge plans on.
-        key: Identifies the model; measurements are kept under it. None keeps none.
+        journal: Where measurements are kept and found; see `journal_of`. None keeps none.
         rotation: Whether to consider rotated formats.
         progress: Whether to show a progress bar.
 
     Raises:
         UnsupportedError: No layer keeps keys and values that MLX can pack.
     """
+    journal = Journal(None) if journal is None else journal
     found = owners(model)
-    journal = Journal(
-        key
-        and {**key, "kv": VERSION, "tokens": [int(t) for t in windows.ravel()], "anchor": ANCHOR}
-    )
-    runs = [Replay(model, mx.array(window)[None], found) for window in windows]
+    runs = [Replay(model, mx.array(sequence)[None], found) for sequence in sequences]
     slots: dict[int, tuple[Slot, ...]] = {}
     for slot, layer in found.items():
         slots[layer] = (*slots.get(layer, ()), slot)
@@ -109,33 +109,39 @@ def measure(
             "no layer of this model keeps keys and values in groups that MLX can pack: leave "
             "--optiq-kv-budget out"
         )
-    costs: dict[Side, dict[Affine, float]] = {}
+    own: dict[Side, dict[Affine, float]] = {}
     for side in tqdm(
         distributed.share(list(shapes)), desc="Measuring keys and values", disable=not progress
     ):
         formats = candidates(_dims(shapes[side]), rotation=rotation)
-        costs[side] = _costs(runs, slots[side[0]], side, formats, journal)
+        own[side] = _measured(runs, slots[side[0]], side, formats, journal)
     journal.exchange()
-    parts = {side: found for part in distributed.gathered(costs) for side, found in part.items()}
-    costs = {side: parts[side] for side in shapes}
-    judges = [Replay(model, mx.array(window)[None], found) for window in held_out]
-    return Costs(slots, shapes, costs, judges)
+    parts = {side: kl for part in distributed.gathered(own) for side, kl in part.items()}
+    judges = [Replay(model, mx.array(sequence)[None], found) for sequence in held_out]
+    return KVSensitivity(slots, shapes, {side: parts[side] for side in shapes}, judges)
+
+
+def journal_of(model: Mapping[str, Any], sequences: np.ndarray) -> Journal:
+    """The journal of a model, named by what identifies it, on these sequences."""
+    digest = hashlib.sha256(sequences.tobytes()).hexdigest()
+    return Journal({**model, "kv": VERSION, "anchor": ANCHOR, "tokens": digest})
 
 
 def _dims(shapes: list[tuple[int, ...]]) -> set[int]:
     return {shape[3] for shape in shapes}
 
 
-def _costs(
+def _measured(
     runs: list[Replay],
     slots: tuple[Slot, ...],
     side: Side,
     formats: list[Affine],
     journal: Journal,
 ) -> dict[Affine, float]:
+    """KL of each format of one side, in nats per token."""
     known = {f: journal.get(_key(side, f)) for f in formats}
-    if all(cost is not None for cost in known.values()):
-        return {f: cost or 0.0 for f, cost in known.items()}
+    if all(kl is not None for kl in known.values()):
+        return {f: kl or 0.0 for f, kl in known.items()}
 
     def packed(format: Affine) -> dict[Slot, LayerFormat]:
         return dict.fromkeys(slots, as_layers({side: format})[side[0]])
@@ -145,71 +151,23 @@ def _costs(
     measured = {f: min(f.bits, FINEST) for f in formats}
     errors = {f: runs[0].error(packed(f)) for f in formats if f.bits <= FINEST}
     unit = errors[anchor]
-    if not unit:  # the layer cannot be run alone: by the error of a uniform quantizer
+    if not unit:
+        note(
+            "this model's layers cannot be run alone: KV formats are compared by the error of a "
+            "uniform quantizer"
+        )
         errors = {f: 4.0**-f.bits * (f.group_size or 64) ** 0.5 for f in errors}
         unit = errors[anchor]
     found = {
         f: kl * (errors[replace(f, bits=bits)] or 0.0) / unit * 4.0 ** (bits - f.bits)
         for f, bits in measured.items()
     }
-    for format, cost in found.items():
-        journal.add(_key(side, format), cost)
+    journal.add_all((_key(side, format), kl) for format, kl in found.items())
     return found
 
 
 def _key(side: Side, format: Affine) -> list[Any]:
     return [*side, asdict(format)]
-
-
-def choose(
-    found: Costs,
-    budget: float,
-    *,
-    allow: Callable[[Affine], bool] = lambda _: True,
-    alike: bool = False,
-) -> dict[Side, Affine]:
-    """The cheapest formats within a budget of stored bits per element.
-
-    Args:
-        found: What was measured.
-        budget: Stored bits per element, scales and biases included.
-        allow: Which formats may be taken.
-        alike: Whether keys and values of a layer must share one format.
-
-    Raises:
-        BudgetError: No choice fits; the message names the range.
-    """
-    groups: dict[Any, list[Side]] = {}
-    for side in found.costs:
-        groups.setdefault(side[0] if alike else side, []).append(side)
-    sides = list(groups.values())
-    options = [
-        [f for f in found.costs[own[0]] if allow(f) and all(f in found.costs[s] for s in own)]
-        for own in sides
-    ]
-    sizes = [
-        [round(sum(found.elements(s) for s in own) * f.bits_per_element) for f in formats]
-        for own, formats in zip(sides, options, strict=True)
-    ]
-    costs = [
-        [sum(found.costs[s][f] for s in own) for f in formats]
-        for own, formats in zip(sides, options, strict=True)
-    ]
-    total = sum(found.elements(side) for side in found.costs)
-    least, most = (sum(pick(row) for row in sizes) / total for pick in (min, max))
-    if budget < least:
-        raise BudgetError(
-            f"a KV budget of {budget:g} bits is too small: with scales and biases these layers "
-            f"take from {least:.3f} to {most:.3f} bits per element"
-        )
-    picked = allocate(costs, sizes, math.floor(budget * total))
-    return {side: options[i][picked[i]] for i, own in enumerate(sides) for side in own}
-
-
-def judged(found: Costs, choice: Mapping[Side, Format]) -> float:
-    """KL of a whole choice on the held-out windows, in nats per token."""
-    formats = found.formats(choice)
-    return float(np.mean([run.divergence(formats) for run in found.held_out]))
 
 
 def as_layers(choice: Mapping[Side, Format]) -> dict[int, LayerFormat]:

@@ -14,13 +14,13 @@ from ...errors import InputError
 from ...model.loading import load, local_folder, model_digest, to_compute_dtype
 from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spread
 from ..plan import FILE, entries
-from .kv_sensitivity import Costs, measure
+from .kv_sensitivity import KVSensitivity, journal_of, measure
 from .plan_search import Found, search
 
 #: File beside the plan that holds what was measured.
 SENSITIVITY = "kv_sensitivity.json"
-#: What a cache's format costs shows at long contexts: a few long sequences, every other one to
-#: judge plans on.
+#: Errors of a cache add up over long contexts: a few long sequences, every other one to judge
+#: plans on.
 LONG = Sampling(length=2048, count=4, held_out_every=2)
 #: Tokens of a sequence that measure something at least.
 SHORTEST = 16
@@ -36,10 +36,10 @@ def plan_kv(
     trust_remote_code: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = print,
-) -> tuple[Found, Costs]:
+) -> tuple[Found, KVSensitivity]:
     """Measure a model's keys and values and plan them within a budget.
 
-    The ranks of ``mlx.launch`` share the work, and all get the same plan.
+    The processes of ``mlx.launch`` share the work, and all get the same plan.
 
     Args:
         path_or_repo: An MLX model, quantized or not.
@@ -73,21 +73,23 @@ def plan_kv(
     digest = model_digest(local_folder(path_or_repo))
     tokens_digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     distributed.compare(**{"model": digest, "calibration data": tokens_digest})
-    key = {"model": digest, "device": str(mx.default_device())}
-    found = measure(model, measured, held_out, key=key, progress=progress)
+    journal = journal_of({"model": digest, "device": str(mx.default_device())}, measured)
+    found = measure(model, measured, held_out, journal=journal, progress=progress)
     return search(found, budget), found
 
 
-def write(folder: Path, found: Found, costs: Costs, *, model: str, budget: float) -> None:
+def write(
+    folder: Path, found: Found, measured: KVSensitivity, *, model: str, budget: float
+) -> None:
     """Write the plan and what was measured of it into a folder."""
-    files.write_json(folder / SENSITIVITY, _record(found, costs, model, budget))
+    files.write_json(folder / SENSITIVITY, _record(found, measured, model, budget))
     files.write_json(folder / FILE, entries(found.layers))
 
 
-def _record(found: Found, costs: Costs, model: str, budget: float) -> dict[str, Any]:
+def _record(found: Found, measured: KVSensitivity, model: str, budget: float) -> dict[str, Any]:
     layers = []
-    for (layer, side), measured in costs.costs.items():
-        shape = costs.shapes[layer, side][0]
+    for (layer, side), formats in measured.kl.items():
+        shape = measured.shapes[layer, side][0]
         layers.append(
             {
                 "layer_idx": layer,
@@ -95,7 +97,7 @@ def _record(found: Found, costs: Costs, model: str, budget: float) -> dict[str, 
                 "side": side,
                 "n_kv_heads": shape[1],
                 "head_dim": shape[3],
-                "sensitivities": [{**f.to_json(), "kl": kl} for f, kl in measured.items()],
+                "sensitivities": [{**f.to_json(), "kl": kl} for f, kl in formats.items()],
             }
         )
     return {

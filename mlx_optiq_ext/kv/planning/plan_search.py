@@ -1,14 +1,19 @@
 """The KV plan that is best end to end within a budget."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from ... import distributed
 from ...errors import BudgetError
-from ..formats import Affine
+from ...planning.allocation import allocate
+from ..formats import Affine, Format
 from ..plan import LayerFormat
-from .kv_sensitivity import Costs, Side, as_layers, choose, judged
+from .kv_sensitivity import KVSensitivity, Side, as_layers
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Found:
     Attributes:
         choice: Side of a layer -> its format.
         bits_per_element: Stored bits with scales and biases, over all numbers that the caches hold.
-        kl: Of the whole plan on held-out windows, in nats per token.
+        kl: Of the whole plan on held-out sequences, in nats per token.
         name: Which of the plans that were tried it is.
         tried: Name -> (bits per element, held-out KL) of all of them.
         uniform: Name, bits per element and KL of the best uniform plan that fits, if one does.
@@ -48,8 +53,8 @@ class Found:
         return text
 
 
-def search(found: Costs, budget: float) -> Found:
-    """Try a few plans on the held-out windows and keep the best.
+def search(found: KVSensitivity, budget: float) -> Found:
+    """Try a few plans on the held-out sequences and keep the best.
 
     Raises:
         BudgetError: No plan fits; the message names the range.
@@ -84,16 +89,67 @@ def search(found: Costs, budget: float) -> Found:
     return Found(distinct[best], *tried[best], best, tried, uniform)
 
 
-def _uniform(found: Costs, budget: float) -> dict[str, dict[Side, Affine]]:
+def choose(
+    found: KVSensitivity,
+    budget: float,
+    *,
+    allow: Callable[[Affine], bool] = lambda _: True,
+    alike: bool = False,
+) -> dict[Side, Affine]:
+    """The formats of the least KL within a budget of stored bits per element.
+
+    Args:
+        found: What was measured.
+        budget: Stored bits per element, scales and biases included.
+        allow: Which formats may be taken.
+        alike: Whether keys and values of a layer must share one format.
+
+    Raises:
+        BudgetError: No choice fits; the message names the range.
+    """
+    groups: dict[Any, list[Side]] = {}
+    for side in found.kl:
+        groups.setdefault(side[0] if alike else side, []).append(side)
+    sides = list(groups.values())
+    options = [
+        [f for f in found.kl[own[0]] if allow(f) and all(f in found.kl[s] for s in own)]
+        for own in sides
+    ]
+    sizes = [
+        [round(sum(found.elements(s) for s in own) * f.bits_per_element) for f in formats]
+        for own, formats in zip(sides, options, strict=True)
+    ]
+    costs = [
+        [sum(found.kl[s][f] for s in own) for f in formats]
+        for own, formats in zip(sides, options, strict=True)
+    ]
+    total = sum(found.elements(side) for side in found.kl)
+    least, most = (sum(pick(row) for row in sizes) / total for pick in (min, max))
+    if budget < least:
+        raise BudgetError(
+            f"a KV budget of {budget:g} bits is too small: with scales and biases these layers "
+            f"take from {least:.3f} to {most:.3f} bits per element"
+        )
+    picked = allocate(costs, sizes, math.floor(budget * total))
+    return {side: options[i][picked[i]] for i, own in enumerate(sides) for side in own}
+
+
+def judged(found: KVSensitivity, choice: Mapping[Side, Format]) -> float:
+    """KL of a whole choice on the held-out sequences, in nats per token."""
+    formats = found.formats(choice)
+    return float(np.mean([run.divergence(formats) for run in found.held_out]))
+
+
+def _uniform(found: KVSensitivity, budget: float) -> dict[str, dict[Side, Affine]]:
     """The finest uniform plan that fits, plain and rotated."""
     result = {}
     shared = [
         format
-        for format in next(iter(found.costs.values()))
-        if all(format in costs for costs in found.costs.values())
+        for format in next(iter(found.kl.values()))
+        if all(format in kl for kl in found.kl.values())
     ]
     for rotated in (False, True):
-        plans = [dict.fromkeys(found.costs, f) for f in shared if f.rotated is rotated]
+        plans = [dict.fromkeys(found.kl, f) for f in shared if f.rotated is rotated]
         fitting = [plan for plan in plans if found.bits_per_element(plan) <= budget + 1e-9]
         if fitting:
             plan = max(fitting, key=found.bits_per_element)

@@ -1,4 +1,4 @@
-"""One window through a model, again and again, with one cache changed."""
+"""One sequence through a model, again and again, with one cache changed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class _Call:
 
 
 class Replay:
-    """A model's run over one window of tokens, prefix included.
+    """A model's run over one sequence of tokens.
 
     Attributes:
         owners: Slot -> decoder layer that writes to it.

@@ -21,9 +21,9 @@ from mlx_lm.utils import dequantize_model
 
 from mlx_optiq_ext.kv import LayerFormat, parse_spec
 from mlx_optiq_ext.kv.layout import Mounted, Slot, packed_caches, stock_caches
-from mlx_optiq_ext.kv.planning.kv_sensitivity import Costs, choose, judged
+from mlx_optiq_ext.kv.planning.kv_sensitivity import KVSensitivity
 from mlx_optiq_ext.kv.planning.pipeline import plan_kv
-from mlx_optiq_ext.kv.planning.plan_search import search
+from mlx_optiq_ext.kv.planning.plan_search import choose, judged, search
 
 
 def mean_loss(
@@ -43,7 +43,7 @@ def mean_loss(
     return total / count
 
 
-def plans(found: Costs, budgets: list[float], specs: list[str]):
+def plans(found: KVSensitivity, budgets: list[float], specs: list[str]):
     """(name, formats by slot, bits per element, held-out KL) of every plan in the table."""
     for text in specs:
         spec = parse_spec(text)
@@ -52,7 +52,7 @@ def plans(found: Costs, budgets: list[float], specs: list[str]):
         sides = {"k": spec.everywhere.keys, "v": spec.everywhere.values}
         choice = {
             (layer, which): format.fitted(found.shapes[layer, which][0][3])
-            for layer, which in found.costs
+            for layer, which in found.kl
             if (format := sides[which]) is not None
         }
         yield f"uniform {text}", choice

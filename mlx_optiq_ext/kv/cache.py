@@ -35,8 +35,8 @@ class PackedKVCache:
         planes: mlx-lm caches that share all positions. Of several, plane ``i`` holds part ``i`` of
             keys and values; a single one holds all, in 32-bit words.
         formats: Of keys and values, fitted to their dimensions once there are any.
-        dims: Head dimensions of keys and values, once there are any.
-        dtype: Name of the dtype of what was packed, likewise.
+        dims: Head dimensions of keys and values; None before there are any.
+        dtype: Name of the dtype of what was packed; None before that.
         dense: Whether attention is handed plain arrays, for models with attention of their own.
         mergeable: Whether mlx-lm's batch engine may merge it with others.
         platform: Where new keys and values are packed; None for where MLX's default device is.

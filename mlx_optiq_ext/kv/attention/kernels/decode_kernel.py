@@ -71,12 +71,12 @@ def attend(
 
     Args:
         platform: One that compiles kernels.
-        queries: As there, like the others.
-        keys: Packed.
-        values: Packed.
+        queries: (batch, query heads, length, dim).
+        keys: (batch, heads, tokens, dim), packed.
+        values: (batch, heads, tokens, value dim), packed.
         scale: Factor on the scores.
         mask: None, ``"causal"`` or an array.
-        sinks: Logits or None.
+        sinks: (query heads,) or None.
         dtype: Of the output; the queries' by default.
         blocks: Blocks to spread the call over.
     """

@@ -14,11 +14,12 @@ A plan for a budget in bits per weight, as mlx-lm prints them::
 from ..model.loading import local_folder, model_digest
 from ..planning.allocation import allocate
 from ..planning.calibration import Calibration
+from .candidates import Size, Tensor, tensors
 from .pipeline import Conversion, Request, prepare, put
 from .plan import Plan, check_written
 from .plan_file import read_plan
 from .plan_search import Study, search
-from .precision import BITS, GROUP_SIZES, Precision, Size, Tensor, tensors
+from .precision import BITS, GROUP_SIZES, Precision
 from .rounding.distillation import distill
 from .rounding.refinement import refine
 from .sensitivity.problem import Problem, Sensitivity

@@ -15,10 +15,11 @@ from ..errors import InputError, OptiqError
 from ..model.loading import load_unquantized, reload
 from ..model.memory import block_bytes, streams
 from ..planning.calibration import DEFAULT, Sampling
+from .candidates import Size, tensors
 from .plan import Plan
 from .plan_file import read_plan
 from .plan_search import Study, search
-from .precision import BITS, GROUP_SIZES, Size, tensors
+from .precision import BITS, GROUP_SIZES
 from .rounding.distillation import STEPS, distill
 from .rounding.refinement import Refined, judge, refine
 from .sensitivity.problem import Method

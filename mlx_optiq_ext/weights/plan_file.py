@@ -6,8 +6,9 @@ from typing import Any
 from .. import files
 from .._version import versions
 from ..errors import InputError
+from .candidates import Size, Tensor
 from .plan import Plan
-from .precision import AFFINE, MODES, Precision, Size, Tensor
+from .precision import AFFINE, MODES, Precision
 
 
 def read_entries(path: Path) -> dict[str, Precision]:

@@ -12,8 +12,9 @@ from .._version import versions
 from ..errors import BudgetError
 from ..model.layers import decoder_layers, layer_index
 from ..planning.allocation import allocate
+from .candidates import Size, Tensor
 from .plan import Plan
-from .precision import BITS, GROUP_SIZES, Precision, Size, Tensor
+from .precision import BITS, GROUP_SIZES, Precision
 from .sensitivity.interaction import SHARES, around
 from .sensitivity.problem import Problem, Sensitivity, end_to_end
 

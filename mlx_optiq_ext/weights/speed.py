@@ -13,9 +13,10 @@ from .. import files
 from ..errors import BudgetError
 from ..latency import Chip, Header, Workload, find_chip, layout_of, predict
 from ..model.loading import local_folder
+from .candidates import Tensor
 from .plan import Plan
 from .plan_search import Precisions, Study, search, stored, variants
-from .precision import MODES, Precision, Tensor
+from .precision import MODES, Precision
 
 #: How close to the largest budget to come, in bits per weight.
 STEP = 0.005

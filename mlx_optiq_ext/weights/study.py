@@ -16,9 +16,10 @@ from ..model.layers import quantizable
 from ..model.loading import load_unquantized, reload, to_compute_dtype
 from ..model.stream import Stream, runs_whole
 from ..planning.calibration import DEFAULT, Sampling, load_calibration
+from .candidates import Size, Tensor, tensors
 from .plan import Plan
 from .plan_search import Study, search
-from .precision import BITS, GROUP_SIZES, Size, Tensor, tensors
+from .precision import BITS, GROUP_SIZES
 from .sensitivity.kl import kl
 from .sensitivity.problem import Method, Problem
 from .sensitivity.taylor import taylor

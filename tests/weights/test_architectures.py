@@ -19,7 +19,7 @@ from mlx_optiq_ext.model.replay import record, resume
 from mlx_optiq_ext.model.stream import Stream, runs_whole
 from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import METHODS, Plan, Precision, plan_model, tensors
-from mlx_optiq_ext.weights.precision import Size
+from mlx_optiq_ext.weights.candidates import Size
 from mlx_optiq_ext.weights.sensitivity import fisher
 
 BITS, GROUP_SIZES = (2, 4, 8), (32, 64)

@@ -7,16 +7,15 @@ from hypothesis import strategies as st
 from mlx_lm.utils import compute_bits_per_weight
 
 from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.weights.candidates import Size, tensors
 from mlx_optiq_ext.weights.precision import (
     AFFINE,
     BITS,
     GROUP_SIZES,
     MODES,
     Precision,
-    Size,
     dequantized,
     quantize,
-    tensors,
 )
 
 PRECISIONS = st.builds(Precision, st.sampled_from(BITS), st.sampled_from(GROUP_SIZES))

@@ -9,9 +9,10 @@ from itertools import pairwise
 
 from ...errors import InputError
 from ...model.layers import layer_index
+from ..candidates import Size, Tensor
 from ..plan import Plan
 from ..plan_search import Study, stored, uniformly
-from ..precision import Precision, Size, Tensor
+from ..precision import Precision
 from ..sensitivity.problem import Problem, Sensitivity, end_to_end
 
 #: Widths of the uniform precisions that a plan is shown against.

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..precision import Precision, Tensor
+from ..candidates import Tensor
+from ..precision import Precision
 from . import words
 from .evidence import Evidence
 

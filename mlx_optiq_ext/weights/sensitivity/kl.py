@@ -18,7 +18,8 @@ from ...model.layerwise import recordings
 from ...model.replay import Recording, record, resume
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
-from ..precision import Precision, Tensor
+from ..candidates import Tensor
+from ..precision import Precision
 from .problem import BATCH, Problem, Sensitivity, error, journal_key
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ from ...model.stream import Stream
 from ...planning.calibration import Calibration
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
-from ..precision import Precision, Tensor, dequantized
+from ..candidates import Tensor
+from ..precision import Precision, dequantized
 
 #: Tensor path -> precision -> expected KL in nats per token when only that tensor is quantized.
 Sensitivity = dict[str, dict[Precision, float]]

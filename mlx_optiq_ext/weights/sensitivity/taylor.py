@@ -12,7 +12,8 @@ from ... import distributed
 from ...model.layers import decoder_layers
 from ...model.spill import Spill, Spilled
 from ...planning.journal import Journal
-from ..precision import Precision, Tensor, dequantized
+from ..candidates import Tensor
+from ..precision import Precision, dequantized
 from .fisher import factors
 from .kl import anchor, measured, probe
 from .moments import Factors

@@ -12,7 +12,8 @@ from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use
 from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, put, read_plan, refine, study_model
-from mlx_optiq_ext.weights.precision import Size, quantize, tensors
+from mlx_optiq_ext.weights.candidates import Size, tensors
+from mlx_optiq_ext.weights.precision import quantize
 from mlx_optiq_ext.weights.rounding import refinement
 from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, Moments, inputs
 from mlx_optiq_ext.weights.rounding.refinement import judge

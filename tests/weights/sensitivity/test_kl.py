@@ -12,7 +12,7 @@ from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use, tapped
 from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, plan_model, study_model
-from mlx_optiq_ext.weights.precision import Tensor
+from mlx_optiq_ext.weights.candidates import Tensor
 from mlx_optiq_ext.weights.sensitivity import kl as module
 from mlx_optiq_ext.weights.sensitivity.kl import (
     APART,

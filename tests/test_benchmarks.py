@@ -132,14 +132,13 @@ def test_a_model_comes_back_from_float32_as_it_was(tiny):
 def test_the_plain_sweep_measures_each_candidate_alone(tiny):
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     text = tiny.parent / "calibration.jsonl"
-    study = weights.study_model(
-        model, tokenizer, bits=(2, 4), group_sizes=(64,), calibration=text, method=lambda _: {}
-    )
-    data = study.problem.calibration
+    request = weights.Request(bits=(2, 4), group_sizes=(64,), calibration=text)
+    problem = weights.calibrated(model, tokenizer, request)
+    data = problem.calibration
     # With a single window the held-out one is the measured one.
     problem = replace(
-        study.problem,
-        tensors=study.problem.tensors[:2],
+        problem,
+        tensors=problem.tensors[:2],
         calibration=replace(data, tokens=data.tokens[:1]),
     )
     for path, costs in sweep.plain(problem).items():

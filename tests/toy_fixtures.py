@@ -7,6 +7,8 @@ import mlx_lm
 import pytest
 from toy_qwen3 import TEXT, write_toy
 
+from mlx_optiq_ext.weights import Problem, Request, calibrated
+
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
@@ -34,3 +36,13 @@ def text(tmp_path) -> Path:
 def own_cache(tmp_path, monkeypatch):
     """Measurements of a test stay with it."""
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / "cache"))
+
+
+def quiet(**settings) -> Request:
+    """A request that shows nothing."""
+    return Request(progress=False, say=lambda line: None, **settings)
+
+
+def unmeasured(model, tokenizer, **settings) -> Problem:
+    """A model with its calibration sequences, not measured."""
+    return calibrated(model, tokenizer, quiet(**settings))

@@ -18,13 +18,6 @@ def optiq_check_options(command, options, args):
 
 
 @hookimpl
-def optiq_sensitivity_methods():
-    from mlx_optiq_ext.weights import METHODS
-
-    return dict(METHODS)
-
-
-@hookimpl
 def optiq_quant_predicate():
     run = session.state(convert.Run)
     return None if run is None or run.conversion is None else run.conversion.plan.predicate()

@@ -1,11 +1,12 @@
 """What of ours is on in this process: the patches, the verdict on mlx-lm, the plugins."""
 
 import functools
-from typing import Any
+import sys
 
 import pluggy
 
 from mlx_optiq_ext import plugins
+from mlx_optiq_ext.errors import OptiqError
 
 from .engine.gate import Gate
 from .engine.patch import Engine, Patch
@@ -77,9 +78,15 @@ def register_kv_formats() -> None:
             formats.register(format)
 
 
-def sensitivity_methods() -> dict[str, Any]:
-    """Every method of ``--optiq-sensitivity``: ours and the plugins', who may replace ours."""
-    methods: dict[str, Any] = {}
+@functools.cache
+def sensitivity_methods() -> tuple[str, ...]:
+    """The choices of ``--optiq-sensitivity``: ours and the plugins', who may replace ours."""
+    from mlx_optiq_ext.weights.sensitivity import registry
+
     for offered in reversed(plugin_manager().hook.optiq_sensitivity_methods()):
-        methods.update(offered)
-    return methods
+        for method in offered:
+            try:
+                registry.register(method)
+            except OptiqError as error:
+                print(f"mlx_optiq_ext: left out: {error}", file=sys.stderr)
+    return registry.names()

@@ -15,22 +15,26 @@ from ..model.loading import local_folder, model_digest
 from ..planning.allocation import allocate
 from ..planning.calibration import Calibration
 from .candidates import Size, Tensor, tensors
-from .pipeline import Conversion, Request, prepare, put
+from .pipeline import Conversion, prepare, put
 from .plan import Plan, check_written
 from .plan_file import read_plan
 from .plan_search import Study, search
 from .precision import BITS, GROUP_SIZES, Precision
+from .request import Request
 from .rounding.distillation import distill
 from .rounding.refinement import refine
+from .sensitivity.method import Method, Need
 from .sensitivity.problem import Problem, Sensitivity
-from .study import METHODS, plan_folder, plan_model, study_model
+from .sensitivity.registry import register as register_method
+from .study import calibrated, plan_folder, plan_model, study_model
 
 __all__ = [
     "BITS",
     "GROUP_SIZES",
-    "METHODS",
     "Calibration",
     "Conversion",
+    "Method",
+    "Need",
     "Plan",
     "Precision",
     "Problem",
@@ -40,6 +44,7 @@ __all__ = [
     "Study",
     "Tensor",
     "allocate",
+    "calibrated",
     "check_written",
     "distill",
     "local_folder",
@@ -50,6 +55,7 @@ __all__ = [
     "put",
     "read_plan",
     "refine",
+    "register_method",
     "search",
     "study_model",
     "tensors",

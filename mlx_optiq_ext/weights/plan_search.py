@@ -33,15 +33,18 @@ class Study:
 
     Attributes:
         problem: The model, its weights and its calibration windows.
-        size: What it stores.
-        sensitivity: Costs of every candidate of every tensor.
+        sensitivity: Of every tensor at every candidate precision.
         method: Name of the method that measured them.
     """
 
     problem: Problem
-    size: Size
     sensitivity: Sensitivity
     method: str
+
+    @property
+    def size(self) -> Size:
+        """What the model stores."""
+        return self.problem.size
 
 
 def search(study: Study, budget: float, *, protect: bool = False) -> Plan:

@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from mlx_optiq_ext import distributed
 from mlx_optiq_ext.model.loading import load_unquantized, reload
-from mlx_optiq_ext.weights import METHODS, search, study_model
+from mlx_optiq_ext.weights import Request, search, study_model
 
 model, calibration, method, settings, *budgets = sys.argv[1:]
 loaded, tokenizer, digest = load_unquantized(model)
-study = study_model(
-    loaded, tokenizer, calibration=Path(calibration), method=METHODS[method], digest=digest,
-    load=partial(reload, model), progress=False, say=lambda line: None,
+request = Request(
+    calibration=Path(calibration), method=method, progress=False, say=lambda line: None,
     **json.loads(settings),
 )
+study = study_model(loaded, tokenizer, request, digest=digest, load=partial(reload, model))
 for budget in map(float, budgets):
     plan = search(study, budget)
     precisions = {path: str(precision) for path, precision in plan.precisions.items()}
@@ -155,21 +155,23 @@ def test_a_kv_plan_is_that_of_one_process(launch, run, converted, short, tmp_pat
 DYING = """
 import os, signal
 from mlx_optiq_ext import distributed, hookimpl
-from mlx_optiq_ext.weights import METHODS
 
-def dying(problem):
-    left = [3]
-    def count(path, factors=None):
-        left[0] -= 1
-        if distributed.rank() == 1 and not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-    from mlx_optiq_ext.weights.sensitivity import taylor
-    taylor.differentiate(problem, count)
-    return METHODS["taylor"](problem)
+class Dying:
+    name, version, needs = "dying", 1, frozenset()
+
+    def measure(self, problem):
+        from mlx_optiq_ext.weights.sensitivity import taylor
+        left = [3]
+        def count(path, factors=None):
+            left[0] -= 1
+            if distributed.rank() == 1 and not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        taylor.differentiate(problem, count)
+        return taylor.Taylor().measure(problem)
 
 @hookimpl
 def optiq_sensitivity_methods():
-    return {"dying": dying}
+    return [Dying()]
 """
 
 

@@ -9,9 +9,16 @@ from mlx_optiq_ext import hookimpl
 def optiq_status():
     return ["good: here"]
 
+class Method:
+    version, needs = 1, frozenset()
+    def __init__(self, name):
+        self.name = name
+    def measure(self, problem):
+        return {}
+
 @hookimpl
 def optiq_sensitivity_methods():
-    return {"kl": "better", "mine": "new"}
+    return [Method("kl"), Method("mine")]
 
 @hookimpl
 def optiq_resolve_adapter(name):
@@ -96,15 +103,24 @@ def test_a_blocked_plugin_is_not_even_imported(run, fake_mlx_lm, plugin, source)
 def test_an_installed_plugin_wins_over_the_built_in_one(run, fake_mlx_lm, plugin):
     code = """
 import mlx_lm, mlx_optiq_hooks
-methods = mlx_optiq_hooks.sensitivity_methods()
-print(methods["kl"], methods["mine"])
+from mlx_optiq_ext.weights.sensitivity import registry
+print(*mlx_optiq_hooks.sensitivity_methods())
+print(type(registry.find("kl")).__module__)
 manager = mlx_optiq_hooks.plugin_manager()
-implementations = manager.hook.optiq_sensitivity_methods.get_hookimpls()
+implementations = manager.hook.optiq_status.get_hookimpls()
 print([each.plugin_name for each in reversed(implementations)])
 """
     env = plugin(fake_mlx_lm(), "good", GOOD)
     done = run("python", "-c", code, env=env, check=True)
-    assert done.stdout == "better new\n['good', 'optiq']\n"
+    assert done.stdout == "kl mine taylor\ngood\n['good']\n"
+
+
+def test_a_sensitivity_method_that_lacks_something_is_left_out(run, fake_mlx_lm, plugin):
+    env = plugin(fake_mlx_lm(), "bad", GOOD.replace('"mine"', '"not a name"'))
+    code = "import mlx_lm, mlx_optiq_hooks; print(*mlx_optiq_hooks.sensitivity_methods())"
+    done = run("python", "-c", code, env=env, check=True)
+    assert done.stdout == "kl taylor\n"
+    assert "left out: the sensitivity method Method has the name 'not a name'" in done.stderr
 
 
 TARGETS = """

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.models import qwen3
+from toy_fixtures import quiet
 from toy_qwen3 import moe, toy_config, write_toy
 
 from mlx_optiq_ext.errors import InputError
@@ -20,10 +21,10 @@ from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import (
     Precision,
     Request,
+    calibrated,
     plan_folder,
     prepare,
     refine,
-    study_model,
 )
 from mlx_optiq_ext.weights import (
     study as planning,
@@ -45,19 +46,11 @@ def dense() -> qwen3.Model:
 SHORT = Sampling(length=32, count=8, refining=12)
 
 
-def study(folder, text, monkeypatch, *, streaming: bool, **settings):
+def unmeasured(folder, text, monkeypatch, *, streaming: bool, **settings):
     monkeypatch.setenv(memory.SWITCH, str(int(streaming)))
     model, tokenizer, _ = planning.load_unquantized(str(folder))
-    return study_model(
-        model,
-        tokenizer,
-        calibration=text,
-        sampling=SHORT,
-        load=lambda: planning.reload(str(folder)),
-        progress=False,
-        say=lambda line: None,
-        **settings,
-    )
+    request = quiet(calibration=text, sampling=SHORT, **settings)
+    return calibrated(model, tokenizer, request, load=lambda: planning.reload(str(folder)))
 
 
 @pytest.mark.parametrize("method", ["taylor", "kl"])
@@ -66,9 +59,8 @@ def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, tmp_path, monkeypatc
     for switch in "01":
         monkeypatch.setenv(memory.SWITCH, switch)
         monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / switch))
-        settings = {"calibration": text, "sampling": SHORT, "progress": False}
-        chosen = {"method": planning.METHODS[method], "method_name": method}
-        plan = plan_folder(str(toy), 4.0, **settings, **chosen)
+        request = quiet(budget=4.0, calibration=text, sampling=SHORT, method=method)
+        plan = plan_folder(str(toy), request)
         plans[switch] = (plan.precisions, plan.costs, plan.kl, plan.uniform_kl, plan.variant)
     assert plans["0"] == plans["1"]
 
@@ -76,8 +68,7 @@ def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, tmp_path, monkeypatc
 def test_refined_values_are_the_same_bit_for_bit(toy, text, monkeypatch):
     results = []
     for streaming in (False, True):
-        found = study(toy, text, monkeypatch, streaming=streaming, refine=True, method=nothing)
-        problem = found.problem
+        problem = unmeasured(toy, text, monkeypatch, streaming=streaming, refine=True)
         assert (problem.stream is not None) == streaming
         precisions = {t.path: Precision(3, 32) for t in problem.tensors[::3]}
         refined = refine(problem, precisions)
@@ -87,11 +78,6 @@ def test_refined_values_are_the_same_bit_for_bit(toy, text, monkeypatch):
     assert kl == streamed_kl
     for path, packed in other.items():
         assert all(mx.array_equal(a, b) for a, b in zip(one[path], packed, strict=True)), path
-
-
-def nothing(problem) -> dict:
-    """A method that measures nothing."""
-    return {}
 
 
 def test_the_command_writes_the_same_weights_in_small_shards(run, toy, text, tmp_path):
@@ -142,13 +128,12 @@ def test_memory_holds_one_layer_not_the_model(deep, text, monkeypatch):
     assert stored > 200e6
     monkeypatch.setenv(memory.SWITCH, "1")
     sampling = replace(SHORT, count=2)
-    request = Request(4.6, bits=(4,), group_sizes=(64,), calibration=text, sampling=sampling)
-    prepare(str(deep), request, progress=False, say=lambda line: None)
+    settings = {"bits": (4,), "group_sizes": (64,), "calibration": text, "sampling": sampling}
+    prepare(str(deep), quiet(budget=4.6, **settings))
     # A layer takes 10 MB in float32, its moments and what is computed with them some more.
     assert mx.get_peak_memory() < stored / 4
     mx.reset_peak_memory()
-    resident = study(deep, text, monkeypatch, streaming=False, method=nothing)
-    end_to_end(resident.problem, [{}])
+    end_to_end(unmeasured(deep, text, monkeypatch, streaming=False), [{}])
     assert mx.get_peak_memory() > stored
 
 
@@ -196,8 +181,10 @@ def test_a_model_that_cannot_be_replayed_is_measured_directly(toy, text, monkeyp
     monkeypatch.setattr("mlx_optiq_ext.model.layerwise.plain", lambda part: False)
     said = []
     monkeypatch.setenv(memory.SWITCH, "1")
-    settings = {"bits": (3,), "group_sizes": (32,), "sampling": SHORT, "progress": False}
-    plan = plan_folder(str(toy), 4.2, calibration=text, say=said.append, **settings)
+    request = Request(
+        budget=4.2, bits=(3,), group_sizes=(32,), calibration=text, sampling=SHORT, say=said.append
+    )
+    plan = plan_folder(str(toy), request)
     assert any("do not run one by one" in line for line in said)
     assert plan.kl is not None
 
@@ -217,17 +204,9 @@ def test_a_model_whose_layers_run_in_parts_stays_in_memory(toy, text, monkeypatc
     said = []
     monkeypatch.setenv(memory.SWITCH, "1")
     loaded, tokenizer, _ = planning.load_unquantized(str(toy))
-    found = study_model(
-        loaded,
-        tokenizer,
-        calibration=text,
-        sampling=SHORT,
-        load=lambda: pytest.fail("read twice"),
-        method=nothing,
-        progress=False,
-        say=said.append,
-    )
-    assert found.problem.stream is None
+    request = Request(calibration=text, sampling=SHORT, say=said.append)
+    problem = calibrated(loaded, tokenizer, request, load=lambda: pytest.fail("read twice"))
+    assert problem.stream is None
     assert "its layers run in parts" in said[0]
 
 
@@ -274,9 +253,9 @@ def test_a_limit_of_the_shell_counts(run):
 
 def test_distillation_of_a_model_larger_than_memory_is_refused(toy, text, monkeypatch):
     monkeypatch.setenv(memory.SWITCH, "1")
-    request = Request(budget=4.0, calibration=text, distill=True)
+    request = quiet(budget=4.0, calibration=text, distill=True)
     with pytest.raises(InputError, match="leave out --optiq-distill"):
-        prepare(str(toy), request, progress=False, say=lambda line: None)
+        prepare(str(toy), request)
 
 
 def test_no_tensor_of_a_stream_is_missing(toy, tmp_path):

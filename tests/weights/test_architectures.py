@@ -4,6 +4,7 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,13 +13,14 @@ import mlx_lm.models
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import compute_bits_per_weight, load_model, quantize_model, save_model
+from toy_fixtures import quiet
 from toy_models import FAMILIES, NO_METAL, TOYS, UNSAFE, UNSUPPORTED, build, config
 
 from mlx_optiq_ext.model.layers import decoder_layers, quantizable
 from mlx_optiq_ext.model.replay import record, resume
 from mlx_optiq_ext.model.stream import Stream, runs_whole
 from mlx_optiq_ext.planning.calibration import Sampling
-from mlx_optiq_ext.weights import METHODS, Plan, Precision, plan_model, tensors
+from mlx_optiq_ext.weights import Plan, Precision, Request, plan_model, tensors
 from mlx_optiq_ext.weights.candidates import Size
 from mlx_optiq_ext.weights.sensitivity import fisher
 
@@ -113,13 +115,13 @@ def test_an_architecture_is_planned_and_packed_within_its_budget(name, text):
     plan = plan_model(
         model,
         Letters(),
-        budget,
-        bits=BITS,
-        group_sizes=GROUP_SIZES,
-        calibration=text,
-        sampling=SHORT,
-        progress=False,
-        say=lambda line: None,
+        quiet(
+            budget=budget,
+            bits=BITS,
+            group_sizes=GROUP_SIZES,
+            calibration=text,
+            sampling=SHORT,
+        ),
     )
     assert ends[0] < plan.achieved_bpw <= budget
     assert max(plan.costs.values()) > 0
@@ -216,10 +218,11 @@ def test_a_model_without_gradients_is_measured_directly_and_says_so(text, monkey
 
     monkeypatch.setattr("mlx_optiq_ext.weights.sensitivity.taylor.factors", refuse)
     lines: list[str] = []
-    settings: dict[str, Any] = {"calibration": text, "sampling": SHORT, "say": lines.append}
-    settings["progress"] = False
-    direct = plan_model(build("qwen3"), Letters(), 9.0, **settings)
+    request = Request(
+        budget=9.0, calibration=text, sampling=SHORT, say=lines.append, progress=False
+    )
+    direct = plan_model(build("qwen3"), Letters(), request)
     (line,) = [line for line in lines if "cannot be differentiated" in line]
     assert "([gather] Cannot calculate VJP): measuring each tensor directly" in line
-    measured = plan_model(build("qwen3"), Letters(), 9.0, method=METHODS["kl"], **settings)
+    measured = plan_model(build("qwen3"), Letters(), replace(request, method="kl"))
     assert direct.costs == measured.costs

@@ -6,20 +6,20 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.utils import compute_bits_per_weight
+from toy_fixtures import quiet, unmeasured
 from toy_qwen3 import write_toy
 
 from mlx_optiq_ext.errors import BudgetError, InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.loading import model_digest
 from mlx_optiq_ext.planning.journal import Journal
-from mlx_optiq_ext.weights import METHODS, Precision, plan_folder, plan_model
+from mlx_optiq_ext.weights import Precision, plan_folder, plan_model
 from mlx_optiq_ext.weights.plan import check_written
+from mlx_optiq_ext.weights.sensitivity.kl import KL
 
 
 def plan(toy, budget, text, **settings):
-    return plan_folder(
-        str(toy), budget, calibration=text, progress=False, say=lambda line: None, **settings
-    )
+    return plan_folder(str(toy), quiet(budget=budget, calibration=text, **settings))
 
 
 @pytest.mark.parametrize("budget", [2.6, 3.5, 4.5, 7.0, 11.0])
@@ -61,17 +61,10 @@ def test_plain_rounding_does_not_choose_what_to_refine(toy, text, monkeypatch, r
     assert plan(toy, 4.5, text, refine=refine).variant == variant
 
 
-def test_measured_costs_are_the_divergence_of_each_tensor_alone(toy, text, loaded):
-    model, tokenizer = loaded
-    found = {}
-
-    def spy(problem):
-        found["problem"] = problem
-        found["costs"] = METHODS["kl"](problem)
-        return found["costs"]
-
-    plan_model(model, tokenizer, 4.0, calibration=text, method=spy, progress=False)
-    problem, path = found["problem"], "model.layers.1.mlp.down_proj"
+def test_measured_costs_are_the_divergence_of_each_tensor_alone(text, loaded):
+    model = loaded[0]
+    problem, path = unmeasured(*loaded, calibration=text), "model.layers.1.mlp.down_proj"
+    found = KL().measure(problem)
     probe = Precision(2, 64)
     tokens = mx.array(problem.calibration.measured)
     plain = np.array(model(tokens), np.float64)
@@ -83,13 +76,13 @@ def test_measured_costs_are_the_divergence_of_each_tensor_alone(toy, text, loade
 
     p, q = log_probs(plain), log_probs(changed)
     expected = (np.exp(p) * (p - q)).sum(-1).mean()
-    assert found["costs"][path][probe] == pytest.approx(expected, rel=1e-2)
+    assert found[path][probe] == pytest.approx(expected, rel=1e-2)
 
 
 def test_measuring_leaves_the_model_as_it_was(loaded, text):
     model, tokenizer = loaded
     before = {path: np.array(module.weight) for path, module in quantizable(model)}
-    plan_model(model, tokenizer, 4.0, calibration=text, progress=False)
+    plan_model(model, tokenizer, quiet(budget=4.0, calibration=text))
     for path, module in quantizable(model):
         assert (np.array(module.weight) == before[path]).all()
 
@@ -106,13 +99,13 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(toy, text, monkeypatch):
 
     monkeypatch.setattr(Journal, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        plan(toy, 3.5, text, method=METHODS["kl"])
-    resumed = plan(toy, 3.5, text, method=METHODS["kl"])
+        plan(toy, 3.5, text, method="kl")
+    resumed = plan(toy, 3.5, text, method="kl")
     assert len(calls) == len(set(calls))
     assert {path for path, *_ in calls} == set(resumed.precisions)
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(text.parent / "elsewhere"))
     calls.extend([("counted", 2, 64)] * 5)
-    assert plan(toy, 3.5, text, method=METHODS["kl"]).precisions == resumed.precisions
+    assert plan(toy, 3.5, text, method="kl").precisions == resumed.precisions
 
 
 def test_the_digest_follows_every_byte_of_the_weights(toy, tmp_path):

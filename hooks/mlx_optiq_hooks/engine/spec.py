@@ -45,10 +45,11 @@ def optiq_quant_predicate(model, config, options):
 
 @hookspec
 def optiq_sensitivity_methods():
-    """Offer ways to measure sensitivity, as a dict of name to function. All results are merged.
+    """Offer ways to measure sensitivity, as a list. All results are registered.
 
-    The names become choices of ``--optiq-sensitivity``. A function takes a
-    ``mlx_optiq_ext.weights.Problem`` and returns its ``Sensitivity``.
+    Each is an object as ``mlx_optiq_ext.weights.Method`` describes it: with a ``name``, which
+    becomes a choice of ``--optiq-sensitivity``, with ``needs`` and ``version``, and with
+    ``measure``, which takes a ``mlx_optiq_ext.weights.Problem`` and returns its ``Sensitivity``.
     """
 
 

@@ -20,6 +20,7 @@ from ...planning.divergence import Reference
 from ...planning.journal import Journal
 from ..candidates import Tensor
 from ..precision import Precision
+from .method import Need
 from .problem import BATCH, Problem, Sensitivity, error, journal_key
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class _Probes:
 
     def __init__(self, problem: Problem):
         self.problem = problem
-        self.journal: Journal = problem.journal("kl")
+        self.journal: Journal = problem.journal(KL.name, KL.version)
 
     @cached_property
     def _data(self) -> list[_Recorded]:
@@ -141,9 +142,23 @@ def _shared(
     return {tensor.path: found[tensor.path] for tensor in every}
 
 
-def kl(problem: Problem) -> Sensitivity:
-    """Measure every tensor with `measured`."""
-    return measured(problem, problem.tensors)
+@dataclass(frozen=True)
+class KL:
+    """KL divergence of the logits, with one tensor quantized at a time.
+
+    It needs no gradients, so any model will do. Most tensors take one forward pass of the layers
+    from their own on, over all measured sequences; one tensor in `APART` layers of each kind takes
+    three or more. Memory holds the model, the hidden states between its layers for all measured
+    sequences, and the reference's leading log-probabilities.
+    """
+
+    name: str = "kl"
+    version: int = 6
+    needs: frozenset[Need] = frozenset({Need.CALIBRATION})
+
+    def measure(self, problem: Problem) -> Sensitivity:
+        """Measure every tensor of a problem with `measured`."""
+        return measured(problem, problem.tensors)
 
 
 def measured(problem: Problem, tensors: Iterable[Tensor]) -> Sensitivity:

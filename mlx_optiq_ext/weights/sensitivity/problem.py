@@ -1,4 +1,4 @@
-"""How much each tensor costs in each precision, measured on the model itself."""
+"""A model to measure: its tensors, its calibration sequences, and whole plans tried on it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,17 +15,28 @@ from ...model.stream import Stream
 from ...planning.calibration import Calibration
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
-from ..candidates import Tensor
-from ..precision import Precision, dequantized
+from ..candidates import Size, Tensor
+from ..precision import AFFINE, Precision, dequantized
+from .moments import Factors
 
 #: Tensor path -> precision -> expected KL in nats per token when only that tensor is quantized.
 Sensitivity = dict[str, dict[Precision, float]]
 
-#: Counted up when a method measures anew what an older version kept.
-VERSION = 6
-
 #: Calibration sequences run at once.
 BATCH = 4
+
+
+@dataclass
+class Findings:
+    """What one step of a conversion leaves for those that follow.
+
+    Attributes:
+        factors: Tensor path -> its factors, once a backward pass has gathered them.
+        notes: What could not be done as asked, one line each, for the metadata.
+    """
+
+    factors: Mapping[str, Factors] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -36,38 +47,45 @@ class Problem:
         model: The model, with every parameter in the dtype to compute in.
         weights: Tensor path -> weight ``(..., out, in)`` in the dtype it is stored in.
         tensors: The tensors to measure, with their candidates.
+        size: What the model stores, as it was before it was cast to compute in.
         calibration: What to measure on.
         key: What identifies the model and the device, under which measurements are kept on disk;
             None keeps none.
         progress: Whether to show a progress bar.
         refine: Whether the quantized weights will be refined, which leaves less error.
         say: Receives one-line messages.
-        results: What one step leaves for another.
+        findings: What one step leaves for those that follow.
         stream: Of the model, if its layers are on disk; it is then ``weights`` too.
     """
 
     model: nn.Module
     weights: Mapping[str, mx.array]
     tensors: tuple[Tensor, ...]
+    size: Size
     calibration: Calibration
     key: dict[str, Any] | None = None
     progress: bool = True
     refine: bool = False
     say: Callable[[str], None] = print
-    results: dict[str, Any] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
     stream: Stream | None = None
 
-    def journal(self, method: str) -> Journal:
-        """The measurements kept for this problem under one method."""
-        return Journal(
-            self.key
-            and {
-                **self.key,
-                "method": method,
-                "tokens": self.calibration.digest,
-                "version": VERSION,
-            }
-        )
+    def journal(self, name: str, version: int) -> Journal:
+        """Measurements of this problem that are kept between runs.
+
+        Args:
+            name: Of what is measured, such as the method's name.
+            version: Of the method. What another version measured is not read.
+        """
+        if self.key is None:
+            return Journal(None)
+        tokens = self.calibration.digest
+        return Journal({**self.key, "method": name, "tokens": tokens, "version": version})
+
+    def note(self, line: str) -> None:
+        """Say what could not be done as asked, and keep it for the metadata."""
+        self.say(f"[optiq] {line}")
+        self.findings.notes.append(line)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -128,12 +146,10 @@ class Problem:
             yield
 
 
-Method = Callable[[Problem], Sensitivity]
-
-
 def journal_key(path: str, precision: Precision) -> list[Any]:
-    """Under which a journal keeps what one precision of one tensor costs."""
-    return [path, precision.bits, precision.group_size]
+    """The key of one tensor at one precision in a journal."""
+    mode = [] if precision.mode == AFFINE else [precision.mode]
+    return [path, precision.bits, precision.group_size, *mode]
 
 
 def batches(tokens: np.ndarray) -> list[mx.array]:

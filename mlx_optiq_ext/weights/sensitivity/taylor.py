@@ -16,6 +16,7 @@ from ..candidates import Tensor
 from ..precision import Precision, dequantized
 from .fisher import factors
 from .kl import anchor, measured, probe
+from .method import Need
 from .moments import Factors
 from .problem import Problem, Sensitivity, batches, journal_key
 
@@ -27,14 +28,31 @@ DRAWS = 2
 ACROSS, WIDEST = 2**30, 4096
 
 
-def taylor(problem: Problem) -> Sensitivity:
-    """Cost every candidate of every tensor with its Fisher factors.
+@dataclass(frozen=True)
+class Taylor:
+    """Second-order Taylor expansion of the KL divergence, from one backward pass a sequence.
 
     The expansion knows which tensors matter and which errors do, per row and input; one scale for
     all of them is fitted to a few direct measurements. A tensor that no gradient reached is
-    measured directly.
+    measured directly, as `KL` does.
+
+    A conversion takes one forward and one backward pass of the model for each measured sequence;
+    for one that will be refined, `DRAWS` backward passes for each sequence that refines. Then every
+    candidate is quantized once. Memory holds the model, the hidden states between its layers for
+    all sequences, and one layer's activations and second moments.
     """
-    ledger = _Ledger.of(problem)
+
+    name: str = "taylor"
+    version: int = 6
+    needs: frozenset[Need] = frozenset({Need.CALIBRATION, Need.GRADIENTS})
+
+    def measure(self, problem: Problem) -> Sensitivity:
+        """Expand every candidate of every tensor of a problem."""
+        return _expanded(problem, self.version)
+
+
+def _expanded(problem: Problem, version: int) -> Sensitivity:
+    ledger = _Ledger.of(problem, version)
     missing = {t.path: t for t in problem.tensors if not ledger.has(t)}
     if missing:
 
@@ -42,7 +60,7 @@ def taylor(problem: Problem) -> Sensitivity:
             seen = {path: f for path, f in block.items() if path in missing and f.seen}
             ledger.write(problem, [missing.pop(path) for path in seen], seen)
 
-        problem.results["factors"] = differentiate(problem, visit)
+        problem.findings.factors = differentiate(problem, visit)
         for path, direct in measured(problem, missing.values()).items():
             ledger.direct.add_all((journal_key(path, p), kl) for p, kl in direct.items())
         ledger.direct.exchange()
@@ -72,9 +90,10 @@ class _Ledger:
     direct: Journal
 
     @classmethod
-    def of(cls, problem: Problem) -> "_Ledger":
+    def of(cls, problem: Problem, version: int) -> "_Ledger":
         name = "taylor refined" if problem.refine else "taylor"
-        return cls(*(problem.journal(n) for n in (name, f"{name} anchors", "taylor direct")))
+        names = (name, f"{name} anchors", "taylor direct")
+        return cls(*(problem.journal(each, version) for each in names))
 
     def was_measured(self, tensor: Tensor) -> bool:
         return _knows(self.direct, tensor, tensor.precisions)
@@ -119,9 +138,9 @@ def differentiated(problem: Problem) -> Mapping[str, Factors]:
     For a problem that will be refined, more windows and draws are used, and output
     moments are kept whole as far as `widest` allows. Computed once a problem.
     """
-    if "factors" not in problem.results:
-        problem.results["factors"] = differentiate(problem)
-    return problem.results["factors"]
+    if problem.findings.factors is None:
+        problem.findings.factors = differentiate(problem)
+    return problem.findings.factors
 
 
 def differentiate(

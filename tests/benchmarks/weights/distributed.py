@@ -35,7 +35,7 @@ def sweep(model: str, calibration: Path, method: str) -> None:
 
     from mlx_optiq_ext import distributed
     from mlx_optiq_ext.distributed import exchange
-    from mlx_optiq_ext.weights import METHODS
+    from mlx_optiq_ext.weights import Request
     from mlx_optiq_ext.weights import study as planning
     from mlx_optiq_ext.weights.sensitivity import fisher, kl, taylor
     from mlx_optiq_ext.weights.sensitivity.problem import journal_key
@@ -77,11 +77,8 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     planning.study_model(
         loaded,
         tokenizer,
-        calibration=calibration,
-        method=METHODS[method],
+        Request(calibration=calibration, method=method, progress=False, say=lambda line: None),
         load=partial(planning.reload, model),
-        progress=False,
-        say=lambda line: None,
     )
     seconds = time.perf_counter() - started
     worked = time.process_time() - processor - waited

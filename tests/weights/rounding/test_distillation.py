@@ -1,21 +1,21 @@
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.utils import compute_bits_per_weight
+from toy_fixtures import unmeasured
 from toy_qwen3 import moe
 
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.model.layers import quantizable
-from mlx_optiq_ext.planning.calibration import DEFAULT, Sampling
+from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import (
     Precision,
-    Study,
     distill,
     refine,
-    study_model,
 )
 from mlx_optiq_ext.weights import (
     pipeline as conversion,
@@ -29,38 +29,23 @@ from mlx_optiq_ext.weights.sensitivity.problem import batches
 pytestmark = pytest.mark.newest
 
 
-def studied(model, tokenizer, text, sampling=DEFAULT) -> Study:
-    """A model with its calibration sequences, not measured."""
-    return study_model(
-        model,
-        tokenizer,
-        calibration=text,
-        sampling=sampling,
-        refine=True,
-        progress=False,
-        say=lambda line: None,
-        method=lambda problem: {},
-    )
-
-
 @pytest.fixture
-def study(tiny):
+def problem(tiny):
     """The tiny model on sequences of 64 tokens."""
-    sampling = Sampling(length=64, count=8, refining=48)
-    return studied(*mlx_lm.load(str(tiny))[:2], tiny.parent / "calibration.jsonl", sampling)
+    model, tokenizer = mlx_lm.load(str(tiny))[:2]
+    text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=64, count=8, refining=48)
+    return unmeasured(model, tokenizer, calibration=text, sampling=sampling, refine=True)
 
 
 @pytest.fixture
-def rounded(study):
+def rounded(problem):
     """Its tensors in 2 bits, as MLX rounds them."""
-    precisions = {t.path: Precision(2, 64) for t in study.problem.tensors}
-    return precisions, {
-        path: quantize(study.problem.weights[path], p) for path, p in precisions.items()
-    }
+    precisions = {t.path: Precision(2, 64) for t in problem.tensors}
+    return precisions, {path: quantize(problem.weights[path], p) for path, p in precisions.items()}
 
 
-def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(study, rounded):
-    problem, (precisions, start) = study.problem, rounded
+def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(problem, rounded):
+    precisions, start = rounded
     before = {path: mx.array(module.weight) for path, module in quantizable(problem.model)}
     tuned = distill(problem, precisions, start, steps=16)
     assert judge(problem, precisions, tuned) < 0.95 * judge(problem, precisions, start)
@@ -72,40 +57,40 @@ def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(study, rou
         assert mx.array_equal(module.weight, before[path]), path
 
 
-def test_a_step_of_no_size_changes_nothing_but_rounding(study, rounded):
+def test_a_step_of_no_size_changes_nothing_but_rounding(problem, rounded):
     precisions, start = rounded
-    tuned = distill(study.problem, precisions, start, steps=1, rate=1e-12)
+    tuned = distill(problem, precisions, start, steps=1, rate=1e-12)
     for path, packed in tuned.items():
         for new, old in zip(packed, start[path], strict=True):
             assert mx.allclose(new, old, rtol=2**-7, atol=1e-3), path
 
 
-def test_recomputing_layers_changes_no_value(study, rounded, monkeypatch):
-    once = distill(study.problem, *rounded, steps=2)
+def test_recomputing_layers_changes_no_value(problem, rounded, monkeypatch):
+    once = distill(problem, *rounded, steps=2)
     monkeypatch.setattr(distillation, "_inside", lambda *args: [])
-    whole = distill(study.problem, *rounded, steps=2)
+    whole = distill(problem, *rounded, steps=2)
     for path, packed in once.items():
         assert all(mx.allclose(a, b, rtol=2**-7) for a, b in zip(packed, whole[path], strict=True))
 
 
-def test_layers_that_cannot_be_recorded_are_tuned_in_one_piece(study, rounded, monkeypatch):
+def test_layers_that_cannot_be_recorded_are_tuned_in_one_piece(problem, rounded, monkeypatch):
     start = rounded[1]
     monkeypatch.setattr(distillation, "record", lambda model, tokens: (None, []))
-    tuned = distill(study.problem, *rounded, steps=2)
+    tuned = distill(problem, *rounded, steps=2)
     assert not any(mx.array_equal(tuned[path][1], start[path][1]) for path in start)
 
 
 def test_stacked_experts_are_tuned_too(loaded, text):
-    study = studied(moe(), loaded[1], text)
-    precisions = {t.path: Precision(2, 32) for t in study.problem.tensors}
-    start = refine(study.problem, precisions)
-    tuned = distill(study.problem, precisions, start, steps=4)
+    problem = unmeasured(moe(), loaded[1], calibration=text, refine=True)
+    precisions = {t.path: Precision(2, 32) for t in problem.tensors}
+    start = refine(problem, precisions)
+    tuned = distill(problem, precisions, start, steps=4)
     moved = [p for p in tuned if "switch_mlp" in p and not mx.array_equal(tuned[p][1], start[p][1])]
     assert len(moved) == 6
 
 
-def test_every_window_is_seen_before_any_comes_again(study):
-    windows = study.problem.calibration.refining
+def test_every_window_is_seen_before_any_comes_again(problem):
+    windows = problem.calibration.refining
     drawn = distillation._drawn(windows)
     count = len(batches(windows))
     seen = [tuple(row) for _ in range(count) for row in np.array(next(drawn))]
@@ -114,32 +99,33 @@ def test_every_window_is_seen_before_any_comes_again(study):
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"rate": 0.0}, {"rate": float("nan")}])
-def test_wrong_settings_are_refused(study, rounded, wrong):
+def test_wrong_settings_are_refused(problem, rounded, wrong):
     with pytest.raises(InputError, match="at least one step and a rate above 0"):
-        distill(study.problem, *rounded, **wrong)
+        distill(problem, *rounded, **wrong)
 
 
-def test_a_stop_half_way_leaves_the_model_as_it_was(study, rounded, monkeypatch):
-    before = {path: mx.array(module.weight) for path, module in quantizable(study.problem.model)}
+def test_a_stop_half_way_leaves_the_model_as_it_was(problem, rounded, monkeypatch):
+    before = {path: mx.array(module.weight) for path, module in quantizable(problem.model)}
 
     def stop(self, *args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(distillation._Adam, "moved", stop)
     with pytest.raises(KeyboardInterrupt):
-        distill(study.problem, *rounded)
-    for path, module in quantizable(study.problem.model):
+        distill(problem, *rounded)
+    for path, module in quantizable(problem.model):
         assert mx.array_equal(module.weight, before[path]), path
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_only_what_helps_on_held_out_windows_is_kept(study, rounded, monkeypatch, factor):
+def test_only_what_helps_on_held_out_windows_is_kept(problem, rounded, monkeypatch, factor):
     precisions, start = rounded
     plan = Plan(precisions, {}, "taylor", 3.0, 3.0, kl=1.0)
     monkeypatch.setattr(conversion, "distill", lambda *args: {"tuned": None})
     monkeypatch.setattr(conversion, "judge", lambda *args: factor)
     said = []
-    done = conversion.distilled(conversion.Conversion(plan, start), study, said.append)
+    problem = replace(problem, say=said.append)
+    done = conversion.distilled(conversion.Conversion(plan, start), problem)
     assert done.post_processing[-1]["kept"] == (factor < 1)
     assert (done.refined == {"tuned": None}) == (factor < 1)
     assert done.plan.kl == min(1.0, factor)

@@ -5,13 +5,14 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.utils import compute_bits_per_weight
+from toy_fixtures import unmeasured
 from toy_qwen3 import moe
 
 from mlx_optiq_ext.errors import InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use
 from mlx_optiq_ext.planning.calibration import Sampling
-from mlx_optiq_ext.weights import Precision, put, read_plan, refine, study_model
+from mlx_optiq_ext.weights import Precision, put, read_plan, refine
 from mlx_optiq_ext.weights.candidates import Size, tensors
 from mlx_optiq_ext.weights.precision import quantize
 from mlx_optiq_ext.weights.rounding import refinement
@@ -20,24 +21,14 @@ from mlx_optiq_ext.weights.rounding.refinement import judge
 
 
 @pytest.fixture
-def study(tiny):
-    """The tiny model measured on a few hundred tokens, with 16 more sequences to refine on."""
+def problem(tiny):
+    """The tiny model on a few hundred tokens, with 16 more sequences to refine on."""
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
-    text = tiny.parent / "calibration.jsonl"
-    return study_model(
-        model,
-        tokenizer,
-        calibration=text,
-        sampling=Sampling(length=64, count=8, refining=24),
-        refine=True,
-        progress=False,
-        say=lambda line: None,
-        method=lambda problem: {},
-    )
+    text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=64, count=8, refining=24)
+    return unmeasured(model, tokenizer, calibration=text, sampling=sampling, refine=True)
 
 
-def test_refining_beats_plain_rounding_end_to_end(study):
-    problem = study.problem
+def test_refining_beats_plain_rounding_end_to_end(problem):
     precisions = {t.path: Precision(3, 64) for t in problem.tensors}
     before = {path: mx.array(module.weight) for path, module in quantizable(problem.model)}
     refined = refine(problem, precisions)
@@ -50,9 +41,9 @@ def test_refining_beats_plain_rounding_end_to_end(study):
         assert mx.array_equal(module.weight, before[path]), path
 
 
-def test_refined_values_take_the_place_of_stocks(study, tiny):
+def test_refined_values_take_the_place_of_stocks(problem, tiny):
     precisions = {"model.layers.0.mlp.up_proj": Precision(4, 64)}
-    refined = refine(study.problem, precisions)
+    refined = refine(problem, precisions)
     model = mlx_lm.load(str(tiny))[0]
     mlx_lm.utils.quantize_model(
         model, {}, 64, 4, quant_predicate=lambda path, *_: path in precisions
@@ -65,26 +56,18 @@ def test_refined_values_take_the_place_of_stocks(study, tiny):
         put(model, {"model.layers.1.mlp.up_proj": refined["model.layers.0.mlp.up_proj"]})
 
 
-def test_a_model_whose_layers_are_not_chained_is_rounded_plainly(study, monkeypatch):
+def test_a_model_whose_layers_are_not_chained_is_rounded_plainly(problem, monkeypatch):
     monkeypatch.setattr(refinement, "chained", lambda recording: False)
     path = "model.layers.0.mlp.up_proj"
-    refined = refine(study.problem, {path: Precision(4, 64)})
-    plain = quantize(study.problem.weights[path], Precision(4, 64))
+    refined = refine(problem, {path: Precision(4, 64)})
+    plain = quantize(problem.weights[path], Precision(4, 64))
     assert all(mx.array_equal(a, b) for a, b in zip(refined[path], plain, strict=True))
 
 
 def test_stacked_experts_are_refined_each_on_its_own_tokens(loaded, text):
     model = moe()
-    study = study_model(
-        model,
-        loaded[1],
-        calibration=text,
-        sampling=Sampling(length=64, count=8, refining=24),
-        progress=False,
-        say=lambda line: None,
-        method=lambda problem: {},
-    )
-    problem = study.problem
+    sampling = Sampling(length=64, count=8, refining=24)
+    problem = unmeasured(model, loaded[1], calibration=text, sampling=sampling)
     experts = [t.path for t in problem.tensors if "switch_mlp" in t.path]
     assert len(experts) == 6
     precisions = {path: Precision(2, 32) for path in experts}

@@ -2,17 +2,19 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from toy_fixtures import unmeasured
 from toy_qwen3 import moe
 
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use, tapped
 from mlx_optiq_ext.planning.calibration import Sampling
-from mlx_optiq_ext.weights import METHODS, Precision, plan_model
+from mlx_optiq_ext.weights import Precision
 from mlx_optiq_ext.weights.precision import dequantized
 from mlx_optiq_ext.weights.sensitivity import fisher as module
 from mlx_optiq_ext.weights.sensitivity.fisher import factors
 from mlx_optiq_ext.weights.sensitivity.kl import probe
 from mlx_optiq_ext.weights.sensitivity.moments import Factors
+from mlx_optiq_ext.weights.sensitivity.taylor import Taylor
 
 pytestmark = pytest.mark.newest
 
@@ -118,19 +120,12 @@ def test_expert_costs_count_each_experts_own_tokens():
 
 def test_predicted_divergence_is_near_the_measured_one(tiny):
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
-    found = {}
-
-    def spy(problem):
-        found["predicted"] = METHODS["taylor"](problem)
-        found["measured"] = probe(problem, problem.tensors[::4])
-        return found["predicted"]
-
-    text = tiny.parent / "calibration.jsonl"
-    options = {"calibration": text, "sampling": Sampling(length=64), "progress": False}
-    plan_model(model, tokenizer, 4.0, method=spy, **options)
-    paths = list(found["measured"])
-    predicted = np.log([found["predicted"][path][Precision(3, 64)] for path in paths])
-    measured = np.log([found["measured"][path] for path in paths])
+    text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=64)
+    problem = unmeasured(model, tokenizer, calibration=text, sampling=sampling)
+    taylor, direct = Taylor().measure(problem), probe(problem, problem.tensors[::4])
+    paths = list(direct)
+    predicted = np.log([taylor[path][Precision(3, 64)] for path in paths])
+    measured = np.log([direct[path] for path in paths])
     assert len(paths) > 8
     assert np.corrcoef(predicted, measured)[0, 1] > 0.8
     assert abs(np.median(predicted - measured)) < np.log(2)

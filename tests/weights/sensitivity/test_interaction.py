@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from toy_fixtures import quiet
 
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.planning.calibration import Sampling
@@ -23,15 +24,9 @@ def study(tiny):
     """The tiny model measured on a few hundred tokens."""
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     text = tiny.parent / "calibration.jsonl"
-    return study_model(
-        model,
-        tokenizer,
-        calibration=text,
-        sampling=Sampling(length=64, count=8),
-        bits=(2, 3, 8),
-        progress=False,
-        say=lambda line: None,
-    )
+    sampling = Sampling(length=64, count=8)
+    request = quiet(calibration=text, sampling=sampling, bits=(2, 3, 8))
+    return study_model(model, tokenizer, request)
 
 
 def factors(study, precisions):

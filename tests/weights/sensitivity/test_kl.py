@@ -6,22 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.switch_layers import SwitchLinear
+from toy_fixtures import unmeasured
 from toy_qwen3 import moe
 
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use, tapped
 from mlx_optiq_ext.planning.calibration import Sampling
-from mlx_optiq_ext.weights import Precision, plan_model, study_model
+from mlx_optiq_ext.weights import Precision
 from mlx_optiq_ext.weights.candidates import Tensor
 from mlx_optiq_ext.weights.sensitivity import kl as module
 from mlx_optiq_ext.weights.sensitivity.kl import (
     APART,
+    KL,
     NOISE,
     TOLERANCE,
     doubtful,
     guided,
     interpolated,
-    kl,
 )
 
 PRECISIONS = [Precision(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -100,9 +101,8 @@ def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(
         return len(tensor.path) * (size**1.5 if "down" in tensor.path else size)
 
     monkeypatch.setattr(module._Probes, "__call__", law)
-    options = {"calibration": text, "sampling": SHORT, "progress": False}
-    problem = study_model(*loaded, method=lambda _: {}, **options).problem
-    costs = kl(problem)
+    problem = unmeasured(*loaded, calibration=text, sampling=SHORT)
+    costs = KL().measure(problem)
     guides = set(guided(problem.tensors, module.layer_index(problem.model)).values())
     assert 3 * len(guides) <= len(calls) < len(problem.tensors) + 4 * len(guides)
     for tensor in problem.tensors:
@@ -142,14 +142,7 @@ def test_changed_experts_are_judged_with_the_routing_that_the_reference_took():
 
 
 def test_stacked_experts_are_measured_as_one_tensor(loaded, text):
-    found = {}
-
-    def spy(problem):
-        found.update(kl(problem))
-        return found
-
-    options = {"calibration": text, "sampling": SHORT, "progress": False}
-    plan_model(moe(), loaded[1], 6.0, method=spy, **options)
+    found = KL().measure(unmeasured(moe(), loaded[1], calibration=text, sampling=SHORT))
     experts = [path for path in found if "switch_mlp" in path]
     assert len(experts) == 6
     for path in experts:

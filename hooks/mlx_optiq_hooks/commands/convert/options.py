@@ -102,6 +102,7 @@ def _number(text: str) -> float:
 def add_arguments(group):
     """Add them to an argparse group."""
     from mlx_optiq_ext.weights import BITS, GROUP_SIZES
+    from mlx_optiq_ext.weights.sensitivity import registry
 
     from ...installation import sensitivity_methods
 
@@ -158,9 +159,9 @@ def add_arguments(group):
     )
     group.add_argument(
         "--optiq-sensitivity",
-        choices=sorted(sensitivity_methods()),
-        help="How to measure each tensor's sensitivity: from one backward pass (taylor) or with "
-        "one probe a tensor (kl). Default: taylor.",
+        choices=sensitivity_methods(),
+        help="How to measure each tensor's sensitivity. "
+        f"{'; '.join(map(registry.summary, sensitivity_methods()))}. Default: {registry.DEFAULT}.",
     )
     group.add_argument(
         "--optiq-calibration",

@@ -63,8 +63,7 @@ def _by_plan(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
     with files.staged(target) if distributed.leads() else nullcontext() as folder:
         conversion = weights.prepare(
             call["hf_path"],
-            _request(run.options),
-            scratch=None if folder is None else folder.parent,
+            _request(run.options, None if folder is None else folder.parent),
             dtype=call.get("dtype"),
             revision=call.get("revision"),
             trust_remote_code=call.get("trust_remote_code", False),
@@ -149,14 +148,11 @@ def _plan_kv(options: Options, folder: Path, name: str) -> None:
         print(found.summary())
 
 
-def _request(options: Options) -> "Request":
+def _request(options: Options, scratch: Path | None) -> "Request":
     """The library's form of the options."""
     from mlx_optiq_ext import weights
 
-    from ...installation import sensitivity_methods
-
     speed = options.min_tps
-    chosen: dict[str, Any] = {} if options.sensitivity is None else {"method": options.sensitivity}
     return weights.Request(
         budget=options.budget,
         min_tps=None if speed is None else speed.tps,
@@ -165,9 +161,9 @@ def _request(options: Options) -> "Request":
         bits=options.bits,
         group_sizes=options.group_sizes,
         calibration=options.calibration,
-        methods=sensitivity_methods(),
-        refine=options.refine or options.distill,
+        method=options.sensitivity or weights.Request.method,
+        refine=options.refine,
         distill=options.distill,
         protect=options.protect,
-        **chosen,
+        scratch=scratch,
     )

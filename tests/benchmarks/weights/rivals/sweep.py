@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_optiq_ext import weights
 from mlx_optiq_ext.model.loading import load_unquantized
 from mlx_optiq_ext.planning.divergence import Reference
+from mlx_optiq_ext.weights.sensitivity import registry
 from mlx_optiq_ext.weights.sensitivity.problem import batches
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -64,7 +65,7 @@ def judge(study: weights.Study, tokenizer: Any, text: Path, budgets: list[float]
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("method", choices=[*weights.METHODS, "plain"])
+    parser.add_argument("method", choices=[*registry.names(), "plain"])
     parser.add_argument("model")
     parser.add_argument("calibration", type=Path)
     parser.add_argument("out", type=Path)
@@ -73,13 +74,12 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[])
     args = parser.parse_args()
     model, tokenizer, _ = load_unquantized(args.model)
-    study = weights.study_model(
-        model, tokenizer, calibration=args.calibration, method=lambda _: {}, progress=False
-    )
-    data = study.problem.calibration
-    problem = replace(study.problem, calibration=replace(data, tokens=data.tokens[: args.windows]))
+    request = weights.Request(calibration=args.calibration, progress=False)
+    problem = weights.calibrated(model, tokenizer, request)
+    data = problem.calibration
+    problem = replace(problem, calibration=replace(data, tokens=data.tokens[: args.windows]))
     mx.eval(model.parameters())
-    method = plain if args.method == "plain" else weights.METHODS[args.method]
+    method = plain if args.method == "plain" else registry.find(args.method).measure
     started, used = time.perf_counter(), time.process_time()
     sensitivity = method(problem)
     report: dict[str, Any] = {
@@ -88,7 +88,7 @@ def main() -> None:
         "tokens": problem.calibration.measured.size,
     }
     if args.text:
-        study = weights.Study(problem, study.size, sensitivity, args.method)
+        study = weights.Study(problem, sensitivity, args.method)
         report["kl"] = judge(study, tokenizer, args.text, args.budgets)
     args.out.write_text(json.dumps(report))
 

@@ -1,0 +1,85 @@
+"""What a user asks of a conversion."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..planning.calibration import DEFAULT, Sampling
+from .candidates import Tensor, tensors
+from .precision import BITS, GROUP_SIZES
+from .sensitivity import registry
+from .sensitivity.method import Method
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do, from the options of the command to the last step; it travels whole.
+
+    A plan is chosen by one of ``budget``, ``min_tps`` and ``plan_file``.
+
+    Attributes:
+        budget: Bits per weight as mlx-lm prints them: all stored bits over all parameters.
+        min_tps: Tokens per second that the converted model shall be predicted to generate.
+        chip: The chip of that prediction, for `latency.find_chip`.
+        plan_file: A plan to apply instead of measuring one.
+        bits: Widths to choose from; None for all, with "leave unquantized" among the candidates.
+        group_sizes: Group sizes to choose from; None for all.
+        protect: Whether both ends of the model must keep 8 bits or more.
+        method: How to measure sensitivity: a registered name, or a method itself.
+        calibration: A text or JSON-lines file; None for mlx-lm's own text.
+        sampling: How long the calibration sequences are and how many.
+        refine: Whether to round with error feedback (GPTQ-style rounding).
+        distill: Whether to tune scales and biases after that; implies ``refine``.
+        scratch: Folder for temporary files of a model too large for memory; None for the cache.
+        progress: Whether to show progress bars.
+        say: Receives one-line messages.
+    """
+
+    budget: float | None = None
+    min_tps: float | None = None
+    chip: str | None = None
+    plan_file: Path | None = None
+    bits: tuple[int, ...] | None = None
+    group_sizes: tuple[int, ...] | None = None
+    protect: bool = False
+    method: str | Method = registry.DEFAULT
+    calibration: Path | None = None
+    sampling: Sampling = DEFAULT
+    refine: bool = False
+    distill: bool = False
+    scratch: Path | None = None
+    progress: bool = True
+    say: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        if self.distill:
+            object.__setattr__(self, "refine", True)
+
+    @property
+    def sensitivity(self) -> Method:
+        """The method itself.
+
+        Raises:
+            InputError: No method has that name.
+        """
+        return registry.find(self.method) if isinstance(self.method, str) else self.method
+
+    def candidates(self, model: Any) -> tuple[Tensor, ...]:
+        """The tensors of a model that are to be planned; nothing is evaluated.
+
+        Raises:
+            InputError: There is none.
+        """
+        groups = self.group_sizes or GROUP_SIZES
+        if self.plan_file is not None:
+            found = tensors(model, allow_unquantized=True)
+        else:
+            found = tensors(model, self.bits or BITS, groups, allow_unquantized=self.bits is None)
+        if not found:
+            raise InputError(
+                "no tensor of this model can be quantized in groups of "
+                f"{', '.join(map(str, groups))}: give other --optiq-group-sizes"
+            )
+        return tuple(found)

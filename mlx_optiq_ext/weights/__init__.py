@@ -5,10 +5,8 @@ A plan for a budget in bits per weight, as mlx-lm prints them::
     from pathlib import Path
     from mlx_optiq_ext import weights
 
-    plan = weights.plan_folder(
-        "Qwen/Qwen3-0.6B", 4.5, bits=(4, 8), calibration=Path("calibration.txt")
-    )
-    print(plan.summary())
+    request = weights.Request(budget=4.5, bits=(4, 8), calibration=Path("calibration.txt"))
+    print(weights.plan_folder("Qwen/Qwen3-0.6B", request).summary())
 """
 
 from ..model.loading import local_folder, model_digest

@@ -17,6 +17,8 @@ from .cache import PackedKVCache
 
 #: Names of a place in a tree, one within the other.
 DEPTH = 12
+#: Places without an array in all lists together.
+HOLES = 1024
 
 #: What classes raise that are given another's state.
 _FOREIGN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -59,7 +61,10 @@ def _has_header(path: Path) -> bool:
 
 
 def _check_tree(names: Iterable[str], where: str) -> None:
-    """Refuse names that do not make a tree whose lists have no holes."""
+    """Refuse names that do not make a tree whose lists have few holes.
+
+    What holds no array, such as notes that nobody made or a cache that is empty, leaves a hole.
+    """
     children: dict[str, set[str]] = {}
     for name in names:
         parts = name.split(".")
@@ -67,10 +72,19 @@ def _check_tree(names: Iterable[str], where: str) -> None:
             raise InputError(f"{where} are nested deeper than those of any cache: save it again")
         for place in range(len(parts)):
             children.setdefault(".".join(parts[:place]), set()).add(parts[place])
+    holes = 0
     for prefix, found in children.items():
-        numbers = {part for part in found if part.isascii() and part.isdecimal()}
-        if numbers and found != set(map(str, range(len(found)))):
+        numbers = {number for part in found if (number := _place(part)) is not None}
+        holes += max(numbers, default=-1) + 1 - len(numbers)
+        if (numbers and (len(numbers) < len(found) or min(numbers) < 0)) or holes > HOLES:
             raise InputError(
-                f"{where} of {files.shown(prefix)} are no list without holes: save the prompt "
-                "cache again"
+                f"{where} of {files.shown(prefix)} do not make a list: save the prompt cache again"
             )
+
+
+def _place(part: str) -> int | None:
+    """The place in a list that MLX takes a name for, or None."""
+    try:
+        return int(part)
+    except ValueError:
+        return None

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import files
+from ..errors import InputError
 from .encoding import arrange, encode, packed_of
 from .formats import from_json
 from .packed_array import Packed
@@ -285,6 +286,8 @@ def _restored(state: Any, first: Any) -> Any:
     """Undo `_storable`; the first plane, which has widths, tells the shapes."""
     if not isinstance(state, list | tuple):
         return state
+    if any(isinstance(part, dict) for part in state):  # what MLX fills a list with
+        raise InputError("a packed layer lacks arrays: save the prompt cache again")
     return [
         mx.zeros((*like.shape[:3], 0), a.dtype) if _is_rows(like) and a.ndim == 1 else a
         for a, like in zip(state, first, strict=True)

@@ -56,3 +56,12 @@ def test_every_environment_switch_stands_in_the_readme(switch):
     sources = [*(ROOT / "mlx_optiq_ext").rglob("*.py"), *(ROOT / "hooks").rglob("*.py")]
     assert any(f'"{name}"' in path.read_text() for path in sources)
     assert f"`{name}=" in README
+
+
+def test_every_path_in_the_contributors_guide_exists():
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = re.findall(r"`((?:mlx_optiq_ext|hooks|compat|tests)/[\w/.]*)`", guide)
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    hooks = importlib.import_module("mlx_optiq_hooks.engine.spec").__dict__
+    assert [name for name in re.findall(r"`(optiq_\w+)`", guide) if name not in hooks] == []

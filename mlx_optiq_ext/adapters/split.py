@@ -69,7 +69,7 @@ class Split:
         return dict(self._whole().named_modules())
 
     def geometry(self, path: str) -> Geometry:
-        """Of a whole layer that an adapter was fitted to."""
+        """The geometry of a whole layer that an adapter was fitted to."""
         shape = geometry(self.modules[path])
         assert shape is not None  # fit_modules refuses such layers
         return shape
@@ -137,7 +137,7 @@ def _numbered(shape: tuple[int, ...], axis: int) -> mx.array:
 
 
 def _numbers(module: Any, axis: int) -> list[int]:
-    # Packed weights have no column of their own for each input: their scales have one for a group.
+    # Quantized weights have no column for each input; their scales have one for each group.
     array = module["scales" if "scales" in module else "weight"]
     index = [0] * array.ndim
     index[axis] = slice(None)  # pyright: ignore

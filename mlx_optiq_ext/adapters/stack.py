@@ -10,7 +10,7 @@ from ..errors import InputError
 from ..lora import LayerAdapter
 from .activation import MountedAdapter, Route, Rows, active
 
-#: Ranks share a stack if padding the smaller one costs at most this much.
+#: Ranks share a stack if padding the smaller one takes at most this much.
 PADDING = 1.1
 
 
@@ -36,12 +36,12 @@ class Stack:
 
     @property
     def rank(self) -> int:
-        """Of its factors."""
+        """Rank of its factors, the largest of its adapters'."""
         return self.a.shape[-1]
 
     @property
     def dtypes(self) -> tuple[mx.Dtype, mx.Dtype]:
-        """Of its factors."""
+        """Dtypes of its two factors."""
         return self.a.dtype, self.b.dtype
 
 

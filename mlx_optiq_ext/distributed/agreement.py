@@ -1,4 +1,4 @@
-"""Ranks start from the same facts and end with the same error."""
+"""Processes start from the same facts and end with the same error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,14 @@ from .watch import LIMIT, within
 
 
 def agree(limit: float = LIMIT, /, **facts: Any) -> None:
-    """Check that all ranks have the same facts and run the same versions, at the same time.
+    """Check that all processes have the same facts and versions; they must ask at the same time.
 
     Args:
         limit: Seconds that the others have to answer.
         facts: What to compare, by the name it is called in the message.
 
     Raises:
-        Mismatch: On every rank, naming the first fact that differs and who has which.
+        Mismatch: In every process, naming the first fact that differs and who has which.
     """
     if size() == 1:
         return
@@ -28,10 +28,10 @@ def agree(limit: float = LIMIT, /, **facts: Any) -> None:
 
 
 def compare(**facts: str | None) -> None:
-    """As `agree`, whenever the others come to it.
+    """Check that all processes have the same facts, however late the others come to it.
 
     Raises:
-        Mismatch: Likewise.
+        Mismatch: In every process, naming the first fact that differs and who has which.
     """
     every = gathered(facts)
     for name in dict.fromkeys(name for own in every for name in own):
@@ -45,12 +45,12 @@ def compare(**facts: str | None) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What ends one rank with an error ends all of them.
+    """What ends one process with an error ends all of them.
 
-    A rank that fails inside tells the others at their next exchange, and they raise the same.
+    A process that fails inside tells the others at their next exchange, and they raise the same.
 
     Raises:
-        RankError: Here or on another rank something failed.
+        RankError: Something failed here or in another process.
     """
     try:
         yield
@@ -70,16 +70,16 @@ def together() -> Iterator[None]:
 
 
 def started() -> bool:
-    """Whether the ranks have worked together yet."""
+    """Whether the processes have worked together yet."""
     return group.cache_info().currsize > 0
 
 
 def finish() -> None:
-    """Wait for all ranks that work together, so that none leaves before the last one succeeds."""
+    """Wait for all processes, so that none leaves before the last one succeeds."""
     if started():
         gathered(None)
 
 
 def told(error: BaseException) -> bool:
-    """Whether another rank prints an error, so that this one need not."""
+    """Whether another process prints an error, so that this one need not."""
     return isinstance(error, RankError) and error.shared and not leads()

@@ -1,4 +1,4 @@
-"""How ranks divide work between them."""
+"""How processes divide work between them."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -10,16 +10,16 @@ T = TypeVar("T")
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """This rank's part of a sequence, as long as the others' or one item longer or shorter."""
+    """This process's part of a sequence, as long as the others' or one item longer or shorter."""
     return list(items[rank() :: size()])
 
 
 def span(items: Sequence[T], weights: Sequence[float] | None = None) -> list[T]:
-    """This rank's part of a sequence: what follows the part of the rank before.
+    """This process's part of a sequence: what follows the part of the rank before.
 
     Args:
         items: To divide.
-        weights: What each costs beside the others; None for all the same.
+        weights: How much work each is beside the others; None for all the same.
     """
     costs = [1.0] * len(items) if weights is None else list(weights)
     ends = list(accumulate(costs))
@@ -30,7 +30,7 @@ def span(items: Sequence[T], weights: Sequence[float] | None = None) -> list[T]:
 
 
 def silent(message: str) -> None:
-    """In place of ``print`` on all ranks but the first one."""
+    """Say nothing: in place of ``print`` in all processes but the first one."""
 
 
 def led(work: Callable[[], T]) -> T | None:

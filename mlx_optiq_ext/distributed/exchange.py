@@ -93,31 +93,31 @@ def leads() -> bool:
 
 
 def gathered(value: T) -> list[T]:
-    """The values of all ranks, which can be pickled, in the ranks' order."""
+    """The values of all processes, which can be pickled, by rank."""
     if size() == 1:
         return [value]
     return [pickle.loads(part) for part in _exchanged(GATHER, pickle.dumps(value))]
 
 
 def total(value: float) -> float:
-    """The sum over all ranks, in double precision and the same on each."""
+    """The sum over all processes, in double precision and the same in each."""
     return sum(gathered(value))
 
 
 def broadcast(value: T, owner: int = 0) -> T:
-    """The owner's value, which can be pickled, on every rank."""
+    """The owner's value, which can be pickled, in every process."""
     values: list[Any] = gathered(value if rank() == owner else None)
     return values[owner]
 
 
 def first(compute: Callable[[], T]) -> T:
-    """What rank 0 computes, which can be pickled, on every rank."""
+    """What rank 0 computes, which can be pickled, in every process."""
     found: Any = compute() if leads() else None
     return broadcast(found)
 
 
 def summed(tree: T) -> T:
-    """A tree of arrays summed over all ranks, which have the same ones."""
+    """A tree of arrays summed over all processes, whose trees have the same shapes."""
     if size() == 1:
         return tree
     leaves = _flat(tree)
@@ -138,7 +138,7 @@ def summed(tree: T) -> T:
 
 
 def handed(tree: T, owner: int) -> T:
-    """The owner's tree of arrays on every rank, bit for bit; what the others give is not used."""
+    """The owner's tree of arrays in every process, bit for bit; the others' is not used."""
     if size() == 1:
         return tree
     given = _flat(tree) if rank() == owner else []
@@ -201,10 +201,10 @@ def _pieces(own: mx.array | None, lengths: list[int], wanted: list[int]) -> dict
 
 
 def announce(message: str) -> NoReturn:
-    """Tell the other ranks that this one failed, at whatever exchange they are next.
+    """Tell the other processes that this one failed, at whatever exchange they are next.
 
     Raises:
-        Failed: On all ranks, with the messages of all that failed.
+        Failed: In all processes, with the messages of all that failed.
     """
     with within(LIMIT, lambda: message):
         _exchanged(FAILED, message.encode())
@@ -212,7 +212,7 @@ def announce(message: str) -> NoReturn:
 
 
 def _exchanged(kind: int, data: bytes) -> list[bytes]:
-    """What each rank gives, all in an exchange of the same kind.
+    """What each process gives, all in an exchange of the same kind.
 
     Raises:
         RankError: Another rank failed, is gone, or runs something else.

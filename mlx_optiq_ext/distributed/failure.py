@@ -1,4 +1,4 @@
-"""What goes wrong between ranks."""
+"""What goes wrong between processes."""
 
 from collections.abc import Sequence
 
@@ -6,20 +6,20 @@ from ..errors import OptiqError
 
 
 class RankError(OptiqError):
-    """The ranks cannot go on together.
+    """The processes cannot go on together.
 
     Attributes:
-        shared: Whether every rank raises it, so that one of them is enough to print it.
+        shared: Whether every process raises it, so that one of them is enough to print it.
     """
 
     shared = False
 
 
 class Failed(RankError):
-    """What some ranks failed with, raised on all of them.
+    """What some processes failed with, raised in all of them.
 
     Attributes:
-        texts: Message of each rank's own error; empty for those that have none.
+        texts: Message of each process's own error; empty for those that have none.
     """
 
     shared = True
@@ -30,7 +30,7 @@ class Failed(RankError):
 
 
 class Mismatch(RankError):
-    """The ranks do not agree."""
+    """The processes do not agree."""
 
     shared = True
 

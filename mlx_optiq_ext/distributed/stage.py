@@ -1,4 +1,4 @@
-"""The part of a pipelined model that one rank runs."""
+"""The part of a pipelined model that one process runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 @dataclass(frozen=True)
 class Stage:
-    """Decoder layers of the whole model that this rank runs.
+    """Decoder layers of the whole model that this process runs.
 
     Attributes:
         start: The first one.
@@ -22,7 +22,7 @@ class Stage:
 
 
 def stage_of(model: nn.Module) -> Stage | None:
-    """This rank's stage; None unless ``model.model.pipeline`` split the model."""
+    """This process's stage; None unless ``model.model.pipeline`` split the model."""
     inner: Any = getattr(model, "model", None)
     if not hasattr(inner, "pipeline_size") or inner.end_idx is None:
         return None
@@ -31,9 +31,9 @@ def stage_of(model: nn.Module) -> Stage | None:
 
 @contextmanager
 def apart(model: nn.Module) -> Iterator[None]:
-    """Run the block's calls of a pipelined model on this rank's layers only.
+    """Run the block's calls of a pipelined model on this process's layers only.
 
-    Nothing is sent or received, so that what fails here leaves no other rank waiting. The layers
+    Nothing is sent or received, so that what fails here leaves no other process waiting. The layers
     are handed the embeddings in place of another stage's hidden states.
     """
     inner: Any = getattr(model, "model", None)

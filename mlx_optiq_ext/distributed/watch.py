@@ -1,7 +1,7 @@
-"""Ends this process when the other ranks cannot be waited for any longer.
+"""Ends this process when the other processes cannot be waited for any longer.
 
 A collective that waits inside MLX cannot be interrupted from Python: all that is left is to say why
-and to leave. ``mlx.launch`` then ends the other ranks.
+and to leave. ``mlx.launch`` then ends the others.
 """
 
 import os
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: Seconds that the other ranks have to answer where they should be there at once.
+#: Seconds that the other processes have to answer where they should be there at once.
 LIMIT = 25.0
 
 
@@ -43,7 +43,10 @@ if not select.select([0], [], [], float(seconds))[0]:
 
 @contextmanager
 def guarded(seconds: float, message: str) -> Iterator[None]:
-    """As `within`, for calls into MLX that keep Python's other threads from running."""
+    """Print a message and end this process if the block takes longer than some seconds.
+
+    For calls into MLX that keep Python's other threads, and so the timer of `within`, from running.
+    """
     python = [sys.executable, "-I", "-S", "-c", GUARD]
     words = [*python, str(seconds), message, str(os.getpid())]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
@@ -60,7 +63,7 @@ def leave(message: str, status: int = 2) -> None:
 def explain_termination(message: str) -> None:
     """Print a message when SIGTERM ends this process, unless somebody handles that signal already.
 
-    ``mlx.launch`` sends it to all ranks as soon as one fails, also to those inside MLX, which a
+    ``mlx.launch`` sends it to all processes as soon as one fails, also to those inside MLX, which a
     handler in Python would keep waiting. So a thread listens for it.
     """
     if threading.current_thread() is not threading.main_thread():

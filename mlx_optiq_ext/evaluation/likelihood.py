@@ -1,4 +1,4 @@
-"""Perplexity over long windows, through the cache that a model really uses."""
+"""Perplexity over long sequences, through the cache that a model really uses."""
 
 import math
 from typing import Any
@@ -14,11 +14,11 @@ from .token_divergence import digest_of, logits_of, target_log_probs
 
 
 def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list[np.ndarray]:
-    """Negative log-likelihood in nats of each token but the first, per window.
+    """Negative log-likelihood in nats of each token but the first, per sequence.
 
     Args:
         model: The model, with its KV plan if it has one.
-        tokens: int32 windows, (windows, context).
+        tokens: int32 (sequences, context).
         progress: Whether to show a progress bar.
     """
     journal = Journal.open(
@@ -45,7 +45,7 @@ def _window(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def figures(own: list[np.ndarray]) -> dict[str, float]:
-    """Perplexity with its standard error over windows."""
+    """Perplexity with its standard error over sequences."""
     every = np.concatenate(own)
     value = math.exp(float(every.mean()))
     return {

@@ -62,8 +62,8 @@ class Subject:
     def load(self) -> tuple[nn.Module, Any]:
         """The model, its KV plan mounted, and its tokenizer.
 
-        On a CPU, where half precision and packed products crawl, the same weights are computed
-        with in float32, unpacked.
+        On a CPU, where half precision and quantized products are slow, the same weights are
+        dequantized to float32.
         """
         model, tokenizer, _ = load(str(self.folder), None, False)
         if mx.default_device() == mx.Device(mx.cpu):

@@ -9,8 +9,8 @@ import numpy as np
 def clustered_error(windows: Sequence[np.ndarray]) -> float:
     """Standard error of the mean over all positions.
 
-    Positions of one window depend on each other, so windows are what is drawn: the error of a ratio
-    of sums over clusters. A single window's positions are taken as independent.
+    Positions of one sequence depend on each other, so sequences are what is drawn: the error of a
+    ratio of sums over clusters. A single sequence's positions are taken as independent.
     """
     sizes = np.array([len(w) for w in windows], float)
     total = np.concatenate(windows) if windows else np.zeros(0)

@@ -8,7 +8,7 @@ from ..errors import InputError
 from . import diagrams, harness, likelihood, speech, token_divergence, word_problems
 from .models import Subject, check_same_tokens, tokenizer_of
 from .report import Figures, Report
-from .texts import CONTEXT, read_data, windows
+from .texts import CONTEXT, read_data, sequences
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Settings:
 
     Attributes:
         data: File of texts, questions, images or recordings.
-        limit: Items or windows at most.
-        context: Tokens of a window.
+        limit: Items or sequences at most.
+        context: Tokens of a sequence.
         shots: Examples before a question.
         max_tokens: Tokens of an answer at most.
         batch_size: Answers generated at once.
@@ -52,7 +52,7 @@ def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Repo
     for each in baselines:
         check_same_tokens(model, each, texts)
     context = settings.context or CONTEXT
-    tokens = windows(texts, tokenizer_of(model), context, settings.limit)
+    tokens = sequences(texts, tokenizer_of(model), context, settings.limit)
     columns: dict[str, Figures] = {}
     for each in baselines:
         found = token_divergence.compare(model, each, tokens, progress=settings.progress)
@@ -66,7 +66,7 @@ def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Repo
 
 
 def perplexity(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Report:
-    """Perplexity over long windows: of the model with its KV plan and without, and of baselines.
+    """Perplexity over long sequences: of the model with its KV plan and without, and of baselines.
 
     Raises:
         InputError: There is no text, or a baseline has another tokenizer.
@@ -74,7 +74,7 @@ def perplexity(model: Subject, baselines: Sequence[Subject], settings: Settings)
     texts = read_data(settings.data)
     for each in baselines:
         check_same_tokens(model, each, texts)
-    tokens = windows(texts, tokenizer_of(model), settings.context or 4 * CONTEXT, settings.limit)
+    tokens = sequences(texts, tokenizer_of(model), settings.context or 4 * CONTEXT, settings.limit)
     plain = [Subject(model.name, model.folder)] if model.kv_plan is not None else []
     own = likelihood.losses(model, tokens, progress=settings.progress)
     columns: dict[str, Figures] = {model.label: {**likelihood.figures(own), **model.size()}}

@@ -1,4 +1,4 @@
-"""Token windows of the text that models are compared on."""
+"""Token sequences of the text that models are compared on."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import InputError
 from ..planning.texts import read_texts, tokenized
 
-#: Tokens of a window.
+#: Tokens of a sequence.
 CONTEXT = 512
 
 
@@ -26,10 +26,10 @@ def read_data(path: Path | None) -> list[Any]:
         raise InputError(str(error).replace("calibration file", "data file")) from error
 
 
-def windows(
+def sequences(
     texts: list[Any], tokenizer: Any, context: int = CONTEXT, limit: int | None = None
 ) -> np.ndarray:
-    """Consecutive windows of tokens, (windows, context).
+    """Consecutive sequences of tokens, (sequences, context).
 
     Raises:
         InputError: The text is shorter than two tokens.

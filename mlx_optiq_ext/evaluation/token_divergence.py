@@ -1,8 +1,8 @@
 """KL(reference || model) over a text, one model in memory at a time.
 
-Of the reference only the 1024 most likely tokens and the sum over the rest are kept, a window's
+Of the reference only the 1024 most likely tokens and the sum over the rest are kept, a sequence's
 worth at a time, until the model has been held against them. The figures follow llama.cpp's
-``--kl-divergence`` (llama.cpp #5076), with errors over windows.
+``--kl-divergence`` (llama.cpp #5076), with errors over sequences.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ def compare(
     Args:
         model: To be judged.
         reference: To be held against.
-        tokens: int32 windows, (windows, context), in the tokens of both.
+        tokens: int32 (sequences, context), in the tokens of both.
         top: Most likely tokens of the reference to keep at each position.
         chunk: Positions whose logits are in memory at once.
         progress: Whether to show progress bars.
@@ -103,7 +103,7 @@ def compare(
 
 
 def digest_of(tokens: np.ndarray) -> str:
-    """Hash of token windows."""
+    """Hash of token sequences."""
     return f"{tokens.shape}-{hashlib.sha256(tokens.tobytes()).hexdigest()}"
 
 
@@ -162,7 +162,7 @@ def _held_against(
 
 
 def figures(found: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Figures over windows of ``kl``, ``same``, ``target`` and ``reference``, each (positions,)."""
+    """Figures over sequences: ``kl``, ``same``, ``target``, ``reference``, each (positions,)."""
     divergence = [each["kl"].astype(float) for each in found]
     every = np.concatenate(divergence)
     same = [each["same"].astype(float) for each in found]

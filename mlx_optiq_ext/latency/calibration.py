@@ -1,4 +1,4 @@
-"""Measures this machine with small kernels of decoding: what they read, compute and cost."""
+"""Measures this machine with small kernels of decoding: what they read, compute and launch."""
 
 import time
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from .roofline import MATMUL
 #: Bytes of the weights that each rate is measured over: more than any cache holds. A CPU unpacks
 #: weights so slowly that fewer do.
 READ_BYTES, CPU_READ_BYTES = 1 << 30, 1 << 26
-#: Widths of packed weights whose rates are measured beside that of unpacked ones.
+#: Bits of quantized weights whose rates are measured beside that of unquantized ones.
 BITS, GROUP = (2, 4, 8), 64
 #: Shape of a product's weights: large enough for a fast GPU to outlast its launch.
 ROWS, COLUMNS = 16384, 4096
-#: Kernels in the chain that the launch cost is measured over.
+#: Kernels in the chain that the launch time is measured over.
 CHAIN = 300
 #: Rows of the square product that the arithmetic is measured with.
 SIDE, CPU_SIDE = 4096, 1024
@@ -30,7 +30,7 @@ def calibrate(
     side: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Chip:
-    """Measure bandwidth, launch cost and arithmetic of MLX's default device.
+    """Measure bandwidth, launch time and arithmetic of MLX's default device.
 
     Args:
         read_bytes: Of weights to read at each width; by default more than any cache holds.
@@ -114,7 +114,7 @@ def _best(run: Callable[[], None], clock: Callable[[], float]) -> float:
 def _bytes_per_second(
     read_bytes: int, launch: float, clock: Callable[[], float], bits: int | None = None
 ) -> float:
-    """Over one-row products with many weights, packed or not, as decoding reads them."""
+    """Rate at which one-row products read many weights, quantized or not, as decoding does."""
     vector = mx.random.normal((1, COLUMNS)).astype(_dtype())
     weights, size = [], 0
     while not weights or size < read_bytes:
@@ -135,7 +135,7 @@ def _bytes_per_second(
 
 
 def _launch_seconds(chain: int, clock: Callable[[], float]) -> float:
-    """Of a kernel in a chain of small dependent ones."""
+    """Seconds of a kernel in a chain of small ones that depend on each other."""
     norm = mx.ones((256,), _dtype())
     weight = nn.init.normal()(mx.zeros((256, 256), _dtype()))
     start = mx.random.normal((1, 256)).astype(_dtype())

@@ -1,4 +1,4 @@
-"""What machines can do: memory bandwidth, arithmetic and the cost of a kernel launch."""
+"""What machines can do: memory bandwidth, arithmetic and the time of a kernel launch."""
 
 import difflib
 import functools
@@ -33,10 +33,10 @@ class Chip:
         generation: 3 for M3; an NVIDIA architecture's major compute capability.
         dies: 2 for an Ultra.
         gpu_cores: Of Apple's chips.
-        launch_us: Measured microseconds a kernel costs besides its memory traffic; None to take the
+        launch_us: Measured microseconds that a kernel takes beside its memory traffic; None for the
             family's. Where it is given, ``bandwidth_gbs`` and ``tflops`` are what was measured.
         rates_gbs: Measured pairs of stored bits per weight and the 1e9 bytes a second that products
-            with such weights read: unpacking may cost more than reading.
+            with such weights read: unpacking may take longer than reading.
         overlapped: Whether kernels are launched while others run, so that only what outlasts them
             counts.
         source: Where the numbers come from.

@@ -23,7 +23,7 @@ class Efficiency:
         bandwidth: Share of the memory bandwidth that a kernel reaches.
         two_dies: Factor on it for a chip of two dies.
         nvidia: Factor on it for MLX's CUDA back end.
-        launch_us: Microseconds a kernel costs beside its memory traffic, on an M3.
+        launch_us: Microseconds that a kernel takes beside its memory traffic, on an M3.
         generation: Factor on it per generation of Apple's.
         nvidia_launch: Factor on it for MLX's CUDA back end.
         expert_launches: Kernels of routing, sorting and summing in a layer of experts.
@@ -53,7 +53,7 @@ class Efficiency:
         return peak * self.bandwidth * factor * (self.nvidia if chip.family == "nvidia" else 1.0)
 
     def seconds_per_launch(self, chip: Chip) -> float:
-        """What a kernel costs beside its memory traffic."""
+        """Seconds that a kernel takes beside its memory traffic."""
         if chip.launch_us is not None:
             return chip.launch_us * 1e-6
         if chip.family == "nvidia":

@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of an activation or an unpacked cache element."""
+        """Bytes of an activation or an unquantized cache element."""
         dtype = self.config.get("dtype") or self.config.get("torch_dtype")
         return 4 if dtype == "float32" else 2
 
@@ -176,7 +176,7 @@ def _elements(
     weights: Iterable[Header],
     config: Mapping[str, Any],
 ) -> int:
-    """Weights of a module; of a packed one, by its bits."""
+    """Weights of a module; those of a quantized one are counted by its bits."""
     stored = sum(map(_size, weights))
     if "scales" not in parts:
         return stored

@@ -26,7 +26,7 @@ MATMUL = {"apple": 0.76, "nvidia": 0.2}
 #: Kernels of an attention layer beside its products and norms: rotary embeddings, cache updates,
 #: attention, residual sums, activation.
 ATTENTION_LAUNCHES = 9
-#: More of them where keys and values are packed: packing each, and products for a fused kernel.
+#: More of them where the KV cache is quantized: quantizing, and products for a fused kernel.
 PACKED_LAUNCHES = 4
 #: More of them where the scores are capped: attention without the fused kernel.
 CAPPED_LAUNCHES = 8

@@ -1,4 +1,4 @@
-"""Training on several ranks as if it were one process."""
+"""Training in several processes as if it were one."""
 
 import hashlib
 import json
@@ -15,9 +15,9 @@ Loss = Callable[..., tuple[mx.array, mx.array]]
 
 
 def over_all_tokens(loss: Loss) -> Loss:
-    """A loss whose mean over the ranks of ``mlx.launch`` is the mean over all of their tokens.
+    """A loss whose mean over the processes of ``mlx.launch`` is the mean over all of their tokens.
 
-    mlx-lm gives every rank's mean the same weight, however many tokens it is of. When the model
+    mlx-lm gives every process's mean the same weight, however many tokens it is of. When the model
     does not train, the loss is as it was: mlx-lm weights that one itself.
     """
     if distributed.size() == 1:
@@ -34,7 +34,7 @@ def over_all_tokens(loss: Loss) -> Loss:
 
 
 def hand_out_start(model: nn.Module) -> None:
-    """Give all ranks the trainable parameters of rank 0."""
+    """Give all processes the trainable parameters of rank 0."""
     model.update(distributed.handed(model.trainable_parameters(), 0))
 
 

@@ -55,8 +55,8 @@ def geometry(module: Any) -> Geometry | None:
     group_size: int = 0
     wide: int = weight.shape[-1]
     if "scales" in module:
-        packed: Any = module
-        bits, group_size = packed.bits, packed.group_size
+        quantized: Any = module
+        bits, group_size = quantized.bits, quantized.group_size
         wide = wide * 32 // bits
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return Geometry(EMBEDDING, weight.shape[0], wide, 1, bits, group_size)

@@ -25,7 +25,7 @@ def weights(
 
     Args:
         scaling: One of `SCALINGS`. ``by_bits`` is in proportion to the bits a layer is stored in,
-            ``by_kl`` to the KL divergence that its quantization costs, kept within `KL_RANGE` of
+            ``by_kl`` to the KL divergence that its quantization causes, kept within `KL_RANGE` of
             the median.
         layers: Path -> geometry.
         measured: Path -> KL, as far as known.

@@ -112,8 +112,8 @@ def _start(layer: Any, weight: mx.array, sketch: mx.array | None) -> None:
     base = base_of(layer)
     shape = geometry(base)
     assert shape is not None
-    packed = dequantized(base)
-    residual = weight - packed
+    stored = dequantized(base)
+    residual = weight - stored
     if shape.kind == EMBEDDING:
         sketch = None
     rank = layer.lora_a.shape[1 if shape.kind == EXPERTS else -1]
@@ -128,7 +128,7 @@ def _start(layer: Any, weight: mx.array, sketch: mx.array | None) -> None:
         layer.lora_a, layer.lora_b = second.T, first.T
     if "m" in layer:
         # DoRA's length of each row is that of the repaired weight.
-        layer.m = mx.linalg.norm(packed + layer.scale * first @ second, axis=1)
+        layer.m = mx.linalg.norm(stored + layer.scale * first @ second, axis=1)
     mx.eval(layer.trainable_parameters())
 
 

@@ -205,13 +205,13 @@ def _rebuilt(
         text = module.Model(module.ModelArgs.from_dict(copy.deepcopy(config)))
         if hasattr(text, "sanitize"):
             kept = text.sanitize(kept)
-        packed = [
+        quantized = [
             (path.removeprefix(family.prefix), copy.copy(layer))
             for path, layer in wrapper.named_modules()
             if "scales" in layer and not in_tower(path)
         ]
-        if packed:
-            text.update_modules(tree_unflatten(packed))
+        if quantized:
+            text.update_modules(tree_unflatten(quantized))
         text.eval()
         text.load_weights(list(kept.items()), strict=True)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Writes ``.npz`` files whose integer codes take about their entropy.
 
 A ``.npz`` file is a zip archive of ``.npy`` entries, and ``mx.load`` unpacks deflated ones. Codes
-of a quantized weight follow each other at random: matching strings, as zip programs do, costs more
+of a quantized weight follow each other at random: matching strings, as zip programs do, takes more
 than it saves, so each entry takes Huffman coding alone where that is smaller.
 Format: PKWARE's APPNOTE for zip, RFC 1951 for deflate, NumPy's NEP 1 for ``.npy``.
 """

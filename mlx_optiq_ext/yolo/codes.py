@@ -24,12 +24,12 @@ def channel_steps(weight: np.ndarray, curvature: np.ndarray, rule: str) -> np.nd
 
     Args:
         weight: (out, ...).
-        curvature: As ``weight``; the cost of a squared error.
+        curvature: Shaped as ``weight``; how much a squared error adds to the detection error.
         rule: One of ``RULES``.
     """
     rows = weight.reshape(len(weight), -1).astype(np.float64)
     bends = curvature.reshape(len(weight), -1).astype(np.float64).mean(1)
-    # Equal costs per code are best at high rates; noise in small curvatures must not rule.
+    # Equal errors per code are best at high rates; noise in small curvatures must not rule.
     steps = (bends + 0.01 * bends.mean() + 1e-30) ** -0.5
     if rule == "even":
         steps = np.sqrt(steps * np.maximum(rows.std(1), 1e-9))
@@ -51,7 +51,7 @@ def power_of_two(steps: np.ndarray) -> np.ndarray:
     return 2.0 ** np.rint(np.log2(steps))
 
 
-def packed(
+def encoded(
     layer: Layer,
     arrays: Mapping[str, np.ndarray],
     steps: np.ndarray,

@@ -18,7 +18,7 @@ class Divergence:
         classes: KL divergence of the class probabilities, each a Bernoulli variable, in nats.
         boxes: 1 - IoU of the boxes, weighted by the reference's confidence.
         extra: Squared error of mask coefficients, prototypes or key points over their squared
-            size, weighted likewise; 0 for detection.
+            size, weighted by the confidence too; 0 for detection.
     """
 
     classes: float

@@ -1,4 +1,4 @@
-"""What the weights' errors cost: the curvature of the detection error, from a few images.
+"""How sensitive detections are to errors of the weights: curvature measured on a few images.
 
 The detection error is a KL divergence of class probabilities and an overlap error of boxes. Its
 Hessian in the outputs is close to diagonal; gradients drawn with that Hessian as covariance have

@@ -29,7 +29,7 @@ class Picture:
         size: Width and height of the original.
         ratio: Scale from the original to ``pixels``.
         left: Padding before the first column, half of all; may end in .5.
-        top: Padding before the first row, likewise.
+        top: Padding before the first row, half of all; may end in .5.
     """
 
     path: Path

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import BudgetError
 from ..planning.allocation import allocate
 from . import archive
-from .codes import RULES, channel_steps, packed
+from .codes import RULES, channel_steps, encoded
 from .divergence import Divergence, divergence, mean
 from .hessian import Measured
 from .images import Picture
@@ -74,7 +74,7 @@ class Detector:
     Attributes:
         layers: Every layer, those that only training uses included.
         arrays: All parameters of the network by name, float32.
-        measured: What their errors cost.
+        measured: How sensitive detections are to their errors.
         protected: Paths of layers that keep at least 8 bits' steps.
     """
 
@@ -181,7 +181,7 @@ def _storing(detector: Detector, layer: Layer, rule: str) -> Callable[[float], A
         return lambda _: (blank, np.zeros_like(weight))
     steps = channel_steps(weight, detector.measured.curvature[layer.path], rule)
     inputs = detector.measured.inputs[layer.path]
-    return lambda factor: packed(layer, own, factor * steps, inputs)
+    return lambda factor: encoded(layer, own, factor * steps, inputs)
 
 
 def _others(detector: Detector) -> Arrays:

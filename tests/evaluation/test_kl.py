@@ -16,7 +16,7 @@ from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.evaluation import models, token_divergence
 from mlx_optiq_ext.evaluation.journal import Journal
 from mlx_optiq_ext.evaluation.models import tokenizer_of
-from mlx_optiq_ext.evaluation.texts import windows
+from mlx_optiq_ext.evaluation.texts import sequences
 from mlx_optiq_ext.kv import parse_spec
 
 from .conftest import PROBLEMS
@@ -38,7 +38,7 @@ def log_probs(folder, tokens) -> np.ndarray:
 
 @pytest.fixture
 def tokens(tiny):
-    return windows(PROBLEMS[:30], tokenizer_of(evaluation.subject(str(tiny))), 64, 4)
+    return sequences(PROBLEMS[:30], tokenizer_of(evaluation.subject(str(tiny))), 64, 4)
 
 
 def test_figures_are_those_of_float64(tiny, packed, tokens):
@@ -172,8 +172,8 @@ def test_perplexity_with_a_kv_plan_and_without(tiny, packed, text):
     ratio = report.columns[names[2]]["perplexity_ratio"]
     assert with_plan != without
     assert ratio == pytest.approx(with_plan / without)
-    tokens = windows(PROBLEMS, tokenizer_of(model), 96)
-    rows = windows([text.read_text()], tokenizer_of(model), 96, 2)
+    tokens = sequences(PROBLEMS, tokenizer_of(model), 96)
+    rows = sequences([text.read_text()], tokenizer_of(model), 96, 2)
     assert tokens.shape[1] == rows.shape[1]
     p = log_probs(tiny, rows)[:, :-1]
     loss = -np.take_along_axis(p, rows[:, 1:, None].astype(np.int64), -1).mean()

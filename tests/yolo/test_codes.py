@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_optiq_ext.yolo.codes import RULES, channel_steps, mean_shift, packed, quantized
+from mlx_optiq_ext.yolo.codes import RULES, channel_steps, encoded, mean_shift, quantized
 from mlx_optiq_ext.yolo.network import Layer
 
 DRAW = np.random.default_rng(2)
@@ -45,7 +45,7 @@ def arrays(item):
 
 
 def rounded_layer(*arguments):
-    result = packed(*arguments)
+    result = encoded(*arguments)
     assert result is not None
     return result
 

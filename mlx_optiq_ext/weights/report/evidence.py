@@ -26,7 +26,7 @@ class Judged:
     Attributes:
         precision: Of every tensor, except where the model's own predicate asks for another.
         stored_bits: Of all candidate tensors together.
-        kl: KL on the held-out calibration windows, in nats per token.
+        kl: KL on the held-out calibration sequences, in nats per token.
     """
 
     precision: Precision
@@ -68,9 +68,9 @@ class Evidence:
         layers: Tensor path -> index of its decoder layer; tensors outside of them are absent.
         sensitivity: Costs of every candidate of every tensor.
         size: Of the model.
-        uniforms: Uniform precisions judged on the same windows as the plan, by rising stored bits.
+        uniforms: Uniform precisions, judged on the sequences of the plan, by rising stored bits.
         judged_on: Tokens that they were judged on.
-        held_out: Whether these were kept out of the measurement; too few windows leave none.
+        held_out: Whether these were kept out of the measurement; too few sequences leave none.
         refined: Whether the plan's weights were refined before it was judged.
     """
 
@@ -207,7 +207,8 @@ def uniforms(problem: Problem) -> tuple[Judged, ...]:
         problem: The measured problem; its model is left as it was.
 
     Returns:
-        By rising stored bits. One pass over the held-out windows for each, and one for reference.
+        The judged precisions, by rising stored bits. Each takes a pass over the held-out sequences,
+        and the reference takes one.
     """
     tensors = problem.tensors
     group = 64 if all(t.own or Precision(4, 64).fits(t.shape) for t in tensors) else 32

@@ -158,7 +158,7 @@ def header_file(path: Path, body: bytes, length: int | None = None) -> None:
 def test_a_file_without_a_header_is_refused_by_name(tmp_path, broken):
     (tmp_path / "config.json").write_text("{}")
     header_file(tmp_path / "model.safetensors", broken)
-    with pytest.raises(InputError, match=r"model\.safetensors has no safetensors header"):
+    with pytest.raises(InputError, match=r"model\.safetensors.*: (give a|is the download)"):
         read_layout(str(tmp_path))
 
 

@@ -1,6 +1,7 @@
 """Arms the hooks when ``mlx_lm`` is first imported.
 
-This module runs at every interpreter start (``mlx_optiq_ext.pth``), so it imports ``sys`` only.
+This module runs at every interpreter start (``mlx_optiq_ext.pth``), so it imports ``sys`` only,
+and what is built in for a command with our options.
 """
 
 import sys
@@ -34,10 +35,36 @@ def install(source: str = "site") -> None:
         sources.append(source)
     if armed:
         return
+    if source == "site":
+        await_ctrl_c()
     if TARGET in sys.modules:
         arm()
     elif _trigger not in sys.meta_path:
         sys.meta_path.insert(0, _trigger)  # pyright: ignore[reportArgumentType]
+
+
+def await_ctrl_c() -> None:
+    """End a command of mlx-lm with our options on Ctrl-C while it is still being loaded.
+
+    That takes seconds, of which Python would print a page.
+    """
+    name = sys.argv[0].rpartition("/")[2] if sys.argv else ""
+    if name == "-m" and any("mlx_lm" in word for word in sys.orig_argv):
+        name = TARGET
+    if not name.startswith(TARGET) or not any(w.startswith("--optiq-") for w in sys.argv):
+        return
+    import _signal  # built in, unlike signal
+
+    if not switched_off() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, end)
+
+
+def end(*_: object) -> None:
+    """End this process, in which nothing was done yet."""
+    import os
+
+    os.write(2, b"mlx_lm: interrupted: nothing was done yet\n")
+    os._exit(130)
 
 
 def switched_off() -> bool:

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 #: Seconds that the other processes have to answer where they should be there at once.
 LIMIT = 25.0
@@ -49,7 +49,9 @@ def guarded(seconds: float, message: str) -> Iterator[None]:
     """
     python = [sys.executable, "-I", "-S", "-c", GUARD]
     words = [*python, str(seconds), message, str(os.getpid())]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
+    # In a session of its own: Ctrl-C in the terminal is not for it.
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(words, start_new_session=True, **streams):
         yield
 
 
@@ -73,15 +75,15 @@ def explain_termination(message: str) -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    if previous != -1:
-        signal.set_wakeup_fd(previous)
-        return
 
     def listen() -> None:
         with reader, writer:
             while received := reader.recv(1):
                 if received[0] == signal.SIGTERM:
                     leave(message, 128 + signal.SIGTERM)
+                if previous != -1:
+                    with suppress(OSError):  # whoever listened may be gone
+                        os.write(previous, received)
 
     threading.Thread(target=listen, name="optiq-sigterm", daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: None)

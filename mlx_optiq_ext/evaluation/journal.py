@@ -2,18 +2,17 @@
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
+import zipfile
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .. import files
-from ..errors import InputError
 
 #: Bytes of a journal that is read.
 LARGEST = 128 << 20
@@ -21,9 +20,14 @@ LARGEST = 128 << 20
 
 @dataclass(frozen=True)
 class Journal:
-    """A folder of finished items, named by everything that decides them."""
+    """A folder of finished items, named by everything that decides them.
+
+    What of it is damaged is left out, and a folder that cannot be written to keeps nothing for
+    another run; both are said in one line.
+    """
 
     folder: Path
+    _unwritten: dict[str, dict[str, np.ndarray]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def open(cls, key: Mapping[str, Any]) -> "Journal":
@@ -33,45 +37,58 @@ class Journal:
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:
         """Arrays that were put under a name, or None."""
+        if name in self._unwritten:
+            return self._unwritten[name]
+        path = self._file(name)
         try:
-            with np.load(self.folder / f"{name}.npz") as stored:
-                return {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, EOFError):
+            if path.stat().st_size > LARGEST:
+                raise ValueError("larger than any that is written")
+            with np.load(path, allow_pickle=False) as stored:
+                found = {key: stored[key] for key in stored.files}
+            files.note_kept(path)
+            return found
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+            files.left_out(path, 1)
             return None
 
     def put_arrays(self, name: str, **arrays: np.ndarray) -> None:
         """Put arrays under a name, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(suffix=".npz", dir=self.folder)
         try:
-            with os.fdopen(handle, "wb") as stream:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with files.replaced(self._file(name)) as temporary, temporary.open("wb") as stream:
                 np.savez(stream, **arrays)  # pyright: ignore[reportArgumentType]
-            Path(temporary).replace(self.folder / f"{name}.npz")
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            files.note_kept(self._file(name))
+        except OSError as error:
+            files.not_kept(self.folder, error)
+            self._unwritten[name] = arrays
+
+    def drop_arrays(self, name: str) -> None:
+        """Remove arrays that nothing needs any longer."""
+        if self._unwritten.pop(name, None) is None:
+            self._file(name).unlink(missing_ok=True)
 
     def items(self) -> dict[str, Any]:
-        """JSON items by name; a line that was cut off is left out."""
+        """JSON items by name."""
         found = {}
-        try:
-            lines = files.read_lines(self.folder / "items.jsonl", LARGEST)
-        except InputError:
-            return found
-        for _, line in lines:
-            try:
-                entry = files.parse_json(line, "an item", files.REQUEST)
+        for entry in files.read_records(self._items, LARGEST):
+            if isinstance(entry.get("name"), str) and "value" in entry:
                 found[entry["name"]] = entry["value"]
-            except (InputError, KeyError, TypeError):
-                continue
         return found
 
     def put_item(self, name: str, value: Any) -> None:
         """Append a JSON item."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "items.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"name": name, "value": value}) + "\n")
+        files.append_records(self._items, [{"name": name, "value": value}], LARGEST)
 
     def discard(self) -> None:
         """Remove it."""
+        self._unwritten.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _items(self) -> Path:
+        return self.folder / "items.jsonl"
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"

@@ -95,7 +95,7 @@ def compare(
             if kept is None:
                 raise InputError(f"{journal.folder} changed while it was used: run it again")
             journal.put_arrays(f"window-{n}", **_held_against(loaded, tokens[n], kept, chunk))
-            (journal.folder / f"reference-{n}.npz").unlink()
+            journal.drop_arrays(f"reference-{n}")
         del loaded
         mx.clear_cache()
     found = [journal.arrays(f"window-{n}") for n in range(len(tokens))]

@@ -9,15 +9,18 @@ large, too deep, ambiguous or not finite, before it costs memory or time, and na
     bits = entries.integer("bits", low=2, high=8)
 """
 
-from .cache import cache_dir
+from .cache import ENVIRONMENT, cache_dir
 from .documents import DEFAULT, LABELS, MODEL_CONFIG, REQUEST, Limits, parse_json, read_json
 from .fields import Fields, shown
 from .reading import open_regular, read_bytes, read_lines, read_text
+from .records import append_records, left_out, not_kept, note_kept, read_records, records_kept
 from .tensors import StoredTensor, TensorHeader, parse_header, read_header
-from .writing import staged, write_json, write_text
+from .unfinished import discard as discard_unfinished
+from .writing import check_new, check_room, replaced, staged, write_json, write_text
 
 __all__ = [
     "DEFAULT",
+    "ENVIRONMENT",
     "LABELS",
     "MODEL_CONFIG",
     "REQUEST",
@@ -25,7 +28,14 @@ __all__ = [
     "Limits",
     "StoredTensor",
     "TensorHeader",
+    "append_records",
     "cache_dir",
+    "check_new",
+    "check_room",
+    "discard_unfinished",
+    "left_out",
+    "not_kept",
+    "note_kept",
     "open_regular",
     "parse_header",
     "parse_json",
@@ -33,7 +43,10 @@ __all__ = [
     "read_header",
     "read_json",
     "read_lines",
+    "read_records",
     "read_text",
+    "records_kept",
+    "replaced",
     "shown",
     "staged",
     "write_json",

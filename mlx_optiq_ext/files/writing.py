@@ -11,26 +11,32 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, OptiqError
+from . import staging, unfinished
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that takes its name if the block succeeds.
 
+    What a process that was killed left of the same target is removed first.
+
     Raises:
-        InputError: ``target`` exists already, or its parent cannot be written to.
-        OptiqError: The disk filled up; nothing is left behind.
+        InputError: ``target`` exists already, another process is writing it, or its parent cannot
+            be written to.
+        OptiqError: The disk filled up, or something took the name meanwhile; nothing is left
+            behind.
     """
-    if target.exists():
-        raise InputError(f"{target} exists already: remove it or name another output folder")
+    check_new(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        holder = staging.claim(target)
     except OSError as error:
-        raise InputError(f"cannot write beside {target}: {error}") from error
+        raise InputError(
+            f"cannot write beside {target} ({error.strerror or error}): name another folder"
+        ) from error
     try:
-        yield holder / target.name
-        (holder / target.name).replace(target)
+        yield holder.folder / target.name
+        _move(holder.folder / target.name, target)
     except (OSError, RuntimeError) as error:
         if not _disk_full(error):
             raise
@@ -38,7 +44,51 @@ def staged(target: Path) -> Iterator[Path]:
             f"could not write {target} ({error}): free some disk space; nothing was left behind"
         ) from error
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        holder.release()
+
+
+def check_new(target: Path) -> None:
+    """Refuse a folder to write that is there already.
+
+    Raises:
+        InputError: Something has its name.
+    """
+    if target.is_symlink() and not target.exists():
+        raise InputError(
+            f"{target} is a symbolic link to nothing: remove it or name another output folder"
+        )
+    if target.exists():
+        raise InputError(f"{target} exists already: remove it or name another output folder")
+
+
+def check_room(folder: Path, needed: float) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        folder: Where it will be written.
+        needed: Bytes, about.
+
+    Raises:
+        InputError: There is less free space.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the disk of {folder} has {free / 1e9:.2f} GB free, and about {needed / 1e9:.2f} GB "
+            "will be written: free some space or name a folder on another disk"
+        )
+
+
+def _move(made: Path, target: Path) -> None:
+    try:
+        made.replace(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OptiqError(
+            f"{target} appeared while it was being made: what is there stays, and nothing of this "
+            "run was kept; name another output folder"
+        ) from error
 
 
 def _disk_full(error: OSError | RuntimeError) -> bool:
@@ -47,17 +97,29 @@ def _disk_full(error: OSError | RuntimeError) -> bool:
     return str(error).startswith("[write]")  # MLX's writer raises RuntimeError
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path``, with its suffix, that takes its name if the block succeeds.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    with unfinished.noted(temporary):
+        try:
+            yield temporary
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file by moving a complete one into place."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replaced(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,12 +2,20 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .. import distributed, files
-from ..errors import InputError
+
+#: Bytes of a file; a model of 1,000 tensors and 19 candidates takes 3 MB.
+LARGEST = 64 << 20
+
+
+def usable(value: Any) -> TypeGuard[float]:
+    """Whether something is a measured divergence: a finite number that is not negative."""
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 class Journal:
@@ -15,6 +23,9 @@ class Journal:
 
     What decides the result of every measurement in it, such as the model and the calibration data,
     names the file. A key says which measurement it is: any value that JSON can hold.
+
+    What on disk is damaged, or no finite number from 0 on, is measured again. A folder that cannot
+    be written to keeps nothing; both are said in one line.
 
     Of several processes only the first one reads and writes the file; what the others measure
     reaches it, and all of them, at `exchange`.
@@ -36,16 +47,15 @@ class Journal:
 
     def _read(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        try:
-            lines = files.read_lines(self.path) if self.path else ()
-        except InputError:
-            return found
-        for _, line in lines:
-            try:
-                entry = files.parse_json(line, "a measurement", files.REQUEST)
-                found[_text(entry["key"])] = float(entry["value"])
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of an interrupted run may be cut off
+        useless = 0
+        for entry in files.read_records(self.path, LARGEST) if self.path else ():
+            value = entry.get("value")
+            if "key" in entry and usable(value):
+                found[_text(entry["key"])] = float(value)
+            else:
+                useless += 1
+        if useless and self.path:
+            files.left_out(self.path, useless)
         return found
 
     def get(self, key: Any) -> float | None:
@@ -78,13 +88,9 @@ class Journal:
             self._write(found)
 
     def _write(self, found: dict[str, float]) -> None:
-        if self.path is None or not found:
-            return
-        lines = [json.dumps({"key": json.loads(k), "value": v}) for k, v in found.items()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # A line break first closes a line that an earlier run may have left cut off.
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write("\n" + "\n".join(lines))
+        if self.path is not None:
+            entries = [{"key": json.loads(k), "value": v} for k, v in found.items() if usable(v)]
+            files.append_records(self.path, entries, LARGEST)
 
     def __len__(self) -> int:
         return len(self._known)

@@ -104,3 +104,10 @@ def run(options: Options, args) -> None:
     table, data = report.write(Path(args.output_dir), name)
     print(report.markdown())
     print(f"[optiq] Written to {table} and {data}")
+
+
+def interrupted() -> str:
+    """What Ctrl-C leaves: finished items on disk, of our tasks."""
+    from mlx_optiq_ext import files
+
+    return "; the same command goes on from here" if files.records_kept() else ""

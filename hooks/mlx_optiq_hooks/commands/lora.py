@@ -1,5 +1,6 @@
 """``mlx_lm.lora``: options on the command line or in its YAML file."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_optiq_ext.errors import InputError
 
+from ..engine import session
 from ..engine.flags import Run as Instead
 from ..engine.options import given, read, spelled
 from ..engine.session import Session
@@ -50,11 +52,19 @@ class Run:
         options: What was asked for.
         request: The library's form of it, while a training runs.
         checkpoint: How its adapter is saved, once the layers have their ranks.
+        saved: The last file that was saved.
     """
 
     options: Options
     request: "Request | None" = None
     checkpoint: "Checkpoint | None" = None
+    saved: Path | None = None
+
+    def save(self, file: Path, tensors: Mapping[str, Any]) -> None:
+        """Save a checkpoint."""
+        assert self.checkpoint is not None
+        self.checkpoint.write(file, tensors)
+        self.saved = file
 
 
 def add_arguments(group):
@@ -238,6 +248,14 @@ def request(options: Options, args: Any, training_data: Any) -> "Request":
         scaling=options.rank_scaling or lora.CONSTANT,
         compiled=not options.no_compile,
     )
+
+
+def interrupted() -> str:
+    """What Ctrl-C leaves: checkpoints."""
+    run = session.state(Run)
+    if run is None or run.saved is None:
+        return ": no checkpoint was written"
+    return f": --resume-adapter-file {run.saved} goes on from the last checkpoint"
 
 
 def _loaded(name: str) -> Any:

@@ -12,11 +12,13 @@ COMMANDS: Mapping[str, Command] = {
     "benchmark": Command(benchmark.add_arguments, benchmark.check),
     "cache_prompt": _RUNS_A_MODEL,
     "chat": _RUNS_A_MODEL,
-    "convert": Command(convert.add_arguments, convert.check),
-    "evaluate": Command(evaluate.add_arguments, evaluate.check, evaluate.REPLACED),
+    "convert": Command(convert.add_arguments, convert.check, interrupted=convert.interrupted),
+    "evaluate": Command(
+        evaluate.add_arguments, evaluate.check, evaluate.REPLACED, evaluate.interrupted
+    ),
     "fuse": Command(),
     "generate": _RUNS_A_MODEL,
-    "lora": Command(lora.add_arguments, lora.check),
+    "lora": Command(lora.add_arguments, lora.check, interrupted=lora.interrupted),
     "perplexity": _RUNS_A_MODEL,
-    "server": Command(server.add_arguments, server.check),
+    "server": Command(server.add_arguments, server.check, interrupted=None),
 }

@@ -17,7 +17,7 @@ from mlx_optiq_ext import plugins
 from mlx_optiq_ext._version import __version__
 from mlx_optiq_ext.errors import InputError, OptiqError
 
-from . import session
+from . import interruption, session
 from .patch import Patch
 
 PREFIX = "optiq_"
@@ -38,11 +38,14 @@ class Command:
         add_arguments: Adds our options to an argparse group.
         check: ``(command, options, args)``, as the hook ``optiq_check_options``.
         replaced: Destination of a required stock option -> the option of ours that replaces it.
+        interrupted: What Ctrl-C leaves, in the words that follow "interrupted"; None if Ctrl-C is
+            stock's own affair.
     """
 
     add_arguments: Callable[[Any], None] = _nothing
     check: Callable[[str, SimpleNamespace, argparse.Namespace], Run | None] = _nothing
     replaced: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    interrupted: Callable[[], str] | None = str
 
 
 class Parser(argparse.ArgumentParser):
@@ -199,11 +202,16 @@ def _run(wrapped: Any, args: tuple, kwargs: dict) -> Any:
     return distributed.led(run)
 
 
-def main(command: str):
-    """Wrapper for a command's ``main``: opens the session and turns our errors into exit 2."""
+def main(command: str, interrupted: Callable[[], str] | None = str):
+    """Wrapper for a command's ``main``: opens the session and turns our errors into exit 2.
+
+    Args:
+        command: Name after ``mlx_lm.``.
+        interrupted: As in `Command`.
+    """
 
     def main(wrapped, instance, args, kwargs):
-        with session.opened(command) as running:
+        with session.opened(command) as running, interruption.heeded(command, message):
             from mlx_optiq_ext import distributed
 
             try:
@@ -220,6 +228,14 @@ def main(command: str):
                 if not distributed.told(error):
                     print(f"mlx_lm.{command}: error: {error}", file=sys.stderr)
                 raise SystemExit(2) from error
+
+    def message() -> str | None:
+        running = session.running()
+        if interrupted is None or running is None:
+            return None
+        if running.options is None:
+            return interruption.NOTHING_DONE if interruption.requested() else None
+        return f"interrupted{interrupted()}"
 
     return main
 
@@ -241,6 +257,6 @@ def patches(name: str, command: Command) -> tuple[Patch, Patch]:
             feature="flags",
             why="scopes the options to one run and prints our errors as the command's own",
             upstream=upstream,
-            wrapper=main(name),
+            wrapper=main(name, command.interrupted),
         ),
     )

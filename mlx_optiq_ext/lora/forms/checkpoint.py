@@ -1,7 +1,5 @@
 """Saving an adapter: every file is complete before it takes its name."""
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,16 +146,10 @@ def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
     Raises:
         OptiqError: It cannot be written; what was there stays.
     """
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".safetensors", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
     try:
-        mx.save_safetensors(name, dict(tensors), {"format": "pt"})
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        with files.replaced(path) as temporary:
+            mx.save_safetensors(str(temporary), dict(tensors), {"format": "pt"})
     except (OSError, RuntimeError) as error:
         raise OptiqError(
             f"could not write {path} ({error}): free some disk space; what was there stays"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,6 +2,6 @@
 
 from .checks import check
 from .options import Options, add_arguments
-from .run import Run, convert
+from .run import Run, convert, interrupted
 
-__all__ = ["Options", "Run", "add_arguments", "check", "convert"]
+__all__ = ["Options", "Run", "add_arguments", "check", "convert", "interrupted"]

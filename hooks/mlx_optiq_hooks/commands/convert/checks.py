@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from mlx_optiq_ext import files
 from mlx_optiq_ext.errors import InputError
 
 from ...engine import session
@@ -117,7 +118,4 @@ def _check_stock(chosen: list[str], args) -> None:
             raise InputError(
                 f"{spelled(chosen)} and {name} both decide how to quantize: leave one of them out"
             )
-    if Path(args.mlx_path).exists():
-        raise InputError(
-            f"{args.mlx_path} exists already: remove it or name another folder with --mlx-path"
-        )
+    files.check_new(Path(args.mlx_path))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...engine import session
 from .options import Options
 
 if TYPE_CHECKING:
@@ -47,6 +48,18 @@ def convert(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
         distributed.led(lambda: _with_kv(options, stock, call))
     else:
         distributed.led(lambda: stock(**call))
+
+
+def interrupted() -> str:
+    """What Ctrl-C leaves: measurements on disk, and no output."""
+    from mlx_optiq_ext import files
+
+    run = session.state(Run)
+    if run is None or not files.records_kept():
+        return ": nothing was written"
+    if run.options.refine or run.options.distill:
+        return "; the same command goes on from here, with its measurements and a new refinement"
+    return "; the same command goes on from here"
 
 
 def _by_plan(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:

@@ -13,10 +13,10 @@ from ...engine.patch import Patch, bind, of
 class _View(ModuleType):
     """``mlx.core`` as the trainer sees it while it trains for us."""
 
-    def __init__(self, real: Any, checkpoint: Any, compiled: bool):
+    def __init__(self, real: Any, run: command.Run, compiled: bool):
         super().__init__("mlx.core", real.__doc__)
         self._real = real
-        self._checkpoint = checkpoint
+        self._run = run
         if not compiled:
             self.compile = lambda function, *args, **kwargs: function
 
@@ -24,7 +24,7 @@ class _View(ModuleType):
         return getattr(self._real, name)
 
     def save_safetensors(self, file, arrays, metadata=None):
-        self._checkpoint.write(Path(file), arrays)
+        self._run.save(Path(file), arrays)
 
 
 def train(wrapped, instance, args, kwargs):
@@ -37,7 +37,7 @@ def train(wrapped, instance, args, kwargs):
     real, call = module.mx, bind(wrapped, args, kwargs)
     call["loss"] = lora.over_all_tokens(call.get("loss", module.default_loss))
     # The trainer looks up mx.compile and mx.save_safetensors each time it trains.
-    module.mx = _View(real, run.checkpoint, run.request.compiled)
+    module.mx = _View(real, run, run.request.compiled)
     try:
         return wrapped(**call)
     finally:

@@ -38,14 +38,6 @@ LATE = ("mlx_optiq_hooks", "mlx_optiq_hooks.installation", "mlx_optiq_ext._activ
 #: Lines of a file, and modules beside each other in a folder.
 LINES, MODULES_IN_A_FOLDER = 300, 14
 
-#: What is on its way out: arrows, a long file, a hidden module.
-LEAVING = {
-    ("kv", "weights"),
-    ("planning", "weights"),
-    "mlx_optiq_ext/kv/attention/kernels/decode_cuda.h",
-    "mlx_optiq_ext.kv.attention",
-}
-
 
 def room(module):
     """The room of a module of the library; "" for the package itself."""
@@ -110,9 +102,7 @@ def test_rooms_import_what_the_table_allows():
     strange = {
         f"{source} -> {other}": lines
         for (source, other), lines in arrows().items()
-        if source not in (*ENTRY, *GROUND)
-        and other not in (*GROUND, *ARROWS.get(source, ()))
-        and (source, other) not in LEAVING
+        if source not in (*ENTRY, *GROUND) and other not in (*GROUND, *ARROWS.get(source, ()))
     }
     assert strange == {}
 
@@ -150,7 +140,7 @@ def test_weights_is_no_library_for_the_others():
 
 
 def test_no_file_is_long():
-    long = {name: n for name, n in lengths().items() if n > LINES and name not in LEAVING}
+    long = {name: n for name, n in lengths().items() if n > LINES}
     assert long == {}
 
 
@@ -185,8 +175,6 @@ def test_no_name_of_a_package_hides_a_module_of_it(package):
     hidden = {
         name: source
         for name, source in bound.items()
-        if f"{package}.{name}" in MODULES
-        and source != f"{package}.{name}"
-        and f"{package}.{name}" not in LEAVING
+        if f"{package}.{name}" in MODULES and source != f"{package}.{name}"
     }
     assert hidden == {}

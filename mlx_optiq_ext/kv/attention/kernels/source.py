@@ -33,6 +33,13 @@ PLACES = {
 }
 
 
+#: Source files of the decode kernel's header, in this order; the constants follow the first one.
+HEADERS = {
+    "cuda": ("cuda", "shared", "codes_cuda", "decode_cuda"),
+    "metal": ("metal", "shared", "decode_metal"),
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """Shapes that one compiled kernel serves.
@@ -83,8 +90,7 @@ class Family:
 
 def decode(family: Family, platform: str) -> tuple[str, str]:
     """Header and body of the kernel that attends to one split of the sequence."""
-    texts = (platform, "shared", f"decode_{platform}")
-    first, *others = (text(f"{name}.h") for name in texts)
+    first, *others = (text(f"{name}.h") for name in HEADERS[platform])
     return "\n".join([first, constants(family, platform), *others]), text(f"decode_{platform}.body")
 
 

@@ -7,15 +7,19 @@ from importlib import metadata
 from . import _activation
 from ._version import __version__
 
-_reports: list[tuple[Callable[[], list[str]], Callable[[], None]]] = []
+_reports: list[Callable[[bool, bool], list[str]]] = []
 #: What ran otherwise than usual in this process.
 _notes: list[str] = []
 
 
-def register(lines: Callable[[], list[str]], load: Callable[[], None]) -> None:
-    """Let the hooks add their lines; the library itself does not know them."""
-    if (lines, load) not in _reports:
-        _reports.append((lines, load))
+def register(lines: Callable[[bool, bool], list[str]]) -> None:
+    """Let the hooks add their lines; the library itself does not know them.
+
+    Args:
+        lines: Given `load` and `verbose` as `status` takes them.
+    """
+    if lines not in _reports:
+        _reports.append(lines)
 
 
 def note(what: str, why: Exception | None = None) -> None:
@@ -32,21 +36,23 @@ def note(what: str, why: Exception | None = None) -> None:
         print(f"[optiq] {line}", file=sys.stderr)
 
 
-def status(*, load: bool = False) -> str:
+def status(*, load: bool = False, verbose: bool = False) -> str:
     """Describe this installation as text.
 
     Args:
         load: Whether to import mlx-lm's patched modules first, so that every patch can be proved
             live; else a patch whose module is not loaded yet is listed as waiting.
+        verbose: Whether to list each feature with the reason why it is on or off, and each patch
+            with whether it is live.
 
     Returns:
-        Versions, how activation happened, the verdict on the installed mlx-lm, each feature with
-        the reason why it is on or off, and each patch with whether it is live.
+        Versions, how activation happened, the verdict on the installed mlx-lm, the features that
+        are on, those that are off with the reason, and the plugins.
     """
     _activation.arm()
     lines = [
         f"mlx-optiq-ext {__version__}, Python {sys.version.split()[0]}",
-        *(f"{name} {_installed(name)}" for name in ("mlx-lm", "mlx", "wrapt", "pluggy")),
+        ", ".join(f"{name} {_installed(name)}" for name in ("mlx-lm", "mlx", "wrapt", "pluggy")),
         f"start-up file (.pth): {'ran' if 'site' in _activation.sources else 'did not run'}"
         + ("" if "site" in _activation.sources else _PTH_HINT),
     ]
@@ -54,10 +60,8 @@ def status(*, load: bool = False) -> str:
         lines.append("switched off: MLX_OPTIQ_EXT=0 is set, mlx-lm runs as stock")
     elif _activation.failure:
         lines.append(f"off: arming failed with {_activation.failure}")
-    for report, load_targets in _reports:
-        if load:
-            load_targets()
-        lines.extend(report())
+    for report in _reports:
+        lines.extend(report(load, verbose))
     if _notes:
         lines += ["notes:", *(f"  {line}" for line in _notes)]
     return "\n".join(lines)

@@ -1,10 +1,13 @@
 """The pluggy manager: our hooks first, then whatever is installed under ``mlx_optiq_ext``."""
 
+import argparse
+import functools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
-from typing import Any
+from types import ModuleType
+from typing import Any, get_type_hints
 
 import pluggy
 
@@ -18,6 +21,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 #: Plugins that could not be loaded: (name, reason). Shown by ``mlx_optiq_ext.status()``.
 broken: list[tuple[str, str]] = []
 
+#: Hooks of plugins that failed when called: (name, hook, reason). Shown by ``status()``.
+failures: list[tuple[str, str, str]] = []
+
+#: What a plugin raises on purpose: a refusal of input, or an option that exists already.
+REFUSALS = (OptiqError, argparse.ArgumentError)
+
 
 def blocked() -> tuple[str, ...]:
     """Names in ``MLX_OPTIQ_EXT_BLOCK`` (comma separated): plugins and features to leave out."""
@@ -29,12 +38,14 @@ def load(specs: Any, builtin: Iterable[tuple[str, Any]]) -> pluggy.PluginManager
     """Build the manager.
 
     Args:
-        specs: Module or class that holds the hookspecs.
+        specs: Module that holds the hookspecs; a plugin's results must have the annotated types.
         builtin: ``(name, plugin)`` pairs to register first, so that others win over them.
 
     Returns:
         A manager with every plugin of the entry-point group ``mlx_optiq_ext`` registered. A plugin
-        that fails to import or to validate is left out, noted in `broken` and named on stderr.
+        that fails to import or to validate is left out, noted in `broken` and named on stderr. One
+        that raises or exits in a hook does not answer there: it is noted in `failures` and named
+        on stderr, once, and the others are asked. `REFUSALS` go through.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(specs)
@@ -47,50 +58,77 @@ def load(specs: Any, builtin: Iterable[tuple[str, Any]]) -> pluggy.PluginManager
         if not manager.is_blocked(name):
             manager.register(plugin, name)
     broken.clear()
+    failures.clear()
     for entry_point in metadata.entry_points(group=PROJECT):
-        if manager.is_blocked(entry_point.name) or manager.has_plugin(entry_point.name):
+        name = entry_point.name
+        if manager.is_blocked(name) or manager.has_plugin(name):
             continue
         try:
-            plugin = entry_point.load()
-            manager.register(plugin, entry_point.name)
+            manager.register(_guarded(manager, entry_point.load(), name, specs), name)
             manager.check_pending()
-        except Exception as error:
-            if manager.has_plugin(entry_point.name):
-                manager.unregister(name=entry_point.name)
-            reason = f"{type(error).__name__}: {error}"
-            broken.append((entry_point.name, reason))
-            note = f"mlx_optiq_ext: plugin {entry_point.name!r} left out ({reason})"
-            print(note, file=sys.stderr)
+        except (Exception, SystemExit) as error:
+            if manager.has_plugin(name):
+                manager.unregister(name=name)
+            broken.append((name, _reason(error)))
+            print(f"mlx_optiq_ext: plugin {name!r} left out ({_reason(error)})", file=sys.stderr)
     return manager
 
 
-def answers(
-    manager: pluggy.PluginManager,
-    hook: str,
-    arguments: dict[str, Any],
-    refusals: tuple[type[Exception], ...] = (OptiqError,),
-) -> list[Any]:
-    """Ask every plugin; one that fails does not keep the others from answering.
+def installed() -> set[str]:
+    """Names of the installed plugins, blocked and broken ones included."""
+    return {entry_point.name for entry_point in metadata.entry_points(group=PROJECT)}
 
-    Args:
-        manager: From `load`.
-        hook: Name of a hook that collects every plugin's result.
-        arguments: For the hook.
-        refusals: Exceptions that a plugin raises on purpose, which go through.
 
-    Returns:
-        The results that are not None, that of the plugin registered last first. A plugin that
-        raises anything else is named on stderr.
+def _guarded(manager: pluggy.PluginManager, plugin: Any, name: str, specs: Any) -> ModuleType:
+    """A plugin with the same hookimpls, whose failures end nothing but its own answer.
+
+    Raises:
+        TypeError: It has a hook wrapper, which cannot fail without the hooks that it wraps.
     """
-    asked = [impl.plugin for impl in reversed(getattr(manager.hook, hook).get_hookimpls())]
-    results: list[Any] = []
-    for plugin in asked:
-        others = [other for other in asked if other is not plugin]
+    result = ModuleType(name)
+    for attribute in dir(plugin):
+        options = manager.parse_hookimpl_opts(plugin, attribute)
+        if options is None:
+            continue
+        if options.get("wrapper") or options.get("hookwrapper"):
+            raise TypeError(f"{attribute} is a hook wrapper: return a result of its own instead")
+        hook = options.get("specname") or attribute
+        declared = getattr(specs, hook, None)
+        expected = get_type_hints(declared).get("return", object) if declared else object
+        setattr(result, attribute, _guard(getattr(plugin, attribute), name, hook, expected))
+    return result
+
+
+def _guard(function: Callable[..., Any], name: str, hook: str, expected: Any) -> Callable[..., Any]:
+    # A status refuses nothing.
+    refusals = () if hook == "optiq_status" else REFUSALS
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
-            results += manager.subset_hook_caller(hook, others)(**arguments)
+            result = function(*args, **kwargs)
+            if not isinstance(result, expected):
+                raise TypeError(f"it returned {result!r:.80}, not {_words(expected)}")
+            return result
         except refusals:
             raise
-        except Exception as error:
-            name, reason = manager.get_name(plugin), f"{type(error).__name__}: {error}"
-            print(f"mlx_optiq_ext: plugin {name!r} failed in {hook} ({reason})", file=sys.stderr)
-    return results
+        except (Exception, SystemExit) as error:
+            failure = (name, hook, _reason(error))
+            if failure not in failures:
+                failures.append(failure)
+                print(
+                    f"mlx_optiq_ext: plugin {name!r} failed in {hook} ({_reason(error)})",
+                    file=sys.stderr,
+                )
+            return None
+
+    return guarded
+
+
+def _words(expected: Any) -> str:
+    return getattr(expected, "__name__", None) or str(expected).replace("collections.abc.", "")
+
+
+def _reason(error: BaseException) -> str:
+    """The kind of an error and what it says, on one line."""
+    return ": ".join(filter(None, [type(error).__name__, " ".join(str(error).split())]))

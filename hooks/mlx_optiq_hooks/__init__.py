@@ -22,7 +22,7 @@ def arm() -> None:
     from .engine import status as report
     from .patches import evaluate
 
-    _status.register(report.lines, report.load)
+    _status.register(report.lines)
     main_module.redirect(COMMANDS)
     evaluate.install()
     patch_engine().apply()

@@ -6,9 +6,10 @@ import sys
 import pluggy
 
 from mlx_optiq_ext import plugins
+from mlx_optiq_ext._status import note
 from mlx_optiq_ext.errors import OptiqError
 
-from .engine.gate import Gate
+from .engine.gate import FEATURES, Gate
 from .engine.patch import Engine, Patch
 
 
@@ -65,7 +66,14 @@ def plugin_manager() -> pluggy.PluginManager:
     from . import builtin
     from .engine import spec
 
-    return plugins.load(spec, [("optiq", builtin)])
+    manager = plugins.load(spec, [("optiq", builtin)])
+    known = {*FEATURES, "optiq", *plugins.installed()}
+    if unknown := [name for name in plugins.blocked() if name not in known]:
+        note(
+            f"MLX_OPTIQ_EXT_BLOCK names no feature and no installed plugin with "
+            f"{', '.join(map(repr, unknown))}; features are {', '.join(FEATURES)}"
+        )
+    return manager
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 import pytest
 
+from mlx_optiq_hooks.engine import spec
+
 GOOD = """
 from mlx_optiq_ext import hookimpl
 
@@ -38,6 +40,12 @@ BROKEN = {
         "more",
     ),
     "raising": ("raise RuntimeError('cannot load')\n", "RuntimeError: cannot load"),
+    "exiting": ("raise SystemExit(3)\n", "SystemExit: 3"),
+    "wrapper": (
+        "from mlx_optiq_ext import hookimpl\n\n@hookimpl(wrapper=True)\ndef optiq_status():\n"
+        "    return (yield)\n",
+        "TypeError: optiq_status is a hook wrapper",
+    ),
     "missing": ("import no_such_module_anywhere\n", "ModuleNotFoundError: No module named"),
 }
 STATUS = "import mlx_optiq_ext; print(mlx_optiq_ext.status())"
@@ -89,6 +97,58 @@ def test_a_plugin_that_raises_is_named_and_the_command_goes_on(run, fake_mlx_lm,
     done = run("python", "-c", STATUS, env=env, check=True)
     assert done.stderr == f"{named}optiq_status (ZeroDivisionError: division by zero)\n"
     assert "good: here" in done.stdout
+
+
+ENDINGS = {
+    "raises": ("raise RuntimeError('not today')", "RuntimeError: not today"),
+    "exits": ("sys.exit(3)", "SystemExit: 3"),
+    "returns nonsense": ("return 3.5", "TypeError: it returned 3.5, not "),
+}
+
+
+def hooks():
+    return [name for name in vars(spec) if name.startswith("optiq_")]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_plugin_that_fails_in_any_hook_is_named_once_and_kept_apart(
+    run, fake_mlx_lm, plugin, ending
+):
+    code, reason = ENDINGS[ending]
+    functions = "".join(f"@hookimpl\ndef {hook}():\n    {code}\n" for hook in hooks())
+    failing = f"import sys\nfrom mlx_optiq_ext import hookimpl\n{functions}"
+    others = "from mlx_optiq_ext import hookimpl\n@hookimpl(trylast=True)\ndef optiq_status():\n"
+    env = plugin(fake_mlx_lm(), "failing", failing)
+    env = plugin(env, "others", others + "    return ['others: here']\n")
+    ask = (
+        "import mlx_lm, mlx_optiq_hooks, mlx_optiq_ext\n"
+        "manager = mlx_optiq_hooks.plugin_manager()\n"
+        "manager.unregister(name='optiq')\n"
+        f"for name in {hooks()} * 2:\n"
+        "    hook = getattr(manager.hook, name)\n"
+        "    hook(**dict.fromkeys(hook.spec.argnames))\n"
+        "print(mlx_optiq_ext.status())"
+    )
+    done = run("python", "-c", ask, env=env, check=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(hooks())
+    for hook, line in zip(hooks(), lines, strict=True):
+        assert line.startswith(f"mlx_optiq_ext: plugin 'failing' failed in {hook} ({reason}")
+        assert f"\n  failed: failing in {hook} ({reason}" in done.stdout
+    assert "others: here" in done.stdout
+
+
+def test_ctrl_c_and_refusals_pass_through_a_plugin(run, fake_mlx_lm, plugin):
+    source = (
+        "from mlx_optiq_ext import OptiqError, hookimpl\n@hookimpl\n"
+        "def optiq_resolve_adapter(name):\n"
+        "    raise KeyboardInterrupt if name == 'slow' else OptiqError('no such adapter')\n"
+    )
+    env = plugin(fake_mlx_lm(), "demo", source)
+    ask = "import mlx_lm.tuner.utils as utils; utils.load_adapters('model', {!r})"
+    slow = run("python", "-c", ask.format("slow"), env=env)
+    assert slow.stderr.endswith("KeyboardInterrupt\n")
+    assert run("python", "-c", ask.format("a"), env=env).stderr.endswith(": no such adapter\n")
 
 
 @pytest.mark.parametrize("source", [GOOD, BROKEN["raising"][0]], ids=["good", "raising"])

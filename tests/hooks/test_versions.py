@@ -70,7 +70,7 @@ def test_an_mlx_that_the_release_does_not_run_with_refuses_the_flag(run, fake_ml
         "'mlx>=0.30.4,<0.31.2', or a release of mlx-lm from the compat table that does\n"
     )
     assert done.stdout == ""
-    code = "import mlx_optiq_ext; print(mlx_optiq_ext.status())"
+    code = "import mlx_optiq_ext; print(mlx_optiq_ext.status(verbose=True))"
     text = run("python", "-c", code, env=env, check=True).stdout
     assert "\nmlx-lm 0.31.2: outside (mlx-lm 0.31.2 does not run with mlx 0.32.4 (" in text
     assert "\n  weights: off (mlx-lm 0.31.2 does not run with mlx 0.32.4 (" in text
@@ -102,7 +102,7 @@ def test_a_tested_release_that_somebody_edited_is_refused_too(run, fake_mlx_lm):
         "(mlx_lm.utils:hf_repo_to_path is missing: " in done.stderr
     )
     assert done.stderr.endswith("install it anew\n")
-    code = "import mlx_optiq_ext; print(mlx_optiq_ext.status())"
+    code = "import mlx_optiq_ext; print(mlx_optiq_ext.status(verbose=True))"
     text = run("python", "-c", code, env=env, check=True).stdout
     assert "\n  weights: off (mlx-lm 0.32.2 is not what was released under that number" in text
 

@@ -1,12 +1,18 @@
 """The wheel, the sdist and an editable install: what they carry, start and take away."""
 
+import json
+import re
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+
+from mlx_optiq_compat import rows, verdict
+from mlx_optiq_compat.version import within
 
 pytestmark = pytest.mark.build
 
@@ -61,6 +67,39 @@ def test_the_metadata_names_what_we_stand_on(distributions):
     assert {"cpu", "test"} <= set(metadata.get_all("Provides-Extra") or [])
 
 
+def extras(distributions):
+    """Extra -> its requirements as the wheel declares them."""
+    with zipfile.ZipFile(distributions.wheel) as wheel:
+        (name,) = (each for each in wheel.namelist() if each.endswith("/METADATA"))
+        needs = Parser().parsestr(wheel.read(name).decode()).get_all("Requires-Dist") or []
+    found = {}
+    for need in needs:
+        what, _, marker = need.partition(";")
+        if extra := re.search(r"extra == '([^']+)'", marker):
+            found.setdefault(extra[1], []).append(what.strip())
+    return found
+
+
+def test_the_extra_yolo_keeps_to_releases_that_run_with_its_mlx(distributions):
+    data = tomllib.loads((ROOT / "compat/mlx_optiq_compat/matrix.toml").read_text())
+    tested = data["yolo_mlx"]["tested_with"]
+    (bound,) = (each for each in extras(distributions)["yolo"] if each.startswith("mlx-lm"))
+    newest = [row for row in rows() if within(row.mlx_lm, bound.removeprefix("mlx-lm"))][-1]
+    assert newest.mlx_lm == tested["mlx_lm"]
+    assert within(tested["mlx"], newest.mlx)
+
+
+def test_the_extras_resolve_to_an_mlx_and_an_mlx_lm_that_run_together(environment, distributions):
+    fresh, report = environment(), distributions.wheel.with_name("report.json")
+    ask = ("install", "--dry-run", "--ignore-installed", "--report", report)
+    fresh.pip(*ask, f"{distributions.wheel}[yolo,cpu]")
+    chosen = {
+        each["metadata"]["name"]: each["metadata"]["version"]
+        for each in json.loads(report.read_text())["install"]
+    }
+    assert verdict(chosen["mlx-lm"], chosen["mlx"]).kind == "pinned", chosen
+
+
 START = """
 import sys
 package = sys.modules.get("mlx_optiq_ext")
@@ -95,7 +134,10 @@ def test_it_starts_where_installed_and_is_gone_when_removed(
     assert python(ARM, fake).stdout == "FunctionWrapper True\n"
     assert python(ARM, {**fake, "MLX_OPTIQ_EXT": "0"}).stdout == "function False\n"
     status = subprocess.run(
-        [str(fresh.python), "-m", "mlx_optiq_ext"], capture_output=True, text=True, env=fake
+        [str(fresh.python), "-m", "mlx_optiq_ext", "--verbose"],
+        capture_output=True,
+        text=True,
+        env=fake,
     )
     assert "start-up file (.pth): ran\n" in status.stdout
     assert "mlx_lm.utils:quantize_model: live" in status.stdout

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any, NoReturn, TypeAlias
 
-from mlx_optiq_ext import plugins
 from mlx_optiq_ext._version import __version__
 from mlx_optiq_ext.errors import InputError, OptiqError
 
@@ -63,9 +62,8 @@ class Parser(argparse.ArgumentParser):
 
         group = self.add_argument_group(f"optiq (mlx-optiq-ext {__version__})")
         try:
-            arguments = {"command": self.optiq_command, "group": group}
-            refusals = (OptiqError, argparse.ArgumentError)
-            plugins.answers(plugin_manager(), "optiq_add_arguments", arguments, refusals)
+            add = plugin_manager().hook.optiq_add_arguments
+            add(command=self.optiq_command, group=group)
         except argparse.ArgumentError as error:
             raise OptiqError(
                 f"A plugin adds an option that mlx_lm.{self.optiq_command} has already: {error}"

@@ -28,7 +28,11 @@ FEATURES = (
 )
 
 #: Feature -> features it cannot do without: packed caches are made where plugins make theirs.
-NEEDS = {"kv": ("plugins",)}
+NEEDS = {
+    "kv": ("plugins",),
+    "kv_batched": ("kv", "plugins"),
+    "adapters_batched": ("adapters",),
+}
 
 #: Feature -> features whose patches must work wherever mlx-lm carries them: rows of a batch would
 #: be given another request's adapter.
@@ -65,22 +69,32 @@ class Gate:
 
     def state(self, feature: str) -> State:
         """Whether a feature is on, as far as its patches' modules are loaded."""
-        state = self.states[feature]
-        problem = self.engine().problem(feature) if state.on else None
-        return state if problem is None else State(False, problem)
+        for each in self._wanted(feature):
+            state = self.states[each]
+            if not state.on:
+                return state
+            if problem := self.engine().problem(each):
+                return State(False, problem)
+        return self.states[feature]
 
     def checked(self, feature: str) -> State:
         """As `state`, and mlx-lm's source compared with what is recorded of all that is used."""
         state = self.state(feature)
         if feature == "flags" or not state.on:
             return state
-        if wrong := _differing(names(self.patches, feature)):
-            return State(
-                False,
-                f"mlx-lm {self.version} is not what was released under that number where "
-                f"{feature} needs it ({wrong}): install it anew",
-            )
+        for each in self._wanted(feature):
+            if wrong := _differing(names(self.patches, each)):
+                return State(
+                    False,
+                    f"mlx-lm {self.version} is not what was released under that number where "
+                    f"{each} needs it ({wrong}): install it anew",
+                )
         return state
+
+    def _wanted(self, feature: str) -> tuple[str, ...]:
+        """A feature and all that must be on for it."""
+        beside = (each for each in BESIDE.get(feature, ()) if self.states[each].on)
+        return (feature, *NEEDS.get(feature, ()), *beside)
 
     def require(self, feature: str) -> None:
         """Make sure that a feature works before anything is done with it.
@@ -90,13 +104,11 @@ class Gate:
         Raises:
             UnsupportedError: The feature is off, with the reason and the remedy.
         """
-        beside = (each for each in BESIDE.get(feature, ()) if self.states[each].on)
-        wanted = (feature, *NEEDS.get(feature, ()), *beside)
+        wanted = self._wanted(feature)
         for each in wanted:
             _refuse_if_off(self.states[each])
         self.engine().load(wanted)
-        for each in wanted:
-            _refuse_if_off(self.checked(each))
+        _refuse_if_off(self.checked(feature))
 
     @classmethod
     def for_installed(cls, patches: Iterable[Patch], engine: Callable[[], Engine]) -> "Gate":
@@ -126,6 +138,9 @@ class Gate:
                 )
             else:
                 states[feature] = State(True, verdict.reason)
+        for feature, needs in NEEDS.items():
+            off = (states[need] for need in needs if not states[need].on)
+            states[feature] = next(off, states[feature]) if states[feature].on else states[feature]
         return cls(version, verdict.kind, verdict.reason, states, patches, engine)
 
 

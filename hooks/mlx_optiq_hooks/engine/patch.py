@@ -1,6 +1,5 @@
 """Patches as data, and the engine that applies and undoes them from one table."""
 
-import contextlib
 import functools
 import importlib
 import sys
@@ -135,13 +134,20 @@ class Engine:
                 )
         return None
 
-    def load(self, features: Iterable[str]) -> None:
-        """Import the modules that features patch, as far as they import here."""
-        wanted = set(features)
+    def load(self, features: Iterable[str]) -> dict[str, str]:
+        """Import the modules that features patch, as far as they import here.
+
+        Returns:
+            Module -> why it does not import. mlx_lm.evaluate, for one, needs the lm-eval package.
+        """
+        wanted, failed = set(features), {}
         for module in dict.fromkeys(p.module for p in self.patches if p.feature in wanted):
-            # mlx_lm.evaluate needs the lm-eval package, which few have.
-            with contextlib.suppress(ImportError):
+            try:
                 importlib.import_module(module)
+            # An MLX that does not fit shows as an AttributeError somewhere in mlx-lm.
+            except (Exception, SystemExit) as error:
+                failed[module] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return failed
 
     def _on_import(self, module: ModuleType) -> None:
         # Whatever goes wrong here must not break the import that is going on.

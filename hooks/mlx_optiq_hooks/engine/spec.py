@@ -5,16 +5,23 @@ which is named in the entry-point group ``mlx_optiq_ext``. Arguments are passed 
 implementation lists only those it wants. Hooks marked *first result* stop at the first answer that
 is not None, and installed plugins are asked before the built-in ones.
 
+A plugin that raises in a hook, calls ``sys.exit`` there or returns something of another type than
+the annotated one is named on stderr and counts as if it had returned None. ``OptiqError`` is the
+way to refuse: it ends the command with that message.
+
 ``options`` has the parsed ``--optiq-*`` values of all plugins as attributes, named without the
 ``optiq_`` prefix; None stands for an option that was not given. Outside a command, or without any
 such option, ``options`` itself is None.
 """
 
+from collections.abc import Callable
+from os import PathLike
+
 from mlx_optiq_ext.plugins import hookspec
 
 
 @hookspec
-def optiq_add_arguments(command, group):
+def optiq_add_arguments(command, group) -> None:
     """Add options to a stock command. Called once per command, before it parses.
 
     ``command`` is the name after ``mlx_lm.`` (``"convert"``, ``"server"``, ...), ``group`` an
@@ -24,7 +31,7 @@ def optiq_add_arguments(command, group):
 
 
 @hookspec
-def optiq_check_options(command, options, args):
+def optiq_check_options(command, options, args) -> Callable | None:
     """Refuse bad input. Called after parsing, before anything is loaded, if an option was given.
 
     ``args`` is the stock namespace. Raise ``mlx_optiq_ext.OptiqError`` to end the command with
@@ -34,7 +41,7 @@ def optiq_check_options(command, options, args):
 
 
 @hookspec(firstresult=True)
-def optiq_quant_predicate(model, config, options):
+def optiq_quant_predicate(model, config, options) -> Callable | None:
     """Choose the precision of each module. First result; called by ``quantize_model``.
 
     Return a callable ``(path, module) -> bool | dict``, as mlx-lm's own ``quant_predicate`` is, or
@@ -44,7 +51,7 @@ def optiq_quant_predicate(model, config, options):
 
 
 @hookspec
-def optiq_sensitivity_methods():
+def optiq_sensitivity_methods() -> list | None:
     """Offer ways to measure sensitivity, as a list. All results are registered.
 
     Each is an object as ``mlx_optiq_ext.weights.Method`` describes it: with a ``name``, which
@@ -54,7 +61,7 @@ def optiq_sensitivity_methods():
 
 
 @hookspec(firstresult=True)
-def optiq_prompt_cache(model, max_kv_size, options):
+def optiq_prompt_cache(model, max_kv_size, options) -> list | None:
     """Build the list of per-layer caches. First result; None means mlx-lm's own caches.
 
     Called whenever mlx-lm makes a prompt cache.
@@ -62,7 +69,7 @@ def optiq_prompt_cache(model, max_kv_size, options):
 
 
 @hookspec
-def optiq_kv_formats():
+def optiq_kv_formats() -> list | None:
     """Offer ways to store keys and values, as a list of subclasses. All results, joined.
 
     Called once, before a KV plan or a saved prompt cache is read. Each is a subclass of
@@ -71,7 +78,7 @@ def optiq_kv_formats():
 
 
 @hookspec
-def optiq_attention_backends():
+def optiq_attention_backends() -> list | None:
     """Offer functions that attend over packed keys and values, as a list. All results, joined.
 
     Called once, before the first such attention. A function takes ``(queries, keys, values, scale,
@@ -81,7 +88,7 @@ def optiq_attention_backends():
 
 
 @hookspec(firstresult=True)
-def optiq_lora_rank(path, module, rank, options):
+def optiq_lora_rank(path, module, rank, options) -> int | None:
     """Choose the LoRA rank of one layer. First result; None keeps ``rank``.
 
     Called for each module that mlx-lm is about to adapt; ``path`` is its layer path in the model
@@ -90,7 +97,7 @@ def optiq_lora_rank(path, module, rank, options):
 
 
 @hookspec(firstresult=True)
-def optiq_resolve_adapter(name):
+def optiq_resolve_adapter(name) -> str | PathLike | None:
     """Turn an adapter's name into the folder that holds it. First result; None leaves it as given.
 
     Called before mlx-lm reads an adapter, with whatever the user wrote.
@@ -98,5 +105,5 @@ def optiq_resolve_adapter(name):
 
 
 @hookspec
-def optiq_status():
+def optiq_status() -> list | None:
     """Add lines to ``mlx_optiq_ext.status()``: return a list of strings."""

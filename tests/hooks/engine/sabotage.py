@@ -45,7 +45,8 @@ def run():
 
 installation.tables = broken
 outcomes = [(mine[-1].target, *run())]  # importing mlx_lm arms
-assert f"  {feature}: off ({feature} needs a patch that failed" in mlx_optiq_ext.status()
+status = mlx_optiq_ext.status(verbose=True)
+assert f"  {feature}: off ({feature} needs a patch that failed" in status
 
 mlx_optiq_hooks.disarm()
 installation.tables = tables

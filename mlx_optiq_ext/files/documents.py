@@ -22,8 +22,8 @@ VALUE_BYTES, KEY_BYTES, CONTAINER_BYTES = 64, 128, 256
 
 #: Digits of an integer. Tokenizers say int(1e30) where they mean no limit.
 DIGITS = 40
-#: Characters of a number that is no integer.
-NUMBER = 128
+#: Characters of a number that is no integer, and of a key.
+NUMBER, KEY = 128, 512
 
 _BLOCK = MEGABYTE
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -111,6 +111,8 @@ def _parsed(text: str, where: str, limits: Limits) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
+        if any(len(key) > KEY for key in found):
+            raise InputError(f"{where} has a key of more than {KEY} characters: shorten it")
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))

@@ -3,9 +3,9 @@
 import difflib
 import functools
 import json
-import math
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -104,27 +104,30 @@ def read_chip(path: Path) -> Chip:
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold one JSON object with bandwidth_gbs and tflops")
     if unknown := set(value) - known:
-        raise InputError(f"{path} has unknown fields: {', '.join(sorted(unknown))}")
+        raise InputError(f"{path} has unknown fields: {', '.join(sorted(unknown))[:80]}")
     value = {"id": path.stem, "name": path.stem, "family": "apple", **value}
     if value["family"] not in FAMILIES:
-        raise InputError(f"{path}: family {value['family']!r} is none of {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{path}: family {files.shown(value['family'])} is none of {', '.join(FAMILIES)}"
+        )
     for name in ("bandwidth_gbs", "tflops"):
         _check_positive(path, name, value.get(name))
     if value.get("launch_us") is not None:
         _check_positive(path, "launch_us", value["launch_us"])
     value["rates_gbs"] = _read_rates(path, value.get("rates_gbs", []))
     if not isinstance(value.get("overlapped", False), bool):
-        raise InputError(f"{path}: overlapped {value['overlapped']!r} is neither true nor false")
+        raise InputError(
+            f"{path}: overlapped {files.shown(value['overlapped'])} is neither true nor false"
+        )
     for name in ("generation", "dies"):
-        if not isinstance(value.get(name, 1), int):
-            raise InputError(f"{path}: {name} {value[name]!r} is not a whole number")
+        if type(value.get(name, 1)) is not int:
+            raise InputError(f"{path}: {name} {files.shown(value[name])} is not a whole number")
     return Chip(**value)
 
 
 def _check_positive(path: Path, name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise InputError(f"{path}: {name} {value!r} is not a number above 0")
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise InputError(f"{path}: {name} {files.shown(value)} is not a number above 0")
 
 
 def _read_rates(path: Path, value: Any) -> tuple[tuple[float, float], ...]:

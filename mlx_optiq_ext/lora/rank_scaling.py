@@ -123,7 +123,9 @@ def measured_kl(model: str, paths: Mapping[str, Any]) -> dict[str, float]:
         if own is None or value is None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            raise InputError(f"{path}: kl of {name} is {value!r}: give a number from 0 on")
+            raise InputError(
+                f"{path}: kl of {name} is {files.shown(value)}: give a number from 0 on"
+            )
         found[own] = float(value)
     return found
 

@@ -37,10 +37,14 @@ def _precision(path: Path, name: str, entry: Any) -> Precision:
     )
     if not isinstance(mode, str) or mode not in MODES:
         names = ", ".join(MODES)
-        raise InputError(f"{path}: mode of {name} is {mode!r}, which MLX lacks: give {names}")
+        raise InputError(
+            f"{path}: mode of {name} is {files.shown(mode)}, which MLX lacks: give {names}"
+        )
     for field, value in (("bits", bits), ("group_size", group_size)):
         if not isinstance(value, int) or isinstance(value, bool):
-            raise InputError(f"{path}: {field} of {name} is {value!r}: give a whole number")
+            raise InputError(
+                f"{path}: {field} of {name} is {files.shown(value)}: give a whole number"
+            )
     assert isinstance(bits, int)
     assert isinstance(group_size, int)
     if group_size == 0 or bits in (16, 32):

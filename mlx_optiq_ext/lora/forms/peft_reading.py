@@ -90,14 +90,14 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse a config that describes something other than LoRA or DoRA."""
     if config.get("peft_type") != "LORA":
         raise InputError(
-            f"{source}: peft_type {config.get('peft_type')!r} is not LORA, the one that mlx-lm has"
+            f"{source}: peft_type {shown(config.get('peft_type'))} is not LORA, the one that mlx-lm has"
         )
     _number(config.get("r"), "r", source, whole=True)
     _number(config.get("lora_alpha"), "lora_alpha", source)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGE_BASE):
         raise InputError(
-            f"{source}: init_lora_weights {start!r} changed the base model too: convert the "
+            f"{source}: init_lora_weights {shown(start)} changed the base model too: convert the "
             "adapter to plain LoRA with PEFT (path_initial_model_for_weight_conversion)"
         )
     for name in _FOREIGN:

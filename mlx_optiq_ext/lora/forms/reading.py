@@ -153,11 +153,14 @@ def _ranks(found: Files) -> Mapping[str, int]:
     return ranks
 
 
+def _beyond(layer: LayerAdapter, rank: int) -> mx.array:
+    return layer.b[..., rank:] if layer.stacked else layer.b[rank:]
+
+
 def _trimmed(layer: LayerAdapter, rank: int | None, path: str, found: Files) -> LayerAdapter:
     if rank is None or rank == layer.rank:
         return layer
-    rest = layer.b[..., rank:] if layer.stacked else layer.b[rank:]
-    if rank > layer.rank or rest.any().item():
+    if rank > layer.rank or _beyond(layer, rank).any().item():
         raise InputError(
             f"{found.source}: {NOTES} gives {path} rank {rank}, but {found.weights.name} has rank "
             f"{layer.rank} there: the two files are of different trainings"

@@ -29,6 +29,7 @@ class Entry:
     """An entry.
 
     Attributes:
+        name: As the directory has it.
         header: Where its local header begins.
         end: Where the next entry or the directory begins.
         stored: Bytes that it takes in the file.
@@ -37,6 +38,7 @@ class Entry:
         checksum: CRC-32 of what it comes to.
     """
 
+    name: bytes
     header: int
     end: int
     stored: int
@@ -56,7 +58,7 @@ def entries(stream: BinaryIO) -> dict[str, Entry]:
         raise Damaged(f"a zip archive of {count:,} entries")
     stream.seek(start)
     data = stream.read(size)
-    found: list[tuple[str, Entry]] = []
+    found: list[Entry] = []
     at = 0
     for _ in range(count):
         if len(data) - at < _CENTRAL.size:
@@ -64,15 +66,14 @@ def entries(stream: BinaryIO) -> dict[str, Entry]:
         sign, flags, method, checksum, packed, length, *rest = _CENTRAL.unpack_from(data, at)
         name_size, extra_size, comment_size, header = rest
         at += _CENTRAL.size
-        name = data[at : at + name_size].decode("utf-8", "replace")
+        name = data[at : at + name_size]
         if sign != b"PK\x01\x02":
             raise Damaged("its zip directory is damaged")
         extra = data[at + name_size : at + name_size + extra_size]
         length, packed, header = _wide(extra, length, packed, header)
         if method not in (0, _DEFLATED) or flags & 1 or (method == 0 and packed != length):
             raise Damaged("an entry that is encrypted, or compressed in an unknown way")
-        entry = Entry(header, 0, packed, length, method == _DEFLATED, checksum)
-        found.append((name, entry))
+        found.append(Entry(name, header, 0, packed, length, method == _DEFLATED, checksum))
         at += name_size + extra_size + comment_size
     if at != len(data):
         raise Damaged("its zip directory has another size than its end says")
@@ -91,6 +92,8 @@ def content(stream: BinaryIO, entry: Entry) -> bytes:
         raise Damaged("an entry is not where its zip directory says")
     _, name_size, extra_size = _LOCAL.unpack(local)
     start = entry.header + _LOCAL.size + name_size + extra_size
+    if stream.read(name_size) != entry.name:
+        raise Damaged("an entry that its zip directory calls by another name")
     if start + entry.stored > entry.end:
         raise Damaged("an entry reaches into the next one")
     stream.seek(start)
@@ -153,10 +156,11 @@ def _wide(extra: bytes, length: int, packed: int, header: int) -> tuple[int, int
     raise Damaged("a zip entry of unknown size")
 
 
-def _apart(found: list[tuple[str, Entry]], end: int) -> dict[str, Entry]:
+def _apart(found: list[Entry], end: int) -> dict[str, Entry]:
     """The entries, each of which ends before the next one begins."""
     placed: dict[str, Entry] = {}
-    for name, entry in sorted(found, key=lambda pair: pair[1].header, reverse=True):
+    for entry in sorted(found, key=lambda entry: entry.header, reverse=True):
+        name = entry.name.decode("utf-8", "replace")
         if entry.header + _LOCAL.size + entry.stored > end:
             raise Damaged("its zip entries overlap")
         if name in placed:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..model.config import generates, is_embedding, layer_count, text_config
 from ..model.headers import Header, Headers, read_file, read_headers
 from .caches import LayerCache, layer_caches
@@ -18,6 +19,17 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EXPERT = re.compile(r"(experts)\.\d+\.")
 #: Models whose RMSNorm adds one to its weight in a kernel of its own.
 _SHIFTED_NORM = ("gemma", "gemma2", "gemma3", "gemma3_text")
+
+
+#: Fields of a config that are counted with.
+_NUMBERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_kv_shared_layers"),
+    *("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads"),
+    *("hidden_size", "n_embd", "head_dim", "global_head_dim", "sliding_window"),
+    *("kv_lora_rank", "qk_rope_head_dim", "linear_num_value_heads", "linear_key_head_dim"),
+    *("linear_value_head_dim", "mamba_num_heads", "mamba_head_dim", "ssm_state_size"),
+    *("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_top_k", "moe_k"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,8 +117,13 @@ def read_layout(
 
 
 def layout_of(config: Mapping[str, Any], headers: Headers) -> Layout:
-    """The layout of a model by its config and the headers of its tensors."""
+    """The layout of a model by its config and the headers of its tensors.
+
+    Raises:
+        InputError: A field of the config that is needed is of another type than models have.
+    """
     text = text_config(config)
+    _check_fields(text, config)
     modules: dict[str, dict[str, list[Header]]] = defaultdict(lambda: defaultdict(list))
     for name, header in headers.items():
         if generates(name):
@@ -125,6 +142,18 @@ def layout_of(config: Mapping[str, Any], headers: Headers) -> Layout:
             rows[index][_LAYER.split(operator.path, maxsplit=1)[-1]] = operator.rows
     used = sum(o.nbytes for o in operators)
     return Layout(operators, layer_caches(text, rows), text, used)
+
+
+def _check_fields(text: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    fields = files.Fields({k: v for k, v in text.items() if v is not None}, "config.json")
+    for name in _NUMBERS:
+        fields.integer(name, 0, 1 << 40, default=None)
+    if not all(isinstance(kind, str) for kind in fields.items("layer_types", default=[])):
+        raise fields.refusal("layer_types", "a list of strings")
+    for name in ("quantization", "quantization_config"):
+        settings = files.Fields(config, "config.json").table(name, default=None)
+        if settings is not None and settings.entry.get("group_size") is not None:
+            settings.integer("group_size", 0, 1 << 20)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,77 +76,95 @@ def mutated(name: str, contents: dict[str, bytes], number: int) -> tuple[str, by
     return target, MUTATIONS[Path(target).suffix](draw, contents[target])
 
 
-def work(name: str, first: int, last: int, progress: Path) -> None:
-    """Run a reader on some mutations in this process, and print the outcome as JSON."""
-    from fuzzing.readers import all_readers
+def work(names: list[str], first: int, last: int, progress: Path) -> None:
+    """Run readers on their mutations in this process, the first one from ``first`` on.
 
-    from mlx_optiq_ext.errors import OptiqError
+    Prints an outcome as JSON for each reader that is done.
+    """
+    from fuzzing.readers import all_readers, broken_readers
 
     scratch = Path(tempfile.mkdtemp(dir=progress.parent))
-    reader = all_readers(scratch)[name]
+    known = {**all_readers(scratch), **broken_readers()}
     shutil.rmtree(scratch)
-    folder, outcome, ran = progress.parent / "files", Outcome(), []
-    reading = False
+    folder = progress.parent / "files"
+    for name in names:
+        _warm(name, known[name], folder)
+    ran: list[str] = []
+    reading = [False]
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if reading and event in RUNNING:
+        if reading[0] and event in RUNNING:
             ran.append(f"{event} {arguments!r:.100}")
 
-    def restore() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        for file, content in reader.files.items():
-            (folder / file).write_bytes(content)
-
-    restore()
-    reader.read(folder)  # the whole files are read, and what is imported late is imported
-    for number in range(-300, 0):
-        restore()
-        target, content = mutated(name, reader.files, number)
-        (folder / target).write_bytes(content)
-        try:
-            reader.read(folder)
-        except OptiqError:
-            pass
-        except Exception:
-            break  # it is found below, or is a reason to look
     sys.addaudithook(audit)
     limit(MEGABYTES)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    restore()
-    for number in range(first, last):
-        progress.write_text(str(number))
+    for name in names:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcome = Outcome()
+        _restore(known[name], folder)
+        for number in range(first, last):
+            progress.write_text(f"{name}\n{number}")
+            _one(name, known[name], number, folder, outcome, reading)
+            if ran:
+                outcome.failures.append((number, f"ran {ran[0]}"))
+                ran.clear()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcome.megabytes = (after - before) * UNIT / (1 << 20)
+        print(json.dumps([name, asdict(outcome)]), flush=True)
+        first = 0
+
+
+def _warm(name: str, reader: Any, folder: Path) -> None:
+    """Read whole files and some damaged ones, so that what is imported late is imported."""
+    from mlx_optiq_ext.errors import OptiqError
+
+    _restore(reader, folder)
+    reader.read(folder)
+    for number in range(-reader.warm, 0):
+        _restore(reader, folder)
         target, content = mutated(name, reader.files, number)
         (folder / target).write_bytes(content)
-        begin = time.process_time()
-        signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)
-        reading = True
-        try:
+        with suppress(OptiqError):
             reader.read(folder)
-            outcome.accepted += 1
-        except OptiqError as error:
-            outcome.refused += 1
-            if len(str(error)) > 2000 or "\n" in str(error):
-                outcome.failures.append((number, f"a message of {len(str(error))} characters"))
-        except BaseException as error:
-            outcome.failures.append((number, f"{type(error).__name__}: {error!s:.200}"))
-        reading = False
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        seconds = time.process_time() - begin
-        outcome.seconds = max(outcome.seconds, seconds)
-        outcome.mutations += 1
-        if ran:
-            outcome.failures.append((number, f"ran {ran[0]}"))
-            ran.clear()
-        if seconds > SECONDS:
-            outcome.failures.append((number, f"{seconds:.1f} s"))
-        if {path.name for path in folder.iterdir()} != set(reader.files):
-            restore()
-        else:
-            (folder / target).write_bytes(reader.files[target])
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    outcome.megabytes = (after - before) * UNIT / (1 << 20)
-    print(json.dumps(asdict(outcome)))
+
+
+def _restore(reader: Any, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for file, content in reader.files.items():
+        (folder / file).write_bytes(content)
+
+
+def _one(
+    name: str, reader: Any, number: int, folder: Path, outcome: Outcome, reading: list[bool]
+) -> None:
+    from mlx_optiq_ext.errors import OptiqError
+
+    target, content = mutated(name, reader.files, number)
+    (folder / target).write_bytes(content)
+    begin = time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)
+    reading[0] = True
+    try:
+        reader.read(folder)
+        outcome.accepted += 1
+    except OptiqError as error:
+        outcome.refused += 1
+        if len(str(error)) > 2000 or "\n" in str(error):
+            outcome.failures.append((number, f"a message of {len(str(error))} characters"))
+    except BaseException as error:
+        outcome.failures.append((number, f"{type(error).__name__}: {error!s:.200}"))
+    reading[0] = False
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    seconds = time.process_time() - begin
+    outcome.seconds = max(outcome.seconds, seconds)
+    outcome.mutations += 1
+    if seconds > SECONDS:
+        outcome.failures.append((number, f"{seconds:.1f} s"))
+    if {path.name for path in folder.iterdir()} == set(reader.files):
+        (folder / target).write_bytes(reader.files[target])
+    else:
+        _restore(reader, folder)
 
 
 def limit(megabytes: int) -> None:
@@ -156,35 +176,45 @@ def limit(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (whole, whole))
 
 
-def watch(name: str, count: int, kept: Path | None = None) -> Outcome:
-    """Run a reader on ``count`` mutations, in a new process after each crash."""
-    total, first = Outcome(), 0
+def watch(names: Sequence[str], count: int, kept: Path | None = None) -> dict[str, Outcome]:
+    """Run readers on ``count`` mutations each, in a new process after each crash."""
+    found = {name: Outcome() for name in names}
+    left, first = list(names), 0
     with tempfile.TemporaryDirectory(prefix="mlx-optiq-ext-fuzz-") as scratch:
         progress = Path(scratch) / "progress"
-        while first < count:
-            command = [sys.executable, __file__, "--worker", name, str(first), str(count)]
+        while left:
+            command = [sys.executable, __file__, "--worker", ",".join(left), str(first), str(count)]
             done = subprocess.run(
                 [*command, str(progress)], capture_output=True, text=True, cwd=scratch
             )
+            for line in done.stdout.splitlines():
+                name, outcome = json.loads(line)
+                found[name].join(Outcome(**outcome))
             if done.returncode == 0:
-                total.join(Outcome(**json.loads(done.stdout.splitlines()[-1])))
                 break
             if not progress.exists():
-                raise RuntimeError(f"{name} does not start: {done.stderr[-2000:]}")
-            number = int(progress.read_text())
-            total.mutations += number + 1 - first
+                raise RuntimeError(f"{', '.join(left)}: {done.stderr[-2000:]}")
+            name, number = progress.read_text().split("\n")
+            start = first if name == left[0] else 0
+            found[name].mutations += int(number) + 1 - start
             ends = {-signal.SIGPROF: "hangs", -signal.SIGKILL: "was killed"}
             why = ends.get(done.returncode, f"crashes ({done.returncode}) {done.stderr[-300:]}")
-            total.failures.append((number, why))
-            first = number + 1
-        if kept is not None and total.failures:
-            _keep(name, total, kept, Path(scratch))
-    return total
+            found[name].failures.append((int(number), why))
+            left, first = left[left.index(name) :], int(number) + 1
+            progress.unlink()
+            if first == count:
+                left, first = left[1:], 0
+        for name in names if kept else ():
+            assert kept is not None
+            _keep(name, found[name], kept, Path(scratch))
+    return found
 
 
 def _keep(name: str, outcome: Outcome, kept: Path, scratch: Path) -> None:
     from fuzzing.readers import all_readers
 
+    if not outcome.failures:
+        return
     contents = all_readers(scratch)[name].files
     for number, _ in outcome.failures[:50]:
         target, content = mutated(name, contents, number)
@@ -208,7 +238,7 @@ def table(found: dict[str, Outcome]) -> str:
 
 def main() -> int:
     """Run all readers and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--readers", help="names, with commas between; all by default")
     parser.add_argument("--jobs", type=int, default=2)
@@ -216,8 +246,8 @@ def main() -> int:
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        name, first, last, progress = options.worker
-        work(name, int(first), int(last), Path(progress))
+        names, first, last, progress = options.worker
+        work(names.split(","), int(first), int(last), Path(progress))
         return 0
     from fuzzing.readers import all_readers
 
@@ -225,11 +255,11 @@ def main() -> int:
         names = list(all_readers(Path(scratch)))
     names = options.readers.split(",") if options.readers else names
     with ThreadPoolExecutor(options.jobs) as pool:
-        outcomes = pool.map(lambda name: watch(name, options.count, options.keep), names)
-        found = {}
-        for name, outcome in zip(names, outcomes, strict=True):
-            found[name] = outcome
-            print(f"{name}: {outcome}", file=sys.stderr, flush=True)
+        outcomes = pool.map(lambda name: watch([name], options.count, options.keep), names)
+        found: dict[str, Outcome] = {}
+        for outcome in outcomes:
+            found |= outcome
+            print(outcome, file=sys.stderr, flush=True)
     print(table(found))
     return int(any(outcome.failures for outcome in found.values()))
 

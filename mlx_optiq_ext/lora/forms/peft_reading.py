@@ -90,7 +90,8 @@ def check_config(config: Mapping[str, Any], source: str) -> None:
     """Refuse a config that describes something other than LoRA or DoRA."""
     if config.get("peft_type") != "LORA":
         raise InputError(
-            f"{source}: peft_type {shown(config.get('peft_type'))} is not LORA, the one that mlx-lm has"
+            f"{source}: peft_type {shown(config.get('peft_type'))} is not LORA, the one that "
+            "mlx-lm has"
         )
     _number(config.get("r"), "r", source, whole=True)
     _number(config.get("lora_alpha"), "lora_alpha", source)

@@ -37,8 +37,8 @@ def read_labels(path: str | Path, classes: int) -> dict[str, Objects]:
             rows[names[entry["image_id"]]].append((*row, bool(entry.get("iscrowd", 0))))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path} is not in COCO's format ({type(error).__name__}: {error!s:.80}): it needs images, "
-            "annotations with bbox and category_id, and categories"
+            f"{path} is not in COCO's format ({type(error).__name__}: {error!s:.80}): it needs "
+            "images, annotations with bbox and category_id, and categories"
         ) from error
     if len(categories) != classes:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import sys
 import zipfile
@@ -47,12 +48,12 @@ class Reader:
     Attributes:
         files: Name -> valid content; each of them is damaged in turn.
         read: Reads the folder; raises an OptiqError or returns.
-        fixed: Files beside them that stay whole.
+        warm: Mutations that are read before anything is watched.
     """
 
     files: dict[str, bytes]
     read: Callable[[Path], Any]
-    fixed: tuple[str, ...] = ()
+    warm: int = 50
 
 
 def all_readers(scratch: Path) -> dict[str, Reader]:
@@ -109,6 +110,33 @@ def all_readers(scratch: Path) -> dict[str, Reader]:
             {"a.safetensors": _saved(scratch, _detector)},
             lambda f: checkpoint.read(f / "a.safetensors"),
         ),
+    }
+
+
+def broken_readers() -> dict[str, Reader]:
+    """Readers that do what none may, by what that is: they show that it is noticed."""
+
+    def behave(harm: Callable[[], Any]) -> Callable[[Path], None]:
+        def read(folder: Path) -> None:
+            if (folder / "a.json").read_bytes() != b"{}":
+                harm()
+
+        return read
+
+    def spin() -> None:
+        while True:
+            pass
+
+    harms: dict[str, Callable[[], Any]] = {
+        "raises": lambda: [][0],
+        "hangs": spin,
+        "fills memory": lambda: bytearray(1 << 30),
+        "runs": lambda: os.system("true"),
+        "dies": lambda: os._exit(1),
+    }
+    return {
+        f"broken: {name}": Reader({"a.json": b"{}"}, behave(harm), warm=0)
+        for name, harm in harms.items()
     }
 
 
@@ -202,7 +230,8 @@ def _detector(path: str) -> None:
 
 def _npz() -> bytes:
     stream = io.BytesIO()
-    np.savez_compressed(stream, **{name: np.ones((16, 1, 1, 1), np.float16) for name in DETECTOR})
+    arrays: Any = {name: np.ones((16, 1, 1, 1), np.float16) for name in DETECTOR}
+    np.savez_compressed(stream, **arrays)
     return stream.getvalue()
 
 

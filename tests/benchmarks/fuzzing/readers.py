@@ -1,22 +1,16 @@
 """Every reader of untrusted files, with a small valid file of each kind that it reads."""
 
 import io
-import json
 import os
-import pickle
-import sys
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models import cache as stock_caches
 
-from mlx_optiq_ext import files, kv
+from mlx_optiq_ext import files
 from mlx_optiq_ext.adapters.requests import Refusal, read_body
 from mlx_optiq_ext.errors import UnsupportedError
 from mlx_optiq_ext.evaluation import word_problems
@@ -32,13 +26,15 @@ from mlx_optiq_ext.modalities import leftovers
 from mlx_optiq_ext.model.headers import read_headers
 from mlx_optiq_ext.planning.journal import Journal as Measurements
 from mlx_optiq_ext.planning.texts import read_texts
+from mlx_optiq_ext.weights.candidates import Size, Tensor
 from mlx_optiq_ext.weights.plan_file import read_plan
-from mlx_optiq_ext.weights.precision import Precision, Size, Tensor
+from mlx_optiq_ext.weights.precision import Precision
 from mlx_optiq_ext.yolo.detection.labels import read_labels
 from mlx_optiq_ext.yolo.reading import checkpoint
 
+from . import samples
+
 DATA = Path(__file__).resolve().parents[2] / "data"
-LAYERS = [f"model.layers.{n}.{m}" for n in range(2) for m in ("self_attn.q_proj", "mlp.up_proj")]
 
 
 @dataclass(frozen=True)
@@ -65,49 +61,64 @@ def all_readers(scratch: Path) -> dict[str, Reader]:
         name: (DATA / "peft" / "mixed" / name).read_bytes()
         for name in ("adapter_config.json", "adapter_model.safetensors")
     }
-    weights = _saved(scratch, _weights)
+    weights = samples.file_of(scratch, samples.weights)
     config = (DATA / "tiny-qwen3" / "config.json").read_bytes()
     return {
         "config and headers": Reader(
             {"config.json": config, "model.safetensors": weights}, _read_model
         ),
         "headers of towers": Reader({"model.safetensors": weights}, leftovers.tower_tensors),
-        "plan": Reader({"plan.json": _json(_plan())}, _read_plan),
+        "plan": Reader({"plan.json": samples.as_json(samples.plan())}, _read_plan),
         "measured KL": Reader(
-            {"optiq_metadata.json": _json(_plan())},
-            lambda folder: measured_kl(str(folder), dict.fromkeys(LAYERS)),
+            {"optiq_metadata.json": samples.as_json(samples.plan())},
+            lambda folder: measured_kl(str(folder), dict.fromkeys(samples.LAYERS)),
         ),
         "KV plan": Reader(
-            {"kv_config.json": _json(_kv_plan())}, lambda f: read_kv_plan(f / "kv_config.json")
+            {"kv_config.json": samples.as_json(samples.kv_plan())},
+            lambda f: read_kv_plan(f / "kv_config.json"),
         ),
-        "saved prompt cache": Reader({"a.safetensors": _saved(scratch, _caches)}, _read_caches),
+        "saved prompt cache": Reader(
+            {"a.safetensors": samples.file_of(scratch, samples.caches)}, _read_caches
+        ),
         "adapter": Reader(
             {**notes, "adapters.safetensors": (lora / "adapters.safetensors").read_bytes()},
             _read_adapter,
         ),
         "PEFT adapter": Reader(peft, _read_adapter),
         "calibration": Reader(
-            {"a.jsonl": _lines(TEXTS), "b.jsonl": _lines(TEXTS[:1])},
+            {
+                "a.jsonl": samples.as_lines(samples.TEXTS),
+                "b.jsonl": samples.as_lines(samples.TEXTS[:1]),
+            },
             lambda f: [read_texts(f / name) for name in ("a.jsonl", "b.jsonl")],
         ),
         "test items": Reader(
-            {"a.jsonl": _lines([{"question": "1 + 1?", "answer": "1 + 1 = 2 #### 2"}] * 3)},
+            {
+                "a.jsonl": samples.as_lines(
+                    [{"question": "1 + 1?", "answer": "1 + 1 = 2 #### 2"}] * 3
+                )
+            },
             lambda f: word_problems.read_items(f / "a.jsonl"),
         ),
         "cached measurements": Reader(
-            {"a.jsonl": _lines([{"key": ["a", 4, 64], "value": 0.5, "name": "n"}] * 3)},
+            {"a.jsonl": samples.as_lines([{"key": ["a", 4, 64], "value": 0.5, "name": "n"}] * 3)},
             _read_measurements,
         ),
-        "chip": Reader({"chip.json": _json(CHIP)}, lambda f: read_chip(f / "chip.json")),
-        "COCO labels": Reader({"a.json": _json(LABELS)}, lambda f: read_labels(f / "a.json", 2)),
-        "tokenizer config": Reader(
-            {"tokenizer_config.json": _json(TOKENIZER)}, leftovers.remove_processor_files
+        "chip": Reader(
+            {"chip.json": samples.as_json(samples.CHIP)}, lambda f: read_chip(f / "chip.json")
         ),
-        "request": Reader({"a.json": _json(REQUEST)}, _read_request),
-        "YOLO .pt": Reader({"a.pt": _torch_file()}, lambda f: checkpoint.read(f / "a.pt")),
-        "YOLO .npz": Reader({"a.npz": _npz()}, lambda f: checkpoint.read(f / "a.npz")),
+        "COCO labels": Reader(
+            {"a.json": samples.as_json(samples.LABELS)}, lambda f: read_labels(f / "a.json", 2)
+        ),
+        "tokenizer config": Reader(
+            {"tokenizer_config.json": samples.as_json(samples.TOKENIZER)},
+            leftovers.remove_processor_files,
+        ),
+        "request": Reader({"a.json": samples.as_json(samples.REQUEST)}, _read_request),
+        "YOLO .pt": Reader({"a.pt": samples.torch_file()}, lambda f: checkpoint.read(f / "a.pt")),
+        "YOLO .npz": Reader({"a.npz": samples.npz()}, lambda f: checkpoint.read(f / "a.npz")),
         "YOLO .safetensors": Reader(
-            {"a.safetensors": _saved(scratch, _detector)},
+            {"a.safetensors": samples.file_of(scratch, samples.detector)},
             lambda f: checkpoint.read(f / "a.safetensors"),
         ),
     }
@@ -140,173 +151,13 @@ def broken_readers() -> dict[str, Reader]:
     }
 
 
-TEXTS = [
-    {"text": "The quick brown fox, [and] {others}."},
-    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
-    {"prompt": "1 + 1", "completion": "2"},
-    {"question": "1 + 1", "answer": "2"},
-]
-#: What a YOLO26 is known by.
-DETECTOR = ("model.0.conv.weight", *(f"model.1.one2one_cv3.{n}.2.weight" for n in range(3)))
-CHIP = {
-    "name": "a chip",
-    "bandwidth_gbs": 400.0,
-    "tflops": 14.2,
-    "launch_us": 3.5,
-    "rates_gbs": [[4.5, 300.0], [16.0, 380.0]],
-    "overlapped": True,
-    "generation": 3,
-    "dies": 1,
-}
-LABELS = {
-    "images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(2)],
-    "categories": [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}],
-    "annotations": [
-        {"image_id": n, "category_id": 7, "bbox": [1, 2.5, 30, 40], "iscrowd": 0} for n in range(2)
-    ],
-}
-TOKENIZER = {
-    "tokenizer_class": "A",
-    "processor_class": "B",
-    "auto_map": {"AutoProcessor": "x.Y", "AutoTokenizer": ["x.Z", None]},
-    "model_max_length": int(1e30),
-    "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
-}
-REQUEST = {"lora_name": "a", "lora_path": "/a", "load_inplace": False, "n": [1, 2.5, None]}
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
-
-def _lines(values: list[Any]) -> bytes:
-    return b"\n".join(map(_json, values))
-
-
-def _saved(scratch: Path, write: Callable[[str], None]) -> bytes:
-    path = scratch / "a.safetensors"
-    write(str(path))
-    return path.read_bytes()
-
-
-def _weights(path: str) -> None:
-    shapes = {f"{name}.weight": (8, 8) for name in LAYERS}
-    arrays = {name: mx.zeros(shape, mx.bfloat16) for name, shape in shapes.items()}
-    arrays["model.embed_tokens.weight"] = mx.zeros((16, 8))
-    arrays["vision_tower.blocks.0.attn.weight"] = mx.zeros((4, 4), mx.uint32)
-    mx.save_safetensors(path, arrays, {"format": "mlx"})
-
-
-def _caches(path: str) -> None:
-    stock_caches.__dict__.setdefault("PackedKVCache", kv.PackedKVCache)
-    found = kv.parse_spec("k8v4g32")
-    assert found is not None
-    assert found.everywhere is not None
-    caches: list[Any] = [
-        kv.PackedKVCache(stock_caches.KVCache(), found.everywhere, interleaved=False),
-        kv.PackedKVCache(stock_caches.RotatingKVCache(max_size=8), found.everywhere),
-        stock_caches.KVCache(),
-    ]
-    for cache in caches:
-        cache.update_and_fetch(mx.ones((1, 1, 2, 32)), mx.ones((1, 1, 2, 32)))
-    stock_caches.save_prompt_cache(path, caches, {"model": "m"})
-
-
-def _plan() -> dict[str, Any]:
-    each = {name: {"bits": 4, "group_size": 64, "kl": 0.01} for name in LAYERS}
-    each[LAYERS[0]] = {"bits": 16, "group_size": 0, "kl": 0.0}
-    return {"method": "taylor", "target_bpw": 4.5, "achieved_bpw": 4.4, "per_layer": each}
-
-
-def _kv_plan() -> list[dict[str, Any]]:
-    turbo = {"layer_idx": 2, "bits": 4, "method": "turboquant", "seed": 3}
-    sides = {"k_bits": 8, "v_bits": 16, "k_group_size": 32, "k_rotated": True}
-    return [{"layer_idx": 0, "bits": 8, "group_size": 64}, {"layer_idx": 1, **sides}, turbo]
-
-
-def _detector(path: str) -> None:
-    mx.save_safetensors(path, {name: mx.ones((16, 1, 1, 1)) for name in DETECTOR})
-
-
-def _npz() -> bytes:
-    stream = io.BytesIO()
-    arrays: Any = {name: np.ones((16, 1, 1, 1), np.float16) for name in DETECTOR}
-    np.savez_compressed(stream, **arrays)
-    return stream.getvalue()
-
-
-def _torch_file() -> bytes:
-    """An Ultralytics checkpoint as torch.save writes it."""
-    names = ("torch", "torch._utils", "ultralytics", "ultralytics.nn")
-    modules = {name: ModuleType(name) for name in names}
-
-    def known(module: str, name: str, value: Any) -> Any:
-        value.__module__, value.__qualname__ = module, name
-        setattr(modules[module], name, value)
-        return value
-
-    storage = known("torch", "FloatStorage", type("FloatStorage", (), {}))
-    rebuild = known("torch._utils", "_rebuild_tensor_v2", lambda *_: None)
-    module = known("ultralytics.nn", "Model", type("Model", (), {}))
-    stored: dict[str, bytes] = {}
-
-    class Data:
-        pass
-
-    class Tensor:
-        pass
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj: Any) -> Any:
-            if not isinstance(obj, Data):
-                return None
-            key = str(len(stored))
-            stored[key] = np.arange(16, dtype=np.float32).tobytes()
-            return ("storage", storage, key, "cpu", 16)
-
-        def reducer_override(self, obj: Any) -> Any:
-            if isinstance(obj, Tensor):
-                return rebuild, (Data(), 0, (16, 1, 1, 1), (1, 1, 1, 1), False, {})
-            return NotImplemented
-
-    def made() -> Any:
-        found = module()
-        found.__dict__ = {"_parameters": {}, "_buffers": {}, "_modules": {}}
-        return found
-
-    root = made()
-    root.names = {0: "cat", 1: "dog"}
-    for name in DETECTOR:
-        holder = root
-        for part in name.split(".")[:-1]:
-            holder = holder.__dict__["_modules"].setdefault(part, made())
-        holder.__dict__["_parameters"]["weight"] = Tensor()
-    stream = io.BytesIO()
-    before = {name: sys.modules.get(name) for name in modules}
-    sys.modules.update(modules)
-    try:
-        tree = {"model": root, "ema": None, "epoch": -1, "args": {"lr": 0.1, "seed": 1 << 40}}
-        Pickler(stream, protocol=2).dump({**tree, "path": Path("a"), "set": {1, 2}})
-    finally:
-        for name, value in before.items():
-            sys.modules.pop(name)
-            if value is not None:
-                sys.modules[name] = value
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w") as archive:
-        archive.writestr("a/data.pkl", stream.getvalue())
-        for key, data in stored.items():
-            archive.writestr(f"a/data/{key}", data)
-    return whole.getvalue()
-
-
 def _read_model(folder: Path) -> None:
     layout_of(*read_headers(str(folder)))
 
 
 def _read_plan(folder: Path) -> None:
     choices = tuple(Precision(bits, 64) for bits in (2, 4, 8))
-    tensors = tuple(Tensor(name, (128, 128), 16, choices) for name in LAYERS)
+    tensors = tuple(Tensor(name, (128, 128), 16, choices) for name in samples.LAYERS)
     read_plan(folder / "plan.json", tensors, Size(4 * 128 * 128, 1000))
 
 

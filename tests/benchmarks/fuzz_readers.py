@@ -5,7 +5,8 @@
 Each reader runs in a process of its own with 512 MB of address space beyond what Python and MLX
 take, and 2 seconds of processor time for each file. A file is accepted, or refused with an
 OptiqError. Anything else is a failure, whose file is kept: another exception, a crash, more memory
-or time, or an attempt to run, import or open for writing anything. Exit status 1 if there is one.
+or time, or an attempt to run or import anything, or to change files elsewhere. Exit status 1 if
+there is one.
 """
 
 import argparse
@@ -31,8 +32,10 @@ SECONDS, MEGABYTES = 2.0, 512
 RUNNING = (
     *("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "pty.spawn"),
     *("exec", "compile", "import", "pickle.find_class", "marshal.loads", "ctypes.dlopen"),
-    *("socket.connect", "os.remove", "shutil.rmtree", "webbrowser.open"),
+    *("socket.connect", "webbrowser.open"),
 )
+#: What may happen in the reader's own folder only.
+CHANGING = ("os.remove", "os.rename", "os.rmdir", "os.chmod", "os.symlink", "shutil.rmtree")
 #: Where a unit of ru_maxrss is one byte.
 UNIT = 1 << 20 if sys.platform == "darwin" else 1 << 10
 
@@ -93,7 +96,8 @@ def work(names: list[str], first: int, last: int, progress: Path) -> None:
     reading = [False]
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if reading[0] and event in RUNNING:
+        beside = event in CHANGING and not str(arguments[0]).startswith(str(folder))
+        if reading[0] and (event in RUNNING or beside):
             ran.append(f"{event} {arguments!r:.100}")
 
     sys.addaudithook(audit)

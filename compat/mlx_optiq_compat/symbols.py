@@ -46,13 +46,6 @@ def downloaded(path_or_repo: str, patterns: list[str]) -> Path:
     return Path(utils._download(path_or_repo, allow_patterns=patterns))
 
 
-def cached_folder(repo: str) -> Path:
-    """The folder of a Hub repository that is downloaded already."""
-    from mlx_lm.utils import hf_repo_to_path
-
-    return Path(hf_repo_to_path(repo))
-
-
 def generation_stream(call: Mapping[str, Any]) -> Any:
     """The stream on which a call of mlx-lm generates.
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
 
 from ..errors import InputError
 from ..kv import KVPlan, mount
 from ..latency import read_layout
-from ..model.loading import load, local_folder, model_digest, to_compute_dtype
+from ..model.hub import CONFIG, find_folder
+from ..model.loading import load, model_digest, to_compute
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,9 @@ class Subject:
         return {"stored_bpw": 8 * layout.nbytes / max(weights, 1), **files}
 
     def load(self) -> tuple[nn.Module, Any]:
-        """The model, its KV plan mounted, and its tokenizer.
-
-        On a CPU, where half precision and quantized products are slow, the same weights are
-        dequantized to float32.
-        """
-        model, tokenizer, _ = load(str(self.folder), None, False)
-        if mx.default_device() == mx.Device(mx.cpu):
-            from mlx_lm.utils import dequantize_model
-
-            model.update(tree_map(to_compute_dtype, model.parameters()))
-            model = dequantize_model(model)
+        """The model in the dtype to compute in, its KV plan mounted, and its tokenizer."""
+        model, tokenizer, _ = load(str(self.folder))
+        model = to_compute(model)
         if self.kv_plan is not None:
             mount(model, self.kv_plan)
         return model, tokenizer
@@ -82,21 +74,10 @@ def subject(name: str, kv_plan: KVPlan | None = None) -> Subject:
     Raises:
         InputError: There is none.
     """
-    path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise InputError(f"{name} is not a model folder: it has no config.json")
-        return Subject(name, path, kv_plan)
-    if path.exists() or name.startswith((".", "/", "~")):
-        raise InputError(f"{name} is not a model folder: give a folder or a Hub repository")
-    try:
-        load(name, None, False)  # lazily: mlx-lm's own way to download
-        return Subject(name, local_folder(name), kv_plan)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name} cannot be downloaded ({type(error).__name__}): check the name and the "
-            "connection, or give a folder"
-        ) from error
+    folder = find_folder(name)
+    if not (folder / CONFIG).exists():
+        raise InputError(f"{name} is not a model folder: it has no {CONFIG}")
+    return Subject(name, folder, kv_plan)
 
 
 def tokenizer_of(model: Subject) -> Any:

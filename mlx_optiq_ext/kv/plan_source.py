@@ -6,6 +6,7 @@ from pathlib import Path
 from .. import files
 from ..errors import InputError
 from ..model.config import layer_count
+from ..model.hub import find_folder
 from .plan import FILE, KVPlan, check_layers, parse_spec, read_plan
 
 #: Means the plan beside the model.
@@ -48,28 +49,13 @@ def _found(text: str, model: str | None) -> KVPlan:
         return read_plan(Path(text))
     if model is None:
         raise InputError("--optiq-kv auto looks beside the model: name it with --model")
-    if not Path(model).exists():
-        return read_plan(_downloaded(model))
-    path = Path(model) / FILE
+    path = find_folder(model, [FILE]) / FILE
     if not path.exists():
         raise InputError(
             f"{model} has no {FILE}: write one with mlx_lm.convert --optiq-kv-budget, or name "
             "a width such as --optiq-kv 4"
         )
     return read_plan(path)
-
-
-def _downloaded(repo: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, FILE))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise InputError(
-            f"{repo} has no {FILE} that could be read ({type(error).__name__}): name a file or a "
-            "width such as --optiq-kv 4"
-        ) from error
 
 
 def _layer_count(model: str | None) -> int | None:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import distributed
-from ..model.loading import local_folder, model_digest
+from ..model.hub import cached_folder
+from ..model.loading import model_digest
 from .averaging import digest
 
 #: How many training texts weight the residual, and how many tokens of each.
@@ -48,4 +49,4 @@ def check_same_start(model: str, training: Sequence[Any], validation: Sequence[A
         return
     sets = {"training data": training, "validation data": validation}
     digests = {name: digest(each[i] for i in range(len(each))) for name, each in sets.items()}
-    distributed.compare(model=model_digest(local_folder(model)), **digests)
+    distributed.compare(model=model_digest(cached_folder(model)), **digests)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import files
+from ..errors import InputError
+from ..model.hub import CONFIG, cached_folder, find_folder
 from .text import Report, handed_down, to_text
 
 
@@ -30,6 +32,7 @@ def load_text(load: Callable[..., Any], path_or_hf_repo: str, **options: Any) ->
 
     Raises:
         UnsupportedError: As for `to_text`.
+        InputError: Its config.json cannot be used.
     """
     revision = options.get("revision")
     if not options.get("model_config"):
@@ -42,30 +45,21 @@ def load_text(load: Callable[..., Any], path_or_hf_repo: str, **options: Any) ->
 
 
 def _read_config(source: str, revision: str | None) -> dict[str, Any]:
-    """config.json, or nothing if it cannot be read: mlx-lm's own error is the better one."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        path = Path(source) / "config.json"
-        if not Path(source).exists():
-            path = Path(hf_hub_download(source, "config.json", revision=revision))
-        config = files.read_json(path, files.MODEL_CONFIG)
-    except (OSError, ValueError):
+        path = find_folder(source, [CONFIG], revision) / CONFIG
+    except InputError:
+        return {}  # mlx-lm is asked for the same next, and says what is wrong
+    if not path.exists():
         return {}
-    return config if isinstance(config, dict) else {}
+    config = files.read_json(path, files.MODEL_CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a JSON object: is it another file?")
+    return config
 
 
 def _folder(source: str, revision: str | None) -> Path | None:
     """Where mlx-lm loaded it from, or None if that is not the Hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    if Path(source).exists():
-        return Path(source)
-    patterns = ["*.json", "model*.safetensors"]
     try:
-        found = snapshot_download(
-            source, revision=revision, local_files_only=True, allow_patterns=patterns
-        )
-    except (OSError, ValueError):
+        return cached_folder(source, revision)
+    except InputError:
         return None
-    return Path(found)

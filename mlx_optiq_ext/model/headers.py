@@ -6,6 +6,7 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
+from .hub import CONFIG, find_folder
 
 #: One stored tensor.
 Header = files.StoredTensor
@@ -22,20 +23,12 @@ def read_headers(path_or_repo: str, revision: str | None = None) -> tuple[dict[s
     Raises:
         InputError: There are no safetensors headers to read.
     """
-    path = Path(path_or_repo)
-    if path.is_dir():
-        return _config(
-            files.read_json(path / "config.json", files.MODEL_CONFIG), path_or_repo
-        ), _local(path)
-    if path.exists() or path_or_repo.startswith((".", "/", "~")):
-        raise InputError(f"{path_or_repo} is not a model folder: give one with config.json")
-    return _remote(path_or_repo, revision)
-
-
-def _config(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise InputError(f"the config.json of {name} is not a JSON object")
-    return value
+    folder = find_folder(path_or_repo, [CONFIG], revision)
+    config = files.read_json(folder / CONFIG, files.MODEL_CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"the {CONFIG} of {path_or_repo} is not a JSON object")
+    local = Path(path_or_repo).is_dir()
+    return config, _local(folder) if local else _remote(path_or_repo, revision)
 
 
 def _local(folder: Path) -> Headers:
@@ -65,16 +58,12 @@ def _header(dtype: str, shape: Any, offsets: Any) -> Header:
     return Header(dtype, tuple(int(n) for n in shape), int(last) - int(first))
 
 
-def _remote(repo: str, revision: str | None) -> tuple[dict[str, Any], Headers]:
-    from huggingface_hub import HfApi, hf_hub_download
+def _remote(repo: str, revision: str | None) -> Headers:
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 
     try:
-        path = Path(hf_hub_download(repo, "config.json", revision=revision))
-        config = files.read_json(path, files.MODEL_CONFIG)
         metadata = HfApi().get_safetensors_metadata(repo, revision=revision)
-    except InputError:
-        raise
     except NotASafetensorsRepoError as error:
         raise InputError(
             f"{repo} has no safetensors weights, whose headers a prediction is made from: name a "
@@ -85,9 +74,8 @@ def _remote(repo: str, revision: str | None) -> tuple[dict[str, Any], Headers]:
             f"the headers of {repo} cannot be read ({type(error).__name__}): check the name and "
             "the connection, or give a local folder"
         ) from error
-    found = {
+    return {
         name: _header(info.dtype, info.shape, info.data_offsets)
         for file in metadata.files_metadata.values()
         for name, info in file.tensors.items()
     }
-    return _config(config, repo), found

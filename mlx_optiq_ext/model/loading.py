@@ -7,9 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map, tree_map_with_path
 
 from ..errors import InputError
 from .config import convert_dtype
+from .hub import CONFIG, cached_folder
 
 
 def to_compute_dtype(array: mx.array) -> mx.array:
@@ -17,6 +19,23 @@ def to_compute_dtype(array: mx.array) -> mx.array:
     if mx.default_device() == mx.Device(mx.cpu) and mx.issubdtype(array.dtype, mx.floating):
         return array.astype(mx.float32)
     return array
+
+
+def to_compute(model: nn.Module) -> nn.Module:
+    """A model to compute with: on a CPU in float32 and dequantized, elsewhere as it is.
+
+    Half precision and products with quantized weights are slow on a CPU. The weights are the same:
+    scales and biases become float32 before they are multiplied.
+
+    Args:
+        model: Not evaluated; its parameters are replaced.
+    """
+    if mx.default_device() != mx.Device(mx.cpu):
+        return model
+    from mlx_lm.utils import dequantize_model
+
+    model.update(tree_map(to_compute_dtype, model.parameters()))
+    return dequantize_model(model)
 
 
 def load_unquantized(
@@ -46,7 +65,7 @@ def load_unquantized(
             f"{path_or_repo} is quantized already: convert from its unquantized original"
         )
     cast(model, config, dtype)
-    return model, tokenizer, f"{model_digest(local_folder(path_or_repo))}-{dtype}"
+    return model, tokenizer, f"{model_digest(cached_folder(path_or_repo, revision))}-{dtype}"
 
 
 def reload(
@@ -62,8 +81,10 @@ def reload(
     return model
 
 
-def load(path_or_repo: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any, dict]:
-    """``mlx_lm.load``, lazily, with its config."""
+def load(
+    path_or_repo: str, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any, dict]:
+    """The model, not evaluated, its tokenizer and its config, as ``mlx_lm.load`` returns them."""
     from mlx_optiq_compat import symbols
 
     return symbols.load(
@@ -77,8 +98,6 @@ def load(path_or_repo: str, revision: str | None, trust_remote_code: bool) -> tu
 
 def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
     """Cast a loaded model's parameters as ``mlx_lm.convert`` does before it quantizes."""
-    from mlx.utils import tree_map_with_path
-
     dtype = dtype or convert_dtype(config)
     if dtype not in ("float16", "bfloat16", "float32"):
         return
@@ -93,23 +112,13 @@ def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
     model.update(tree_map_with_path(to_dtype, model.parameters()))
 
 
-def local_folder(path_or_repo: str) -> Path:
-    """Where a model's files are after loading."""
-    path = Path(path_or_repo)
-    if path.exists():
-        return path
-    from mlx_optiq_compat import symbols
-
-    return symbols.cached_folder(path_or_repo)
-
-
 def model_digest(folder: Path) -> str:
     """Hash of a model folder's config and weights.
 
     Every byte counts: a fine-tune may keep names, sizes and dates.
     """
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
+    for path in [folder / CONFIG, *sorted(folder.glob("model*.safetensors"))]:
         if path.exists():
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())

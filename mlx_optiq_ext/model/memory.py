@@ -19,13 +19,14 @@ SHARE = 0.6
 SWITCH = "MLX_OPTIQ_EXT_STREAM"
 
 
-def streams(model: nn.Module) -> bool:
+def streams(model: nn.Module, limit: int | None = None) -> bool:
     """Whether a model, in the dtype it is stored in, is to be read layer by layer.
 
-    All ranks do so if one of them has to.
+    All processes do so if one of them has to.
 
     Args:
         model: Not evaluated.
+        limit: Bytes that this process may take; None for `memory_limit`.
 
     Raises:
         InputError: The switch is set to something else than 0 and 1.
@@ -33,7 +34,8 @@ def streams(model: nn.Module) -> bool:
     wanted = os.environ.get(SWITCH, "")
     if wanted not in ("", "0", "1"):
         raise InputError(f"{SWITCH}={wanted} is neither 0 (never) nor 1 (always): unset it")
-    own = wanted == "1" or (wanted != "0" and resident_bytes(model) > SHARE * limit())
+    most = SHARE * (memory_limit() if limit is None else limit)
+    own = wanted == "1" or (wanted != "0" and resident_bytes(model) > most)
     return any(distributed.gathered(own and bool(decoder_layers(model))))
 
 
@@ -60,7 +62,7 @@ def _arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
     return found
 
 
-def limit() -> int:
+def memory_limit() -> int:
     """Bytes that this process may take: the least of what device, system and shell allow."""
     return min(_limits())
 

@@ -9,7 +9,7 @@ A plan for a budget in bits per weight, as mlx-lm prints them::
     print(weights.plan_folder("Qwen/Qwen3-0.6B", request).summary())
 """
 
-from ..model.loading import local_folder, model_digest
+from ..model.loading import model_digest
 from ..planning.allocation import allocate
 from ..planning.calibration import Calibration
 from .candidates import Size, Tensor, tensors
@@ -45,7 +45,6 @@ __all__ = [
     "calibrated",
     "check_written",
     "distill",
-    "local_folder",
     "model_digest",
     "plan_folder",
     "plan_model",

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from .. import files
 from ..errors import BudgetError
 from ..latency import Chip, Header, Workload, find_chip, layout_of, predict
-from ..model.loading import local_folder
+from ..model.hub import CONFIG, cached_folder
 from .candidates import Tensor
 from .plan import Plan
 from .plan_search import Precisions, Study, search, stored, variants
@@ -62,7 +62,7 @@ class Target:
 
 def target(path_or_repo: str, model: nn.Module, tps: float, chip: str) -> Target:
     """The target for a model that was loaded and not yet measured."""
-    config = files.read_json(local_folder(path_or_repo) / "config.json", files.MODEL_CONFIG)
+    config = files.read_json(cached_folder(path_or_repo) / CONFIG, files.MODEL_CONFIG)
     arrays = tree_flatten(model.parameters())
     assert isinstance(arrays, list)
     headers = {

@@ -172,7 +172,7 @@ def _stream(model: nn.Module, load: Load | None, request: Request) -> Stream | N
     """The stream of a model too large for memory, if it can be read that way; says so."""
     if load is None or not memory.streams(model):
         return None
-    needed, limit = memory.resident_bytes(model) / 2**30, memory.limit() / 2**30
+    needed, limit = memory.resident_bytes(model) / 2**30, memory.memory_limit() / 2**30
     start = f"[optiq] The weights take {needed:.2f} GiB in memory, of {limit:.2f} GiB"
     if not runs_whole(model):
         request.say(

@@ -175,7 +175,7 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="no safetensors weights"):
         read_layout(str(tmp_path))
-    with pytest.raises(InputError, match="not a model folder"):
+    with pytest.raises(InputError, match="give a folder or a Hub repository"):
         read_layout("./nowhere")
 
 

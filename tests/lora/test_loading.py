@@ -165,7 +165,7 @@ def test_the_server_serves_a_peft_adapter(tiny, recorded, tmp_path):
 def test_a_name_on_the_hub_is_found_in_the_cache(in_float32, recorded, tokens, monkeypatch):
     import huggingface_hub
 
-    def downloaded(name, allow_patterns):
+    def downloaded(name, *, revision, allow_patterns):
         assert name == "someone/an-adapter"
         assert "adapter_model.safetensors" in allow_patterns
         return str(recorded / "mixed")

@@ -177,8 +177,25 @@ def test_the_state_that_enters_the_layers_needs_none_of_them(loaded):
     assert mx.array_equal(lockstep.entry(model, TOKENS), record(model, TOKENS)[1][0].hidden)
 
 
-def test_a_model_that_cannot_be_replayed_is_measured_directly(toy, text, monkeypatch):
-    monkeypatch.setattr("mlx_optiq_ext.model.layerwise.plain", lambda part: False)
+@pytest.fixture
+def notes(monkeypatch):
+    """Lets the layers of Qwen3 hand on a dict, which a later layer could write to."""
+    block = qwen3.TransformerBlock.__call__
+
+    def with_notes(self, *args):
+        return block(self, *args), {}
+
+    def run(self, inputs, cache=None, input_embeddings=None):
+        h = self.embed_tokens(inputs)
+        for layer in self.layers:
+            h, _ = layer(h, "causal", None)
+        return self.norm(h)
+
+    monkeypatch.setattr(qwen3.TransformerBlock, "__call__", with_notes)
+    monkeypatch.setattr(qwen3.Qwen3Model, "__call__", run)
+
+
+def test_a_model_that_cannot_be_replayed_is_measured_directly(toy, text, notes, monkeypatch):
     said = []
     monkeypatch.setenv(memory.SWITCH, "1")
     request = Request(
@@ -232,12 +249,11 @@ def test_a_model_is_read_layer_by_layer_when_it_takes_too_much(toy, monkeypatch)
     model = planning.reload(str(toy))
     needed = memory.resident_bytes(model)
     assert needed >= sum(array.nbytes for array in parameters(model).values())
-    monkeypatch.setattr(memory, "limit", lambda: int(needed / memory.SHARE) + 10)
-    assert not memory.streams(model)
-    monkeypatch.setattr(memory, "limit", lambda: int(needed / memory.SHARE) - 10)
-    assert memory.streams(model)
+    limit = int(needed / memory.SHARE)
+    assert not memory.streams(model, limit + 10)
+    assert memory.streams(model, limit - 10)
     monkeypatch.setenv(memory.SWITCH, "0")
-    assert not memory.streams(model)
+    assert not memory.streams(model, limit - 10)
     monkeypatch.setenv(memory.SWITCH, "yes")
     with pytest.raises(InputError, match="neither 0"):
         memory.streams(model)
@@ -246,7 +262,7 @@ def test_a_model_is_read_layer_by_layer_when_it_takes_too_much(toy, monkeypatch)
 def test_a_limit_of_the_shell_counts(run):
     source = (
         "import resource; from mlx_optiq_ext.model import memory;"
-        "resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30)); print(memory.limit())"
+        "resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30)); print(memory.memory_limit())"
     )
     assert int(run("python", "-c", source, check=True).stdout) == 3 << 30
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
 
 from ... import distributed, files
 from ...errors import InputError
-from ...model.loading import load, local_folder, model_digest, to_compute_dtype
+from ...model.hub import cached_folder
+from ...model.loading import load, model_digest, to_compute
 from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spread
 from ..plan import FILE, entries
 from .kv_sensitivity import KVSensitivity, journal_of, measure
@@ -58,19 +58,14 @@ def plan_kv(
         say, progress = distributed.silent, False
 
     model, tokenizer, _ = load(path_or_repo, revision, trust_remote_code)
-    if mx.default_device() == mx.Device(mx.cpu):
-        from mlx_lm.utils import dequantize_model
-
-        # Products with packed weights are slow there.
-        model = dequantize_model(model)
-    model.update(tree_map(to_compute_dtype, model.parameters()))
+    model = to_compute(model)
     tokens, source = load_tokens(model, tokenizer, calibration, say)
     measured, held_out = sequences(tokens, sampling)
     say(
         f"[optiq] Measuring keys and values at {measured.shape[1]} tokens of context on "
         f"{measured.size} tokens ({source})"
     )
-    digest = model_digest(local_folder(path_or_repo))
+    digest = model_digest(cached_folder(path_or_repo, revision))
     tokens_digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     distributed.compare(**{"model": digest, "calibration data": tokens_digest})
     journal = journal_of({"model": digest, "device": str(mx.default_device())}, measured)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ... import files
 from ...errors import InputError
+from ...model.hub import find_folder
 
 CONFIG = "adapter_config.json"
 NOTES = "optiq_lora_config.json"
@@ -99,17 +100,7 @@ def folder_of(source: str | Path) -> Path:
     name = str(source)
     if not _REPOSITORY.fullmatch(name):
         raise InputError(f"{source}: no such folder, and no name of a repository on the Hub")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    wanted = [CONFIG, NOTES, MLX_LM_WEIGHTS, PEFT_WEIGHTS]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        raise InputError(
-            f"{source}: no such folder, and no repository that could be read "
-            f"({type(error).__name__}): check the name and the network"
-        ) from error
+    return find_folder(name, [CONFIG, NOTES, MLX_LM_WEIGHTS, PEFT_WEIGHTS])
 
 
 def _object(path: Path, source: str | Path) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from .. import files
 from ..errors import InputError
 from ..model.config import layer_count
-from ..model.hub import find_folder
+from ..model.hub import find_file
 from .plan import FILE, KVPlan, check_layers, parse_spec, read_plan
 
 #: Means the plan beside the model.
@@ -49,12 +49,13 @@ def _found(text: str, model: str | None) -> KVPlan:
         return read_plan(Path(text))
     if model is None:
         raise InputError("--optiq-kv auto looks beside the model: name it with --model")
-    path = find_folder(model, [FILE]) / FILE
-    if not path.exists():
+    try:
+        path = find_file(model, FILE)
+    except InputError as error:
         raise InputError(
-            f"{model} has no {FILE}: write one with mlx_lm.convert --optiq-kv-budget, or name "
-            "a width such as --optiq-kv 4"
-        )
+            f"{error}: write one with mlx_lm.convert --optiq-kv-budget, or name a width such as "
+            "--optiq-kv 4"
+        ) from error
     return read_plan(path)
 
 

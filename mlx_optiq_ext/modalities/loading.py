@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .. import files
 from ..errors import InputError
-from ..model.hub import CONFIG, cached_folder, find_folder
+from ..model.hub import CONFIG, cached_folder, find_file
 from .text import Report, handed_down, to_text
 
 
@@ -46,11 +46,9 @@ def load_text(load: Callable[..., Any], path_or_hf_repo: str, **options: Any) ->
 
 def _read_config(source: str, revision: str | None) -> dict[str, Any]:
     try:
-        path = find_folder(source, [CONFIG], revision) / CONFIG
+        path = find_file(source, CONFIG, revision)
     except InputError:
-        return {}  # mlx-lm is asked for the same next, and says what is wrong
-    if not path.exists():
-        return {}
+        return {}  # mlx-lm is asked for the same file next, and says what is wrong
     config = files.read_json(path, files.MODEL_CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{path} is not a JSON object: is it another file?")

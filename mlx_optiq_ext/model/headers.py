@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
-from .hub import CONFIG, find_folder
+from .hub import CONFIG, find_file
 
 #: One stored tensor.
 Header = files.StoredTensor
@@ -23,12 +23,12 @@ def read_headers(path_or_repo: str, revision: str | None = None) -> tuple[dict[s
     Raises:
         InputError: There are no safetensors headers to read.
     """
-    folder = find_folder(path_or_repo, [CONFIG], revision)
-    config = files.read_json(folder / CONFIG, files.MODEL_CONFIG)
+    path = find_file(path_or_repo, CONFIG, revision)
+    config = files.read_json(path, files.MODEL_CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"the {CONFIG} of {path_or_repo} is not a JSON object")
     local = Path(path_or_repo).is_dir()
-    return config, _local(folder) if local else _remote(path_or_repo, revision)
+    return config, _local(path.parent) if local else _remote(path_or_repo, revision)
 
 
 def _local(folder: Path) -> Headers:

@@ -1,7 +1,8 @@
 """Where the files of a model or an adapter are: in a folder, or in a repository on the Hub."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import InputError
@@ -37,21 +38,56 @@ def find_folder(
     Raises:
         InputError: There is no such folder, and no repository that can be read.
     """
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or not _REPOSITORY.fullmatch(str(source)):
-        raise InputError(f"{source} is neither a folder nor the name of a Hub repository")
+    if _is_folder(source):
+        return Path(source)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     name, wanted = str(source), list(patterns)
-    try:
+    with _download(name):
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+
+
+def find_file(source: str | Path, name: str, revision: str | None = None) -> Path:
+    """One file of a folder or a Hub repository, which is downloaded unless it is cached.
+
+    Raises:
+        InputError: As for `find_folder`, or the file is not there.
+    """
+    if not _is_folder(source):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            with _download(str(source)):
+                return Path(hf_hub_download(str(source), name, revision=revision))
+        except InputError as error:
+            missing = isinstance(error.__cause__, EntryNotFoundError)
+            if not missing or isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise  # the connection failed, not the name
+            raise InputError(f"{source} has no {name}") from error
+    path = Path(source) / name
+    if not path.is_file():
+        raise InputError(f"{source} has no {name}")
+    return path
+
+
+def _is_folder(source: str | Path) -> bool:
+    path = Path(source)
+    if not path.is_dir() and (path.exists() or not _REPOSITORY.fullmatch(str(source))):
+        raise InputError(f"{source} is not a folder: give a folder or a Hub repository")
+    return path.is_dir()
+
+
+@contextmanager
+def _download(repo: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(
-            f"{source} is no folder here and cannot be downloaded ({type(error).__name__}): check "
-            "the name and the connection"
+            f"{repo} is no folder here and cannot be downloaded ({type(error).__name__}): check "
+            "the name and the connection, or give a folder"
         ) from error
 
 

@@ -30,7 +30,7 @@ def read_texts(path: Path) -> list[Text]:
         lines = list(files.read_lines(path))
     except InputError as error:
         raise InputError(
-            f"calibration file {path}: {error}; give a UTF-8 .txt or .jsonl file"
+            f"cannot read the calibration file {path} ({error}): give a UTF-8 .txt or .jsonl file"
         ) from error
     if path.suffix == ".jsonl":
         texts = [_line(path, number, line) for number, line in lines]

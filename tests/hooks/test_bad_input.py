@@ -52,7 +52,10 @@ CASES = {
         ["--optiq-group-sizes", "64", "--optiq-sensitivity", "kl"],
         "--optiq-group-sizes, --optiq-sensitivity needs --optiq-budget",
     ),
-    "calibration-missing": ([*CALIBRATION, "missing.txt"], "calibration file missing.txt (["),
+    "calibration-missing": (
+        [*CALIBRATION, "missing.txt"],
+        "file missing.txt (cannot read missing.txt: No",
+    ),
     "calibration-folder": ([*CALIBRATION, "."], "cannot read the calibration file ."),
     "calibration-binary": ([*CALIBRATION, "binary.txt"], "give a UTF-8 .txt or .jsonl file"),
     "calibration-empty": ([*CALIBRATION, "empty.txt"], "file empty.txt is empty: give it some"),

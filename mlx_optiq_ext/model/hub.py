@@ -86,8 +86,8 @@ def _download(repo: str) -> Iterator[None]:
         yield
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(
-            f"{repo} is no folder here and cannot be downloaded ({type(error).__name__}): check "
-            "the name and the connection, or give a folder"
+            f"{repo}: no such folder, and no repository that could be read "
+            f"({type(error).__name__}): check the name and the connection, or give a folder"
         ) from error
 
 

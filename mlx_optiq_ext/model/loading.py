@@ -21,21 +21,25 @@ def to_compute_dtype(array: mx.array) -> mx.array:
     return array
 
 
-def to_compute(model: nn.Module) -> nn.Module:
+def to_compute(model: nn.Module, *, rounded: bool = False) -> nn.Module:
     """A model to compute with: on a CPU in float32 and dequantized, elsewhere as it is.
 
-    Half precision and products with quantized weights are slow on a CPU. The weights are the same:
-    scales and biases become float32 before they are multiplied.
+    Half precision and products with quantized weights are slow on a CPU.
 
     Args:
         model: Not evaluated; its parameters are replaced.
+        rounded: Whether dequantized weights are rounded to the dtype of their scales, as
+            ``mlx_lm.convert --dequantize`` rounds them. Otherwise scales and biases become float32
+            before they are multiplied.
     """
     if mx.default_device() != mx.Device(mx.cpu):
         return model
     from mlx_lm.utils import dequantize_model
 
+    if rounded:
+        model = dequantize_model(model)
     model.update(tree_map(to_compute_dtype, model.parameters()))
-    return dequantize_model(model)
+    return model if rounded else dequantize_model(model)
 
 
 def load_unquantized(

@@ -58,7 +58,7 @@ def plan_kv(
         say, progress = distributed.silent, False
 
     model, tokenizer, _ = load(path_or_repo, revision, trust_remote_code)
-    model = to_compute(model)
+    model = to_compute(model, rounded=True)
     tokens, source = load_tokens(model, tokenizer, calibration, say)
     measured, held_out = sequences(tokens, sampling)
     say(

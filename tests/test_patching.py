@@ -5,20 +5,6 @@ import ast
 import pytest
 from sources import ROOT, parsed
 
-#: File -> names that it may patch, with the reason. What these need has no parameter to set.
-ALLOWED: dict[str, dict[str, str]] = {
-    "tests/weights/rounding/test_distillation.py": {
-        "_inside": "stands for a model whose gradients leave its layers",
-        "moved": "ends the tuning in the middle of a step",
-    },
-    "tests/weights/sensitivity/test_interaction.py": {
-        "REMEASURED": "moves the bound on what is measured again",
-    },
-    "tests/weights/sensitivity/test_kl.py": {
-        "__call__": "gives the probes a law whose answer is known",
-    },
-}
-
 FILES = sorted((ROOT / "tests").rglob("*.py"))
 
 
@@ -66,13 +52,7 @@ def patched(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_private_name_of_ours_is_patched(path):
-    allowed = ALLOWED.get(str(path.relative_to(ROOT)), {})
-    assert [name for name in patched(path) if name not in allowed] == []
-
-
-def test_what_is_allowed_is_still_patched():
-    for name, reasons in ALLOWED.items():
-        assert set(reasons) <= set(patched(ROOT / name)), name
+    assert list(patched(path)) == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
+from mlx_lm.models import qwen3
 from toy_qwen3 import TEXT, write_toy
 
 from mlx_optiq_ext.weights import Problem, Request, calibrated
@@ -46,3 +47,23 @@ def quiet(**settings) -> Request:
 def unmeasured(model, tokenizer, **settings) -> Problem:
     """A model with its calibration sequences, not measured."""
     return calibrated(model, tokenizer, quiet(**settings))
+
+
+def without_gradients(monkeypatch, error: str | None = None) -> None:
+    """Make Qwen3's backward pass fail: for want of MLX's gradient, or with an error of memory."""
+    forward = qwen3.MLP.__call__
+
+    def lacking(self, x):
+        out = forward(self, x)
+        return out.at[mx.array([0])].multiply(mx.ones((1, *out.shape[1:])))
+
+    @mx.custom_function
+    def failing(x):
+        return x + 0
+
+    @failing.vjp
+    def raises(*_):
+        raise RuntimeError(error)
+
+    changed = lacking if error is None else lambda self, x: failing(forward(self, x))
+    monkeypatch.setattr(qwen3.MLP, "__call__", changed)

@@ -143,7 +143,8 @@ def _finished(conversion: Conversion, problem: Problem, request: Request) -> Con
 
     def finish() -> Conversion:
         done = refined(conversion, problem)
-        return distilled(done, problem) if request.distill else done
+        done = distilled(done, problem) if request.distill else done
+        return replace(done, plan=replace(done.plan, notes=tuple(problem.findings.notes)))
 
     return distributed.led(finish) or conversion
 

@@ -29,6 +29,7 @@ class Plan:
         uniform_kl: Its end-to-end KL on the same windows.
         calibration: Source, number of windows and their length.
         versions: Of the packages that made it.
+        notes: What could not be done as asked, one line each.
     """
 
     precisions: dict[str, Precision]
@@ -42,6 +43,7 @@ class Plan:
     uniform_kl: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def default(self) -> Precision:
@@ -126,6 +128,7 @@ class Plan:
                 "calibration": self.calibration,
                 "versions": self.versions,
                 "post_processing": list(post_processing),
+                **({"notes": list(self.notes)} if self.notes else {}),
             },
         )
 

@@ -47,13 +47,16 @@ class Study:
         return self.problem.size
 
 
-def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
+def search(
+    study: Study, budget: float, *, protect: bool = False, remeasure_below: float = REMEASURED
+) -> Plan:
     """Allocate a budget over measured tensors.
 
     Args:
         study: The measured model.
         budget: Bits per weight.
         protect: Whether the plan must keep the tensors at both ends at 8 bits or more.
+        remeasure_below: Budget below which sensitivities are measured once more around the plan.
 
     Returns:
         Of the plans in `variants` and those re-measured around the best of them, the one with the
@@ -81,7 +84,7 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
         judged.append(uniformly(problem.tensors, uniform))
     divergences = end_to_end(problem, judged)
     measured = dict(zip(plans, divergences, strict=False))
-    if budget < REMEASURED and not problem.refine:
+    if budget < remeasure_below and not problem.refine:
         more = remeasured(study, budget, min(measured, key=lambda n: measured[n]), plans)
         plans |= more
         measured |= dict(zip(more, end_to_end(problem, list(more.values())), strict=True))
@@ -105,6 +108,7 @@ def search(study: Study, budget: float, *, protect: bool = False) -> Plan:
             "sha256": data.digest,
         },
         versions=versions(),
+        notes=tuple(problem.findings.notes),
     )
 
 

@@ -5,7 +5,6 @@ import json
 import pkgutil
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +12,7 @@ import mlx_lm.models
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import compute_bits_per_weight, load_model, quantize_model, save_model
-from toy_fixtures import quiet
+from toy_fixtures import quiet, without_gradients
 from toy_models import FAMILIES, NO_METAL, TOYS, UNSAFE, UNSUPPORTED, build, config
 
 from mlx_optiq_ext.model.layers import decoder_layers, quantizable
@@ -212,17 +211,15 @@ def test_an_architecture_gives_the_same_factors_from_disk(name, tmp_path):
 
 
 def test_a_model_without_gradients_is_measured_directly_and_says_so(text, monkeypatch):
-    def refuse(*_: Any, **__: Any) -> Iterator[dict]:
-        raise ValueError("[gather] Cannot calculate VJP\nwith respect to indices")
-        yield {}  # a generator, as the original
-
-    monkeypatch.setattr("mlx_optiq_ext.weights.sensitivity.taylor.factors", refuse)
+    without_gradients(monkeypatch)
     lines: list[str] = []
     request = Request(
         budget=9.0, calibration=text, sampling=SHORT, say=lines.append, progress=False
     )
     direct = plan_model(build("qwen3"), Letters(), request)
     (line,) = [line for line in lines if "cannot be differentiated" in line]
-    assert "([gather] Cannot calculate VJP): measuring each tensor directly" in line
+    assert "VJP not implemented for scatter_prod): measuring each tensor directly" in line
     measured = plan_model(build("qwen3"), Letters(), replace(request, method="kl"))
     assert direct.costs == measured.costs
+    assert direct.notes == (line.removeprefix("[optiq] "),)
+    assert measured.notes == ()

@@ -46,6 +46,7 @@ def distill(
     *,
     steps: int = STEPS,
     rate: float = RATE,
+    checkpoint: bool = True,
 ) -> Refined:
     """Tune the scales and biases of refined tensors on the calibration windows.
 
@@ -60,6 +61,8 @@ def distill(
         refined: From `refine`.
         steps: Updates to make.
         rate: The largest rate.
+        checkpoint: Whether a layer's activations are computed once more for the gradients instead
+            of kept.
 
     Returns:
         The same codes with new scales and biases, in the dtype they came in.
@@ -85,7 +88,7 @@ def distill(
         for path, pair in offsets.items():
             modules[path].weight = grids[path].weight(pair).astype(problem.dtype)
 
-    inside = _inside(model, modules, problem.calibration.refining)
+    inside = _inside(model, modules, problem.calibration.refining) if checkpoint else []
 
     def loss(offsets: dict[str, Offsets], tokens: mx.array, target: mx.array) -> mx.array:
         def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:

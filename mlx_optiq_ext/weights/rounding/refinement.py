@@ -100,6 +100,10 @@ class _Refiner:
             (outer if index is None else own[index]).append(path)
         recorded = recordings(model, data, self.problem.stream)
         if not layers or not all(chained(r) for r in recorded):
+            self.problem.note(
+                "The layers of this model do not hand on a hidden state plainly: not refined, but "
+                "rounded as MLX does it"
+            )
             for paths in (outer, *own):
                 plain = {path: self.plain(path) for path in paths}
                 mx.eval(plain)

@@ -1,7 +1,6 @@
 """Backward passes that gather every tensor's `Factors`, one decoder layer at a time."""
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 
@@ -13,7 +12,7 @@ from ...model.layers import arrays, decoder_layers, quantizable, with_arrays
 from ...model.layerwise import recordings
 from ...model.replay import Recording, joined
 from ...model.stream import Stream
-from ...model.taps import Use, tapped
+from .backward import GradientError, gather, told_apart
 from .draws import Window, score, windows
 from .moments import Factors
 from .relay import Block, once, relayed
@@ -54,7 +53,8 @@ def factors(
         same on all ranks.
 
     Raises:
-        ValueError: The layers are on disk and cannot be replayed.
+        GradientError: MLX has no gradient for an operation of the model, or its layers are on disk
+            and cannot be replayed.
     """
     modules = dict(quantizable(model))
     every, tokens = windows(batches), draws * sum(batch.size for batch in batches)
@@ -68,23 +68,36 @@ def factors(
         if parted and not (all(recorded) and once(recorded[0])):
             parted, own = False, every
             recorded = recordings(model, [window.tokens for window in own], stream)
-        if all(recorded):
-            walk = _Walk(model, own, recorded, draws, across, stream)
-            blocks = walk.blocks(modules)
-            yield from relayed(blocks, tokens) if parted else walk.run(blocks, tokens)
-        elif stream is not None:
-            raise ValueError("its layers do not run one by one")
-        else:
-            found = {path: Factors(tokens=tokens) for path in modules}
-            for number, batch in enumerate(batches):
-                logits = model(batch)
-                for draw in range(draws):
-                    cotangent = score(logits, mx.random.key(number * draws + draw))
-                    for window, pulled in zip(batch[:, None], cotangent[:, None], strict=True):
-                        _gather(modules, lambda t=window: [model(t)], [], [pulled], found, across)
-            yield found
+        with told_apart():
+            if all(recorded):
+                walk = _Walk(model, own, recorded, draws, across, stream)
+                blocks = walk.blocks(modules)
+                yield from relayed(blocks, tokens) if parted else walk.run(blocks, tokens)
+            elif stream is not None:
+                raise GradientError("its layers do not run one by one")
+            else:
+                yield _whole(model, modules, batches, draws, across, tokens)
     finally:
         model.train(training)
+
+
+def _whole(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    batches: list[mx.array],
+    draws: int,
+    across: Collection[str],
+    tokens: int,
+) -> dict[str, Factors]:
+    """The factors of a model that is differentiated in one piece."""
+    found = {path: Factors(tokens=tokens) for path in modules}
+    for number, batch in enumerate(batches):
+        logits = model(batch)
+        for draw in range(draws):
+            cotangent = score(logits, mx.random.key(number * draws + draw))
+            for window, pulled in zip(batch[:, None], cotangent[:, None], strict=True):
+                gather(modules, lambda t=window: [model(t)], [], [pulled], found, across)
+    return found
 
 
 class _Walk:
@@ -180,7 +193,7 @@ class _Walk:
             pulled = self.pulled[window, draw]
             later = [cotangent, *_flat(pulled[number + 1 :])]
             _, gradients = mx.vjp(after, arrays(call.output), later)
-            pulled[number] = _gather(own, run, inputs, gradients, found, self.across)
+            pulled[number] = gather(own, run, inputs, gradients, found, self.across)
             following = number + 1
             if following < len(pulled) and recording[following].follows:
                 # Only this call's output led there. Zeros take no memory until they are used.
@@ -208,7 +221,7 @@ class _Walk:
 
         for draw, cotangent in enumerate(self.cotangents(window)):
             cotangents = [cotangent, *_flat(self.pulled[window, draw])]
-            _gather(outer, run, [], cotangents, found, self.across)
+            gather(outer, run, [], cotangents, found, self.across)
 
     def cotangents(self, window: int) -> list[mx.array]:
         """Gradients at the logits for each draw, not evaluated: most layers have no need of them.
@@ -229,60 +242,3 @@ class _Walk:
 
 def _flat(lists: Iterable[list[mx.array]]) -> list[mx.array]:
     return [array for part in lists for array in part]
-
-
-def _gather(
-    modules: Mapping[str, nn.Module],
-    run: Callable[..., list[mx.array]],
-    inputs: list[mx.array],
-    cotangents: list[mx.array],
-    found: dict[str, Factors],
-    across: Collection[str],
-) -> list[mx.array]:
-    """Differentiate one stretch, add what its layers saw, and return the gradients at its inputs.
-
-    Args:
-        modules: Layer path -> quantizable layer of this stretch.
-        run: Computes the stretch.
-        inputs: What ``run`` takes.
-        cotangents: Gradients at what ``run`` returns.
-        found: Is added to.
-        across: Paths whose whole output moment is wanted.
-    """
-    uses: list[Use] = []
-
-    def see(use: Use) -> mx.array:
-        uses.append(use)
-        return use.outputs
-
-    with tapped(modules, see):
-        run(*inputs)  # only traced, for the shapes: nothing of it is evaluated
-    if not uses and not inputs:
-        return []
-
-    def probed(*primals: mx.array) -> list[mx.array]:
-        again: list[Use] = []
-        given, offsets = primals[: len(inputs)], primals[len(inputs) :]
-
-        def shift(use: Use) -> mx.array:
-            again.append(use)
-            return use.outputs + offsets[len(again) - 1]
-
-        with tapped(modules, shift):
-            results = run(*given)
-        return [*results, *(use.inputs for use in again if not use.lookup)]
-
-    offsets = [mx.zeros(use.outputs.shape, use.outputs.dtype) for use in uses]
-    seen = [use.inputs for use in uses if not use.lookup]
-    zeros = [mx.zeros(i.shape, i.dtype) for i in seen]
-    values, gradients = mx.vjp(probed, [*inputs, *offsets], [*cotangents, *zeros])
-    products = iter(values[len(cotangents) :])
-    for use, gradient in zip(uses, gradients[len(inputs) :], strict=True):
-        met = use if use.lookup else Use(use.path, next(products), use.indices, gradient)
-        # A layer that also runs elsewhere, out of this stretch's reach, shows no gradient here;
-        # where gradients overflow, the tensor is better measured directly.
-        if 0 < float(mx.abs(gradient.astype(mx.float32)).sum()) < math.inf:
-            shape = tuple(modules[use.path]["weight"].shape)
-            found[use.path].add(met, gradient, shape, across=use.path in across)
-    mx.eval(gradients[: len(inputs)])
-    return gradients[: len(inputs)]

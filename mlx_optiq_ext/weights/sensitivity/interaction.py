@@ -13,6 +13,7 @@ import numpy as np
 from ... import distributed
 from ...model.layers import quantizable
 from ..precision import Precision, dequantized
+from .backward import GradientError
 from .fisher import factors
 from .problem import Problem, Sensitivity, batches
 
@@ -37,10 +38,12 @@ def around(
         None of them if MLX cannot differentiate the model, or if its layers are on disk.
     """
     if problem.stream is not None:
+        problem.note("A model that is read layer by layer gets no second round of plans")
         return []
     try:
         ratios = _ratios(problem, sensitivity, precisions)
-    except (ValueError, RuntimeError):  # an operation or kernel without a gradient
+    except GradientError as error:
+        problem.note(f"This model cannot be differentiated ({error}): no second round of plans")
         return []
     if not ratios:
         return []

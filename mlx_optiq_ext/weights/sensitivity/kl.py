@@ -63,7 +63,7 @@ class _Recorded:
         return float(self.reference.divergence(logits).sum())
 
 
-class _Probes:
+class Probes:
     """Measures single tensors, with the layers before them replayed; what is known is not measured.
 
     A change in a layer's experts leaves the routing in that layer as the reference took it; later
@@ -113,13 +113,13 @@ def probe(problem: Problem, tensors: Iterable[Tensor]) -> dict[str, float]:
 
     Measurements are kept in the problem's journal.
     """
-    measure = _Probes(problem)
+    measure = Probes(problem)
     return _shared(problem, measure, tensors, lambda tensor: measure(tensor, anchor(tensor)))
 
 
 def _shared(
     problem: Problem,
-    measure: _Probes,
+    measure: Probes,
     tensors: Iterable[Tensor],
     work: Callable[[Tensor], T],
 ) -> dict[str, T]:
@@ -161,15 +161,22 @@ class KL:
         return measured(problem, problem.tensors)
 
 
-def measured(problem: Problem, tensors: Iterable[Tensor]) -> Sensitivity:
+def measured(
+    problem: Problem, tensors: Iterable[Tensor], probes: Probes | None = None
+) -> Sensitivity:
     """Measure each tensor alone, a few of them at several precisions.
 
     The divergence grows with a precision's squared error, and in proportion to it at medium bits
     (HIGGS, arXiv 2411.17525). How it strays from that is measured on one tensor in `APART` layers
     of each kind, at as many precisions as it takes for neighbours to agree; the others of that kind
     follow the nearest, from one measurement of their own.
+
+    Args:
+        problem: The model to measure.
+        tensors: Those of its tensors to measure.
+        probes: What measures one of them at one precision; None for the divergence.
     """
-    every, measure = list(tensors), _Probes(problem)
+    every, measure = list(tensors), probes or Probes(problem)
     guides = guided(every, layer_index(problem.model))
 
     def errors_of(tensor: Tensor) -> dict[Precision, float]:
@@ -233,7 +240,7 @@ def guided(tensors: Iterable[Tensor], layers: Mapping[str, int]) -> dict[str, st
 
 
 def _known(
-    tensor: Tensor, errors: Mapping[Precision, float], measure: _Probes
+    tensor: Tensor, errors: Mapping[Precision, float], measure: Probes
 ) -> dict[Precision, float]:
     known: dict[Precision, float] = {}
     wanted: Precision | None = anchor(tensor, FIRST[0])

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ... import distributed
 from ...model.replay import Recording
+from .backward import GradientError, told_apart
 from .moments import Factors
 
 #: Paths of a stretch of the model, and what adds the windows' share to their factors.
@@ -32,14 +33,15 @@ def relayed(blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
             paths, add = blocks[position]
             found = found or {path: Factors(tokens=tokens) for path in paths}
             try:
-                add(found)
-            except (ValueError, RuntimeError) as error:  # the others have not come to it yet
-                trouble = str(error) or type(error).__name__
+                with told_apart():
+                    add(found)
+            except GradientError as error:  # the other processes have not come to it yet
+                trouble = str(error)
         else:
             found = {}
         troubles = distributed.gathered(trouble)
         if any(troubles):
-            raise ValueError(max(troubles))
+            raise GradientError(max(troubles))
         before, last = distributed.passed(*_packed(found))
         found = _unpacked(*before)
         if tick >= distributed.size() - 1:

@@ -14,6 +14,7 @@ from ...model.spill import Spill, Spilled
 from ...planning.journal import Journal
 from ..candidates import Tensor
 from ..precision import Precision, dequantized
+from .backward import GradientError
 from .fisher import factors
 from .kl import anchor, measured, probe
 from .method import Need
@@ -60,7 +61,8 @@ def _expanded(problem: Problem, version: int) -> Sensitivity:
             seen = {path: f for path, f in block.items() if path in missing and f.seen}
             ledger.write(problem, [missing.pop(path) for path in seen], seen)
 
-        problem.findings.factors = differentiate(problem, visit)
+        instead = "measuring each tensor directly, which takes longer"
+        problem.findings.factors = differentiate(problem, instead, visit)
         for path, direct in measured(problem, missing.values()).items():
             ledger.direct.add_all((journal_key(path, p), kl) for p, kl in direct.items())
         ledger.direct.exchange()
@@ -139,14 +141,23 @@ def differentiated(problem: Problem) -> Mapping[str, Factors]:
     moments are kept whole as far as `widest` allows. Computed once a problem.
     """
     if problem.findings.factors is None:
-        problem.findings.factors = differentiate(problem)
+        problem.findings.factors = differentiate(problem, "refining against its inputs only")
     return problem.findings.factors
 
 
 def differentiate(
-    problem: Problem, visit: Callable[[Mapping[str, Factors]], None] = lambda found: None
+    problem: Problem,
+    instead: str,
+    visit: Callable[[Mapping[str, Factors]], None] = lambda found: None,
 ) -> Mapping[str, Factors]:
-    """Show each block's factors to ``visit``, and return what rounding needs of them."""
+    """Show each block's factors to ``visit``, and return what rounding needs of them.
+
+    Args:
+        problem: The model to differentiate.
+        instead: What is done if MLX cannot differentiate it, for the note that says so. All factors
+            are empty then.
+        visit: Is shown the factors of one block after another, by tensor path.
+    """
     tokens, draws, across = problem.calibration.measured, 1, set()
     if problem.refine:
         tokens, draws = problem.calibration.refining, DRAWS
@@ -157,6 +168,7 @@ def differentiate(
     blocks = _tried(
         problem,
         factors(problem.model, batches(tokens), draws=draws, across=across, stream=problem.stream),
+        instead,
     )
     total = len(decoder_layers(problem.model)) + 1
     for found in tqdm(blocks, desc="Costing", total=total, disable=not problem.progress):
@@ -166,15 +178,13 @@ def differentiate(
     return kept
 
 
-def _tried(problem: Problem, blocks: Iterator[dict[str, Factors]]) -> Iterator[dict[str, Factors]]:
+def _tried(
+    problem: Problem, blocks: Iterator[dict[str, Factors]], instead: str
+) -> Iterator[dict[str, Factors]]:
     try:
         yield from blocks
-    except (ValueError, RuntimeError) as error:  # an operation or kernel without a gradient
-        reason = str(error).strip().partition("\n")[0]
-        problem.say(
-            f"[optiq] This model cannot be differentiated ({reason}): measuring each tensor "
-            "directly, which takes longer"
-        )
+    except GradientError as error:
+        problem.note(f"This model cannot be differentiated ({error}): {instead}")
         yield {tensor.path: Factors() for tensor in problem.tensors}
 
 

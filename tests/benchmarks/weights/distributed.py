@@ -68,7 +68,7 @@ def sweep(model: str, calibration: Path, method: str) -> None:
 
     counting(fisher._Walk, "call", "windows", lambda *args: 1)
     counting(taylor, "costs", "candidates", costed)
-    counting(kl._Probes, "__call__", "probes", unknown)
+    counting(kl.Probes, "__call__", "probes", unknown)
     evaluated, exchange._evaluated = exchange._evaluated, waiting
     loaded, tokenizer, _ = planning.load_unquantized(model)
     mx.eval(loaded.parameters())

@@ -4,13 +4,12 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from toy_fixtures import quiet
+from toy_fixtures import quiet, without_gradients
 
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, search, study_model
 from mlx_optiq_ext.weights.plan_search import PROTECTED, rules
-from mlx_optiq_ext.weights.sensitivity import interaction
 from mlx_optiq_ext.weights.sensitivity.interaction import SHARES, around
 from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
 
@@ -59,9 +58,7 @@ def test_measuring_around_a_plan_leaves_the_model_as_it_was(study):
 
 
 def test_the_second_round_is_kept_only_if_it_lowers_the_divergence(study, monkeypatch):
-    monkeypatch.setattr(module, "REMEASURED", 0.0)
-    first = search(study, 3.0)
-    monkeypatch.setattr(module, "REMEASURED", 4.0)
+    first = search(study, 3.0, remeasure_below=0.0)
     both = search(study, 3.0)
     assert both.kl is not None
     assert first.kl is not None
@@ -75,14 +72,13 @@ def test_the_second_round_is_kept_only_if_it_lowers_the_divergence(study, monkey
 
 def test_the_second_round_keeps_both_ends_protected(study, monkeypatch):
     tried = []
-    monkeypatch.setattr(module, "REMEASURED", 6.0)
 
     def watched(problem, choices):
         tried.extend(choices)
         return end_to_end(problem, choices)
 
     monkeypatch.setattr(module, "end_to_end", watched)
-    plan = search(study, 5.0, protect=True)
+    plan = search(study, 5.0, protect=True, remeasure_below=6.0)
     allowed = rules(study.problem)[PROTECTED]
     assert plan.variant.startswith(PROTECTED)
     planned = [choice for choice in tried if len(set(choice.values())) > 1]  # the others: stock's
@@ -91,13 +87,20 @@ def test_the_second_round_keeps_both_ends_protected(study, monkeypatch):
         assert all(allowed(t, choice[t.path]) for t in study.problem.tensors)
 
 
-def test_a_budget_of_four_bits_or_a_model_without_gradients_gets_no_second_round(
-    study, monkeypatch
-):
-    def refuse(*_, **__):
-        raise ValueError("[gather] Cannot calculate VJP")
-
-    monkeypatch.setattr(interaction, "factors", refuse)
-    assert around(study.problem, study.sensitivity, search(study, 3.0).precisions) == []
-    monkeypatch.setattr(module, "around", refuse)
+def test_a_budget_of_four_bits_gets_no_second_round(study, monkeypatch):
+    monkeypatch.setattr(module, "around", lambda *_: pytest.fail("a second round"))
     assert "re-measured" not in search(study, 4.0).variant
+
+
+def test_a_model_without_gradients_gets_no_second_round_and_its_plan_says_so(study, monkeypatch):
+    without_gradients(monkeypatch)
+    plan = search(study, 3.0)
+    assert "re-measured" not in plan.variant
+    (note,) = plan.notes
+    assert "VJP not implemented for scatter_prod): no second round of plans" in note
+
+
+def test_memory_that_runs_out_is_no_missing_gradient(study, monkeypatch):
+    without_gradients(monkeypatch, "[malloc] Unable to allocate 1000000 bytes.")
+    with pytest.raises(RuntimeError, match="Unable to allocate"):
+        search(study, 3.0)

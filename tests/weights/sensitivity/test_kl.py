@@ -20,9 +20,11 @@ from mlx_optiq_ext.weights.sensitivity.kl import (
     KL,
     NOISE,
     TOLERANCE,
+    Probes,
     doubtful,
     guided,
     interpolated,
+    measured,
 )
 
 PRECISIONS = [Precision(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -90,19 +92,17 @@ def test_each_tensor_follows_one_of_its_kind_that_is_near(kinds):
         assert len(leading) == -(-len(found) // APART)
 
 
-def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(
-    loaded, text, monkeypatch
-):
+def test_one_measurement_of_a_tensor_tells_its_costs_by_the_curve_of_another(loaded, text):
     calls = []
 
-    def law(measure, tensor, precision):
-        calls.append(tensor.path)
-        size = module.error(measure.problem.weights[tensor.path], precision)
-        return len(tensor.path) * (size**1.5 if "down" in tensor.path else size)
+    class Law(Probes):
+        def __call__(self, tensor, precision):
+            calls.append(tensor.path)
+            size = module.error(self.problem.weights[tensor.path], precision)
+            return len(tensor.path) * (size**1.5 if "down" in tensor.path else size)
 
-    monkeypatch.setattr(module._Probes, "__call__", law)
     problem = unmeasured(*loaded, calibration=text, sampling=SHORT)
-    costs = KL().measure(problem)
+    costs = measured(problem, problem.tensors, Law(problem))
     guides = set(guided(problem.tensors, module.layer_index(problem.model)).values())
     assert 3 * len(guides) <= len(calls) < len(problem.tensors) + 4 * len(guides)
     for tensor in problem.tensors:

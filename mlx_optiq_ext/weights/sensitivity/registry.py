@@ -40,6 +40,11 @@ def register(method: Method) -> None:
     _methods[name] = method
 
 
+def unregister(name: str) -> None:
+    """Offer a method no longer; a name that is not known is no error."""
+    _methods.pop(name, None)
+
+
 def find(name: str) -> Method:
     """The method of a name.
 

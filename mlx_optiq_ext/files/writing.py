@@ -53,12 +53,17 @@ def check_new(target: Path) -> None:
     Raises:
         InputError: Something has its name.
     """
-    if target.is_symlink() and not target.exists():
+    try:
+        target.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # such as a name longer than any
+        raise InputError(f"cannot write {target} ({error}): name another folder") from error
+    if not target.exists():
         raise InputError(
             f"{target} is a symbolic link to nothing: remove it or name another output folder"
         )
-    if target.exists():
-        raise InputError(f"{target} exists already: remove it or name another output folder")
+    raise InputError(f"{target} exists already: remove it or name another output folder")
 
 
 def check_room(folder: Path, needed: float) -> None:

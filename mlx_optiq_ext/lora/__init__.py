@@ -15,6 +15,7 @@ from .data import check_same_start, samples
 from .fitting import fit
 from .forms.checkpoint import Checkpoint
 from .forms.exchange import convert
+from .forms.location import folder_of as adapter_folder
 from .forms.location import readable_by_stock
 from .forms.reading import read_adapter
 from .layers import attach
@@ -30,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "LayerAdapter",
     "Request",
+    "adapter_folder",
     "allocate",
     "attach",
     "check_parameters",

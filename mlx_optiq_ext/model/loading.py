@@ -122,8 +122,13 @@ def model_digest(folder: Path) -> str:
     Every byte counts: a fine-tune may keep names, sizes and dates.
     """
     digest = hashlib.sha256()
-    for path in [folder / CONFIG, *sorted(folder.glob("model*.safetensors"))]:
-        if path.exists():
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for path in model_files(folder):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """A model folder's config and weights, as far as they are there."""
+    every = [folder / CONFIG, *sorted(folder.glob("model*.safetensors"))]
+    return [path for path in every if path.exists()]

@@ -13,10 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import distributed
+from .. import distributed, files
 from ..errors import InputError, OptiqError
 from ..model.loading import load_unquantized, reload
 from ..model.memory import block_bytes, streams
+from ..model.source import SourceFiles
 from .candidates import Size
 from .plan import Plan
 from .plan_file import read_plan
@@ -42,6 +43,7 @@ class Conversion:
         study: The measurements, if any were made.
         block_bytes: Stored bytes of the largest decoder layer, if the model is too large for memory
             and must be written piece by piece; else None.
+        source: The model's files when they were first read.
     """
 
     plan: Plan
@@ -49,6 +51,7 @@ class Conversion:
     post_processing: list[dict[str, Any]] = field(default_factory=list)
     study: Study | None = None
     block_bytes: int | None = None
+    source: SourceFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     started = time.perf_counter()
     mx.reset_peak_memory()
     load = partial(reload, path_or_repo, **source)
+    before = SourceFiles.of(path_or_repo)
     loaded = _Source(path_or_repo, *load_unquantized(path_or_repo, **source), load)
     block = block_bytes(loaded.model) if streams(loaded.model) else None
     if request.distill and block is not None:
@@ -94,14 +98,19 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
         conversion = _measured(loaded, request)
     seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
     request.say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
-    return replace(conversion, block_bytes=block)
+    if not before.states:
+        before = SourceFiles.of(path_or_repo)  # downloaded meanwhile
+    before = replace(before, digest=loaded.digest)
+    return replace(conversion, block_bytes=block, source=before)
 
 
 def _from_file(source: _Source, request: Request) -> Conversion:
     """Apply a plan that was saved; calibration text is needed for its refinement only."""
     assert request.plan_file is not None
     candidates = request.candidates(source.model)
-    plan = read_plan(request.plan_file, candidates, Size.of(source.model, candidates))
+    size = Size.of(source.model, candidates)
+    plan = read_plan(request.plan_file, candidates, size)
+    _check_room(request, plan.achieved_bpw * size.parameters / 8)
     if not request.refine:
         return Conversion(plan)
     others = [path for path, p in plan.precisions.items() if p.quantized and p.mode != AFFINE]
@@ -119,6 +128,8 @@ def _from_file(source: _Source, request: Request) -> Conversion:
 def _measured(source: _Source, request: Request) -> Conversion:
     """Measure sensitivity and search a plan for a budget or a speed."""
     wanted = None
+    if request.budget is not None:
+        _check_room(request, request.budget * _parameters(source.model) / 8)
     if request.min_tps is not None:
         aim = partial(target, source.path, source.model, request.min_tps, request.chip or "auto")
         wanted = distributed.first(aim)
@@ -132,6 +143,15 @@ def _measured(source: _Source, request: Request) -> Conversion:
         assert request.budget is not None
         plan = search(study, request.budget, protect=request.protect)
     return _finished(Conversion(plan, study=study), study.problem, request)
+
+
+def _parameters(model: nn.Module) -> int:
+    return Size.of(model, ()).parameters
+
+
+def _check_room(request: Request, needed: float) -> None:
+    if request.scratch is not None:
+        files.check_room(request.scratch, needed)
 
 
 def _finished(conversion: Conversion, problem: Problem, request: Request) -> Conversion:

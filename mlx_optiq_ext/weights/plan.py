@@ -13,6 +13,10 @@ from .precision import Precision
 FILE = "optiq_metadata.json"
 
 
+#: How the method of a plan begins that no measurement made.
+READ_FROM = "read from "
+
+
 @dataclass(frozen=True)
 class Plan:
     """Which precision each tensor gets.
@@ -82,10 +86,10 @@ class Plan:
         """A few lines for the terminal."""
         counts = Counter(str(p) for p in self.precisions.values())
         parts = ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
-        lines = [
-            f"[optiq] {self.achieved_bpw:.3f} bits per weight of a budget of {self.target_bpw:g}: "
-            f"{parts} (plan: {self.variant})"
-        ]
+        read = self.method.startswith(READ_FROM)
+        aim = "" if read else f" of a budget of {self.target_bpw:g}"
+        made = f"plan {self.method}" if read else f"plan: {self.variant}"
+        lines = [f"[optiq] {self.achieved_bpw:.3f} bits per weight{aim}: {parts} ({made})"]
         if self.kl is not None:
             lines.append(
                 "[optiq] KL to the unquantized model on held-out calibration text: "
@@ -94,7 +98,7 @@ class Plan:
         if self.kl is not None and self.uniform is not None and self.uniform_kl:
             lines.append(
                 f"[optiq] stock uniform {self.uniform} within the same bytes: {self.uniform_kl:.4g}"
-                f" (the plan has {self.kl / self.uniform_kl:.2f} x that)"
+                f" (the plan has {times(self.kl / self.uniform_kl)} that)"
             )
         return "\n".join(lines)
 
@@ -131,6 +135,11 @@ class Plan:
                 **({"notes": list(self.notes)} if self.notes else {}),
             },
         )
+
+
+def times(ratio: float) -> str:
+    """A ratio for the terminal, of which two digits are left however small it is."""
+    return f"{ratio:.2f} x" if ratio >= 0.1 or ratio == 0 else f"{ratio:.2g} x"
 
 
 def _entry(precision: Precision) -> dict[str, Any]:

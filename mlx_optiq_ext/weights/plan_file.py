@@ -7,7 +7,7 @@ from .. import files
 from .._version import versions
 from ..errors import InputError
 from .candidates import Size, Tensor
-from .plan import Plan
+from .plan import READ_FROM, Plan
 from .precision import AFFINE, MODES, Precision
 
 
@@ -99,7 +99,7 @@ def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
     return Plan(
         precisions=precisions,
         costs=dict.fromkeys(precisions, 0.0),
-        method=f"read from {path.name}",
+        method=f"{READ_FROM}{path.name}",
         target_bpw=round(achieved, 4),
         achieved_bpw=achieved,
         variant="from a file",

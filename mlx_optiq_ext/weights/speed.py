@@ -117,7 +117,8 @@ def search_speed(
     def fast(precisions: Precisions) -> bool:
         return wanted.speed(tensors, precisions) >= wanted.tps
 
-    if not fast(variants(study, high)["allocated"]):
+    everything = fast(variants(study, high)["allocated"])
+    if not everything:
         while high - low > STEP:
             middle = (low + high) / 2
             low, high = (
@@ -128,9 +129,10 @@ def search_speed(
         plan = search(study, high, protect=protect)
         if fast(plan.precisions):
             reached = wanted.speed(tensors, plan.precisions)
+            why = ", which every plan meets: the largest one is taken," if everything else ":"
             say(
                 f"[optiq] {reached:.1f} tokens per second predicted on {wanted.chip.name}, of "
-                f"{wanted.tps:g}: a budget of {high:.3f} bits per weight"
+                f"{wanted.tps:g}{why} a budget of {high:.3f} bits per weight"
             )
             return plan
         # The best plan of a budget may read more per token than the one that set it (experts).

@@ -1,5 +1,6 @@
 """From a model and a request to a plan: calibrate, measure, search."""
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from .plan import Plan
 from .plan_search import Study, search
 from .request import Request
 from .sensitivity.method import Need
-from .sensitivity.problem import Problem
+from .sensitivity.problem import Problem, journal_key
 
 #: Loads a model again, not evaluated.
 Load = Callable[[], nn.Module]
@@ -73,6 +74,13 @@ def plan_model(
     return search(study, request.budget, protect=request.protect)
 
 
+def _mark(problem: Problem) -> list[Any]:
+    """Under which a journal keeps that everything of a problem is in it."""
+    keys = [journal_key(t.path, p) for t in problem.tensors for p in t.precisions]
+    digest = hashlib.sha256(repr((keys, problem.refine)).encode()).hexdigest()
+    return ["complete", digest]
+
+
 def study_model(
     model: nn.Module,
     tokenizer: Any,
@@ -103,9 +111,18 @@ def study_model(
     data, on = problem.calibration, ""
     if Need.CALIBRATION in method.needs:
         on = f" on {data.measured.size} tokens ({data.source})"
-    request.say(f"[optiq] Measuring {len(problem.tensors)} tensors with {method.name}{on}")
+    journal, mark = problem.journal(method.name, method.version), _mark(problem)
+    if journal.get(mark) is None:
+        doing, where = "Measuring", ""
+    else:
+        doing, where = "Reading the measurements of", f" from {files.cache_dir()}"
+    request.say(f"[optiq] {doing} {len(problem.tensors)} tensors with {method.name}{on}{where}")
     # A method may not know of other ranks, whose hardware may round in another way.
     sensitivity = distributed.broadcast(method.measure(problem))
+    kept = problem.journal(method.name, method.version)
+    if len(kept) and kept.get(mark) is None:
+        kept.add(mark, 1.0)
+        kept.exchange()
     return Study(problem, sensitivity, method.name)
 
 

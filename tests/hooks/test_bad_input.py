@@ -95,7 +95,7 @@ def test_an_output_folder_that_exists_is_refused_and_left_alone(command, tiny):
     arguments = ("--hf-path", tiny, "--mlx-path", "out", "--optiq-budget", "4")
     outcome = command("convert", *arguments)
     assert outcome.status == 2
-    assert "out exists already: remove it or name another folder with --mlx-path" in outcome.err
+    assert "out exists already: remove it or name another output folder" in outcome.err
     assert [path.name for path in Path("out").iterdir()] == ["precious"]
 
 

@@ -155,6 +155,17 @@ def test_a_conversion_for_a_speed_is_predicted_to_reach_it(command, tmp_path, ch
     assert "tokens per second predicted on toy" in done.out
 
 
+def test_a_speed_that_every_plan_meets_is_said_to_be(command, tmp_path, chip):
+    toy, text = write_toy(tmp_path / "toy", layers=2), tmp_path / "text.txt"
+    text.write_text(TEXT * 60)
+    done = command(
+        *("convert", "--hf-path", toy, "--mlx-path", tmp_path / "out"),
+        *("--optiq-calibration", text, "--optiq-min-tps", f"0.001@{chip}"),
+    )
+    assert done.status == 0, done.err
+    assert "which every plan meets: the largest one is taken" in done.out
+
+
 def test_a_speed_out_of_reach_is_refused_before_anything_is_measured(command, tmp_path, chip):
     toy = write_toy(tmp_path / "toy", layers=2)
     source = ("convert", "--hf-path", toy, "--mlx-path", tmp_path / "out")

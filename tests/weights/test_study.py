@@ -1,5 +1,6 @@
 import importlib
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -13,8 +14,8 @@ from mlx_optiq_ext.errors import BudgetError, InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.loading import model_digest
 from mlx_optiq_ext.planning.journal import Journal
-from mlx_optiq_ext.weights import Precision, plan_folder, plan_model
-from mlx_optiq_ext.weights.plan import check_written
+from mlx_optiq_ext.weights import Precision, Request, plan_folder, plan_model
+from mlx_optiq_ext.weights.plan import Plan, check_written
 from mlx_optiq_ext.weights.sensitivity.kl import KL
 
 
@@ -169,3 +170,23 @@ def test_the_metadata_holds_every_tensor(toy, text, tmp_path):
     entry = written["per_layer"]["model.layers.0.mlp.up_proj"]
     assert set(entry) == {"bits", "group_size", "kl"}
     assert {"method", "calibration", "versions", "post_processing"} <= set(written)
+
+
+def test_a_summary_says_where_the_plan_is_from_and_never_that_it_loses_nothing():
+    read = Plan({}, {}, method="read from plan.json", target_bpw=4.1, achieved_bpw=4.1)
+    assert "budget" not in read.summary()
+    assert "plan read from plan.json" in read.summary()
+    nearly = replace(
+        read, method="taylor", kl=1e-6, uniform=Precision(4, 64), uniform_kl=0.01, target_bpw=4.5
+    )
+    assert "of a budget of 4.5" in nearly.summary()
+    assert "0.0001 x" in nearly.summary()
+
+
+def test_what_was_measured_before_is_said_to_be_read(toy, text, capsys):
+    request = Request(budget=4.5, calibration=text, bits=(3, 4), group_sizes=(64,))
+    for begins in ("Measuring", "Reading the measurements of"):
+        plan_folder(str(toy), request)
+        assert f"[optiq] {begins} " in capsys.readouterr().out
+    plan_folder(str(toy), replace(request, bits=(3, 4, 5)))
+    assert "[optiq] Measuring " in capsys.readouterr().out

@@ -6,6 +6,7 @@ It is the only option of ``mlx_lm.generate``, ``chat``, ``cache_prompt`` and ``p
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_optiq_ext.errors import InputError
@@ -61,8 +62,12 @@ def check(command, parsed, args) -> None:
                 "--optiq-kv and --kv-bits both decide how to keep keys and values: leave one out"
             )
         from mlx_optiq_ext import kv
+        from mlx_optiq_ext.model.source import check_source
 
-        plan = kv.find_plan(options.kv, getattr(args, "model", None))
+        model = getattr(args, "model", None)
+        plan = kv.find_plan(options.kv, model)
+        if model is not None and Path(model).exists():
+            check_source(model)
         session.keep(Run(plan))
         running = session.running()
         if running is not None:

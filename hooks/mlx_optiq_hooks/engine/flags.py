@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeAlias
 from mlx_optiq_ext._version import __version__
 from mlx_optiq_ext.errors import InputError, OptiqError
 
-from . import interruption, session
+from . import hub, interruption, session
 from .patch import Patch
 
 PREFIX = "optiq_"
@@ -213,7 +213,7 @@ def main(command: str, interrupted: Callable[[], str] | None = str):
             from mlx_optiq_ext import distributed
 
             try:
-                with distributed.together():
+                with distributed.together(), hub.named():
                     result = _run(wrapped, args, kwargs)
                     if running.failure is not None:
                         raise running.failure

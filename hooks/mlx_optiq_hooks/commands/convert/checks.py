@@ -32,8 +32,20 @@ def check(command, parsed, args) -> Instead | None:
         _check_kv(options, args)
     if not kv or set(given(options)) - set(KV):
         _check_weights(options, args)
+    _check_places(options, args)
     session.keep(Run(options))
     return None
+
+
+def _check_places(options: Options, args) -> None:
+    """Refuse a source that is no model, and an output that is there already."""
+    from mlx_optiq_ext.model.source import check_source
+
+    if not options.kv_only:
+        files.check_new(Path(args.mlx_path))
+    if args.hf_path is None:
+        raise InputError("there is nothing to convert: name a folder or repository with --hf-path")
+    check_source(args.hf_path, getattr(args, "revision", None))
 
 
 def _check_kv(options: Options, args) -> None:
@@ -105,7 +117,7 @@ def _check_weights(options: Options, args) -> None:
 
 
 def _check_stock(chosen: list[str], args) -> None:
-    """Refuse stock's own ways to quantize, and a folder that exists."""
+    """Refuse stock's own ways to quantize."""
     stock = {
         "--quant-predicate": args.quant_predicate is not None,
         "--q-bits": args.q_bits is not None,
@@ -118,4 +130,3 @@ def _check_stock(chosen: list[str], args) -> None:
             raise InputError(
                 f"{spelled(chosen)} and {name} both decide how to quantize: leave one of them out"
             )
-    files.check_new(Path(args.mlx_path))

@@ -90,6 +90,8 @@ def _by_plan(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
         if folder is not None:
             with distributed.alone():
                 _write(run, conversion, stock, call, folder)
+                if conversion.source is not None:
+                    conversion.source.check()
     if not distributed.leads():
         return
     if run.stripped is not None:

@@ -50,6 +50,8 @@ def load_adapters(wrapped, instance, args, kwargs):
         if folder is not None:
             call["adapter_path"] = str(folder)
     source = call["adapter_path"]
+    if session.current() is not None:
+        lora.adapter_folder(source)  # says in one line that there is none
     if lora.readable_by_stock(source):
         return wrapped(**call)
     return lora.attach(call["model"], lora.read_adapter(source))

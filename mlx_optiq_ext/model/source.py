@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from . import local_folder
+from .hub import CONFIG, cached_folder, find_file
 from .loading import model_digest, model_files
 
 
@@ -24,31 +24,12 @@ def check_source(path_or_repo: str, revision: str | None = None) -> None:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # such as a name longer than any
-        raise no_such_model(path_or_repo, error) from error
-    if path.is_dir():
-        for pattern in ("config.json", "model*.safetensors"):
-            if not any(path.glob(pattern)):
-                raise InputError(
-                    f"{path_or_repo} is not a model folder: it has no {pattern}; name another one"
-                )
-        return
-    if path.exists():
-        raise InputError(f"{path_or_repo} is a file: name the folder of a model")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        hf_hub_download(path_or_repo, "config.json", revision=revision)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise no_such_model(path_or_repo, error) from error
-
-
-def no_such_model(path_or_repo: str, error: Exception) -> InputError:
-    """The error for a model that is neither here nor on the Hub."""
-    return InputError(
-        f"{path_or_repo}: no such folder, and no Hub repository that could be read "
-        f"({type(error).__name__}): check the name and the connection"
-    )
+        raise InputError(f"{path_or_repo} cannot be read ({error}): name a model") from error
+    find_file(path_or_repo, CONFIG, revision)
+    if path.is_dir() and not any(path.glob("model*.safetensors")):
+        raise InputError(
+            f"{path_or_repo} is not a model folder: it has no model*.safetensors; name another one"
+        )
 
 
 @dataclass(frozen=True)
@@ -57,22 +38,24 @@ class SourceFiles:
 
     Attributes:
         path_or_repo: The folder or repository.
+        revision: Of the repository.
         states: File -> size, time of change and inode; empty before a repository is downloaded.
         digest: Hash that `load_unquantized` returned for them.
     """
 
     path_or_repo: str
+    revision: str | None
     states: dict[Path, tuple[int, int, int]]
     digest: str = ""
 
     @classmethod
-    def of(cls, path_or_repo: str) -> "SourceFiles":
+    def of(cls, path_or_repo: str, revision: str | None = None) -> "SourceFiles":
         """The files as they are now."""
         try:
-            folder = local_folder(path_or_repo)
-        except (OSError, ValueError):  # not downloaded yet
-            return cls(path_or_repo, {})
-        return cls(path_or_repo, _states(folder))
+            folder = cached_folder(path_or_repo, revision)
+        except InputError:
+            return cls(path_or_repo, revision, {})
+        return cls(path_or_repo, revision, _states(folder))
 
     def check(self) -> None:
         """Refuse files that hold something else by now.
@@ -80,7 +63,7 @@ class SourceFiles:
         Raises:
             InputError: They do.
         """
-        folder = local_folder(self.path_or_repo)
+        folder = cached_folder(self.path_or_repo, self.revision)
         if _states(folder) == self.states or self.digest.startswith(model_digest(folder)):
             return
         raise InputError(

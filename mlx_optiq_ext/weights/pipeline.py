@@ -84,7 +84,7 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     started = time.perf_counter()
     mx.reset_peak_memory()
     load = partial(reload, path_or_repo, **source)
-    before = SourceFiles.of(path_or_repo)
+    before = SourceFiles.of(path_or_repo, source.get("revision"))
     loaded = _Source(path_or_repo, *load_unquantized(path_or_repo, **source), load)
     block = block_bytes(loaded.model) if streams(loaded.model) else None
     if request.distill and block is not None:
@@ -99,7 +99,7 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
     request.say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
     if not before.states:
-        before = SourceFiles.of(path_or_repo)  # downloaded meanwhile
+        before = SourceFiles.of(path_or_repo, source.get("revision"))  # downloaded meanwhile
     before = replace(before, digest=loaded.digest)
     return replace(conversion, block_bytes=block, source=before)
 

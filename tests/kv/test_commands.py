@@ -55,6 +55,12 @@ def test_a_saved_prompt_goes_on_packed(exact, kv_config, run, tmp_path):
         check=True,
     )
     assert done.stdout.strip()
+    done = run(
+        *("mlx_lm.generate", *model, "--prompt-cache-file", plain, "--prompt", rest),
+        *("--optiq-kv", kv_config),
+    )
+    assert done.returncode == 2
+    assert f"{plain} was saved without --optiq-kv" in done.stderr
 
 
 WRONG = {

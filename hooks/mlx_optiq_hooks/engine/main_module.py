@@ -1,11 +1,13 @@
 """``python -m mlx_lm.convert``: upstream's deprecated form.
 
 Python then runs a second copy of the module as ``__main__``, which no import hook sees. When one of
-our options is on the command line, the imported module's ``main`` runs instead of that copy.
+our options is on the command line, or in the YAML file of ``mlx_lm.lora``, the imported module's
+``main`` runs instead of that copy.
 """
 
 import sys
 from collections.abc import Collection
+from pathlib import Path
 
 from . import imports
 
@@ -26,13 +28,29 @@ def requested(argv: list[str], original: list[str], commands: Collection[str]) -
         original: ``sys.orig_argv``, the interpreter's own options included.
         commands: Names of the stock commands, without ``mlx_lm.``.
     """
-    if argv[:1] != ["-m"] or not any(argument.startswith("--optiq") for argument in argv):
+    if argv[:1] != ["-m"]:
         return None
     module = original[len(original) - len(argv)]
     if module.startswith("-"):
         module = module.partition("m")[2]  # joined: -mmlx_lm.convert
     package, _, command = module.partition(".")
-    return module if package == "mlx_lm" and command in commands else None
+    if package != "mlx_lm" or command not in commands:
+        return None
+    asked = any(argument.startswith("--optiq") for argument in argv)
+    return module if asked or (command == "lora" and _in_file(argv[1:])) else None
+
+
+def _in_file(arguments: list[str]) -> bool:
+    """Whether the YAML file that ``mlx_lm.lora`` is given names an option of ours."""
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("-c", "--config")
+    try:
+        file = parser.parse_known_args(arguments)[0].config
+        return file is not None and b"optiq_" in Path(file).read_bytes()
+    except (argparse.ArgumentError, OSError, ValueError):
+        return False  # which mlx-lm says itself
 
 
 def redirect(commands: Collection[str]) -> None:

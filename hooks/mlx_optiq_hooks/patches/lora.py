@@ -7,6 +7,15 @@ from ..engine import session
 from ..engine.patch import Patch, bind, of
 
 
+def keys(wrapped, instance, args, kwargs):
+    given = bind(wrapped, args, kwargs)["args"]
+    if any(key.startswith("optiq_") for key in vars(given)):
+        from ..installation import gate
+
+        gate().require("lora")
+    return wrapped(*args, **kwargs)
+
+
 def run(wrapped, instance, args, kwargs):
     call = bind(wrapped, args, kwargs)
     given = call["args"]
@@ -47,6 +56,13 @@ def train_model(wrapped, instance, args, kwargs):
 
 
 PATCHES = (
+    Patch(
+        "mlx_lm.lora:run",
+        feature="flags",
+        why="refuses our keys of the YAML file where nothing would read them",
+        upstream="none: unknown keys of the file are kept",
+        wrapper=keys,
+    ),
     Patch(
         "mlx_lm.lora:run",
         feature="lora",

@@ -78,16 +78,24 @@ def make_shards(wrapped, instance, args, kwargs):
 
 
 def save_config(wrapped, instance, args, kwargs):
-    run = session.state(lora.Run)
+    run, given = session.state(lora.Run), bind(wrapped, args, kwargs)["config"]
     if run is None or run.request is None or run.checkpoint is None:
+        asked = run is not None and run.request is not None and run.options.training
+        if asked or any(f"optiq_{name}" in given for name in lora.TRAINING):
+            from mlx_optiq_ext.errors import UnsupportedError
+
+            raise UnsupportedError(
+                "mlx_lm.lora no longer calls what gives each layer its rank: it was reloaded, or "
+                "another tool put its own in its place: start anew without that"
+            )
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext import distributed
 
     if not distributed.leads():
         return None  # stock writes it in every process
-    config, resumed = bind(wrapped, args, kwargs)["config"], run.request.resume
+    resumed = run.request.resume
     return run.checkpoint.write_config(
-        {**config, "resume_adapter_file": None if resumed is None else str(resumed)}
+        {**given, "resume_adapter_file": None if resumed is None else str(resumed)}
     )
 
 

@@ -82,6 +82,46 @@ def test_a_failed_replaced_or_reloaded_patch_refuses_the_flag(run, tiny, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+#: What another tool does before ``mlx_lm.lora`` runs.
+MEDDLING = {
+    "reloaded": "importlib.reload(lora)",
+    "replaced": "lora.run.__globals__['run'] = lora.run.__wrapped__.__wrapped__",
+    "rebound": "lora.linear_to_lora_layers = lambda *args, **kwargs: None",
+}
+
+
+@pytest.fixture
+def yaml(tiny, tmp_path):
+    """Words of a training whose options stand in a file."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("train", "valid"):
+        (data / f"{name}.jsonl").write_text('{"text": "a short text"}\n' * 4)
+    file = tmp_path / "lora.yaml"
+    file.write_text(
+        f"model: {tiny}\ntrain: true\ndata: {data}\niters: 1\nbatch_size: 2\n"
+        "num_layers: 1\noptiq_rank_scaling: by_bits\n"
+    )
+    return ["-c", file, "--adapter-path", tmp_path / "out"]
+
+
+@pytest.mark.parametrize("form", [("mlx_lm.lora",), ("python", "-m", "mlx_lm.lora")])
+def test_a_key_of_the_yaml_file_is_refused_as_a_flag_is(run, yaml, tmp_path, form):
+    done = run(*form, *yaml, env={"MLX_OPTIQ_EXT_BLOCK": "lora"})
+    assert done.returncode == 2
+    assert done.stderr.endswith("mlx_lm.lora: error: lora is in MLX_OPTIQ_EXT_BLOCK: remove it\n")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", MEDDLING)
+def test_nothing_is_trained_by_a_yaml_file_whose_keys_nobody_reads(run, yaml, tmp_path, how):
+    code = f"import importlib, mlx_lm.lora as lora; {MEDDLING[how]}; lora.main()"
+    done = run("python", "-c", code, *yaml)
+    assert done.returncode != 0
+    assert "mlx_lm.lora no longer calls what gives each layer its rank" in done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
 @pytest.mark.parametrize("feature", carried(DISTRIBUTED))
 def test_so_it_does_on_several_ranks(launch, tiny, tmp_path, feature):
     given = words(feature, tiny)

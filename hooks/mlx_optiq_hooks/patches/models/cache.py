@@ -1,8 +1,11 @@
 """``mlx_lm.models.cache``: plugins build prompt caches, and saved ones may be packed."""
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from ...commands import kv
 from ...engine import session
 from ...engine.patch import Patch, bind, of
 
@@ -31,7 +34,26 @@ def load_prompt_cache(wrapped, instance, args, kwargs):
     # mlx-lm looks the classes in a file up by name in its own module.
     sys.modules["mlx_lm.models.cache"].__dict__.setdefault("PackedKVCache", PackedKVCache)
     path = Path(bind(wrapped, args, kwargs)["file_name"])
-    return saved.load(lambda: wrapped(*args, **kwargs), path)
+    result, plan = saved.load(lambda: wrapped(*args, **kwargs), path), kv.plan()
+    # The notes stand beside the caches if they were asked for.
+    caches = result[0] if isinstance(result, tuple) else result
+    if plan is not None and plan.packs and not _packed(caches):
+        from mlx_optiq_ext.errors import InputError
+
+        raise InputError(
+            f"{path} was saved without --optiq-kv, and its keys and values stay as they are: leave "
+            "--optiq-kv out, or save the prompt cache with it"
+        )
+    return result
+
+
+def _packed(caches: Iterable[Any]) -> bool:
+    """Whether any of these caches is packed."""
+    from mlx_optiq_ext.kv import PackedKVCache
+
+    return any(
+        isinstance(each, PackedKVCache) or _packed(getattr(each, "caches", ())) for each in caches
+    )
 
 
 #: What `kv.PackedKVCache` reads of the caches whose place it takes, alone and in a batch.

@@ -11,8 +11,8 @@ What an adapter of mlx-lm's or PEFT's form holds, layer by layer::
 from .adapter import Adapter, LayerAdapter
 from .averaging import over_all_tokens
 from .choice import choose_ranks
-from .data import check_same_start, samples
-from .fitting import fit
+from .data import check_same_start, check_trained_tokens, samples
+from .fitting import adaptable, fit
 from .forms.checkpoint import Checkpoint
 from .forms.exchange import convert
 from .forms.location import folder_of as adapter_folder
@@ -21,6 +21,7 @@ from .forms.reading import read_adapter
 from .layers import attach
 from .listing import table
 from .rank_scaling import CONSTANT, SCALINGS, allocate
+from .resuming import check_stock_training
 from .training import DEFAULT_SCALING, Request, check_parameters, prepare, summary
 
 __all__ = [
@@ -31,11 +32,14 @@ __all__ = [
     "Checkpoint",
     "LayerAdapter",
     "Request",
+    "adaptable",
     "adapter_folder",
     "allocate",
     "attach",
     "check_parameters",
     "check_same_start",
+    "check_stock_training",
+    "check_trained_tokens",
     "choose_ranks",
     "convert",
     "fit",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import distributed
+from ..errors import InputError
 from ..model.hub import cached_folder
 from ..model.loading import model_digest
 from .averaging import digest
@@ -32,6 +33,41 @@ def samples(dataset: Any, max_seq_length: int = LENGTH) -> list[list[int]]:
         tokens = item[0] if len(item) == 2 else item
         found.append(list(tokens)[: min(LENGTH, max_seq_length)])
     return [tokens for tokens in found if tokens]
+
+
+def check_trained_tokens(dataset: Any, batch_size: int, max_seq_length: int) -> None:
+    """Check that every batch has a token to train on where prompts are masked.
+
+    Args:
+        dataset: Examples as mlx-lm's trainer gets them, ``(tokens, length of the prompt)``.
+        batch_size: Examples of a batch, over all processes.
+        max_seq_length: Tokens that the training reads of an example at most.
+
+    Raises:
+        InputError: The loss of a batch would be a mean over nothing.
+    """
+    if not len(dataset) or len(dataset[0]) != 2 or not dataset[0][1]:
+        return
+    # mlx-lm's batches: neighbours in the order of length, every process its share.
+    length = getattr(dataset, "itemlen", lambda index: len(dataset[index][0]))
+    order = sorted(range(len(dataset)), key=length)
+    without = set()
+    for index in order:
+        tokens, prompt = dataset[index]
+        if max(prompt, 1) >= min(len(tokens), max_seq_length):
+            without.add(index)
+    share = max(1, batch_size // distributed.size())
+    starts = range(0, len(order) - batch_size + 1, batch_size)
+    for start in starts if without else ():
+        batch = order[start : start + batch_size]
+        for first in range(batch_size // share):
+            if without.issuperset(batch[first :: batch_size // share]):
+                raise InputError(
+                    f"--mask-prompt leaves no token to train on in {len(without)} of "
+                    f"{len(dataset)} examples, and in a whole batch: their prompts fill "
+                    f"--max-seq-length {max_seq_length} or have no completion; raise it, or take "
+                    "those examples out"
+                )
 
 
 def check_same_start(model: str, training: Sequence[Any], validation: Sequence[Any]) -> None:

@@ -41,6 +41,11 @@ def fit(adapter: Adapter, model: nn.Module) -> Adapter:
     return fit_modules(adapter, dict(model.named_modules()))
 
 
+def adaptable(model: nn.Module) -> set[str]:
+    """Paths of a model's modules that have a weight."""
+    return {path for path, module in model.named_modules() if "weight" in module}
+
+
 def fit_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
     """`fit` against a model's modules by path, as they are without LoRA layers."""
     known = {path for path, module in modules.items() if "weight" in module}

@@ -14,6 +14,7 @@ from . import rank_scaling
 from .averaging import hand_out_start
 from .choice import Choose
 from .forms.checkpoint import Checkpoint
+from .forms.location import HIGHEST_SCALE
 from .forms.peft_writing import Naming, base_config
 from .forms.reading import read_tensors
 from .geometry import EMBEDDING, EXPERTS, Geometry, geometry
@@ -61,8 +62,16 @@ def check_parameters(parameters: Any) -> None:
     rank, scale = known.get("rank"), known.get("scale")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise InputError(f"lora_parameters: rank is {rank!r}: give a whole number from 1 on")
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or scale <= 0:
-        raise InputError(f"lora_parameters: scale is {scale!r}: give a number above 0")
+    number = scale if isinstance(scale, int | float) and not isinstance(scale, bool) else -1
+    if not 0 < number <= HIGHEST_SCALE:
+        raise InputError(
+            f"lora_parameters: scale is {scale!r}: give a number above 0, up to {HIGHEST_SCALE:g}"
+        )
+    dropout = known.get("dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(
+            f"lora_parameters: dropout is {dropout!r}: give a number from 0 to below 1"
+        )
 
 
 def prepare(

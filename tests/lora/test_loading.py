@@ -68,6 +68,43 @@ def test_one_rank_for_all_is_left_to_stock(in_float32, stored, monkeypatch):
         utils.load_adapters(nn.Module(), "nowhere")
 
 
+NOT_STOCK = ("scale of NaN", "scale of infinity", "huge scale", "whole numbers", "not JSON")
+
+
+@pytest.mark.parametrize("name", [*NOT_STOCK, "complex numbers", "DoRA without lengths"])
+def test_numbers_that_stock_would_take_are_refused(in_float32, stored, name):
+    folder = stored({PATH.format(n, "q"): 2 for n in range(6)})
+    damage, message = DAMAGE[name]
+    damage(folder)
+    with pytest.raises(OptiqError, match=message):
+        mlx_lm.load(str(in_float32), adapter_path=str(folder))
+
+
+@pytest.mark.parametrize("stem", ["language_model.", "model.language_model."])
+def test_an_adapter_of_a_wrapped_model_loads_and_fuses_once_both_forms_are_there(
+    run, in_float32, recorded, tokens, tmp_path, stem
+):
+    folder = shutil.copytree(recorded / "rslora", tmp_path / "copy")
+    path = folder / "adapter_model.safetensors"
+    inner = "base_model.model.model."
+    wrapped = f"base_model.model.{stem}" + ("model." if stem.startswith("language") else "")
+    tensors = load_tensors(path)
+    assert all(name.startswith(inner) for name in tensors)
+    mx.save_safetensors(
+        str(path), {name.replace(inner, wrapped, 1): tensor for name, tensor in tensors.items()}
+    )
+    run("mlx_lm.lora", "--optiq-export-peft", folder, check=True)
+    assert any("language_model.model." in n for n in load_tensors(folder / "adapters.safetensors"))
+    expected = np.load(recorded / "rslora" / "logits.npy")
+    model = mlx_lm.load(str(in_float32), adapter_path=str(folder))[0]
+    assert np.abs(np.array(logits(model, tokens)) - expected).max() < 1e-3
+    out = tmp_path / "fused"
+    words = ("mlx_lm.fuse", "--model", in_float32, "--adapter-path", folder, "--save-path", out)
+    run(*words, check=True)
+    fused = mlx_lm.load(str(out))[0]
+    assert np.abs(np.array(logits(fused, tokens)) - expected).max() < 1e-2
+
+
 @pytest.mark.parametrize("name", [n for n in DAMAGE if n not in ("no config", "full fine-tune")])
 def test_a_damaged_adapter_of_ours_is_one_error(in_float32, stored, name):
     folder = stored({Q: 2, V: 2}, notes={"ranks": {Q: 2, V: 2}})

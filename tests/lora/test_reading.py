@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import mlx.core as mx
@@ -122,6 +123,13 @@ def poison(folder, value):
     mx.save_safetensors(path, tensors)
 
 
+def retyped(folder, dtype):
+    path = str(folder / "adapters.safetensors")
+    tensors = load_tensors(path)
+    tensors[f"{Q0}.lora_b"] = tensors[f"{Q0}.lora_b"].astype(dtype)
+    mx.save_safetensors(path, tensors)
+
+
 def extra(folder):
     path = str(folder / "adapters.safetensors")
     mx.save_safetensors(path, {**load_tensors(path), "model.norm.weight": mx.ones(128)})
@@ -137,6 +145,15 @@ DAMAGE = {
     ),
     "no scale": (lambda f: edit(f, lora_parameters={"rank": 2}), "no scale"),
     "scale of text": (lambda f: edit(f, lora_parameters={"scale": "2"}), "scale is '2'"),
+    "scale of NaN": (lambda f: edit(f, lora_parameters={"scale": math.nan}), "adapter_config.json"),
+    "scale of infinity": (
+        lambda f: edit(f, lora_parameters={"scale": math.inf}),
+        "adapter_config.json",
+    ),
+    "huge scale": (lambda f: edit(f, lora_parameters={"scale": 1e30}), r"scale is 1e\+30"),
+    "whole numbers": (lambda f: retyped(f, mx.int32), "lora_b is of type I32"),
+    "complex numbers": (lambda f: retyped(f, mx.complex64), "lora_b is of type C64"),
+    "DoRA without lengths": (lambda f: edit(f, fine_tune_type="dora"), f"{Q0} has no m in"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not JSON"),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "not a JSON object"),
     "NaN": (lambda f: poison(f, mx.nan), "NaN or infinity"),
@@ -168,6 +185,8 @@ def test_a_damaged_adapter_is_refused_with_one_sentence(stored, name):
 PEFT_DAMAGE = {
     "another method": ({"peft_type": "IA3"}, "peft_type"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "huge alpha": ({"alpha_pattern": {"q_proj": 1e12}}, "lora_alpha 1000000000000.0"),
+    "DoRA without lengths": ({"use_dora": True}, "has no lora_magnitude_vector in"),
     "another rank": ({"r": 5}, "different adapters"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model"),
     "bad pattern": ({"rank_pattern": {"(": 3}}, "regular expression"),

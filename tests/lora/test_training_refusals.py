@@ -1,6 +1,11 @@
 """What ``mlx_lm.lora`` refuses of our options, and when."""
 
+import json
+
 import pytest
+
+from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.lora import check_trained_tokens
 
 from .conftest import BY_BITS, error_of
 
@@ -26,6 +31,15 @@ BAD_YAML = {
     "unknown key": ("optiq_rank: 3", "optiq_rank in the YAML file"),
     "unknown scaling": ("optiq_rank_scaling: by_magic", "by_magic"),
     "no scale": ("optiq_rank_scaling: by_bits\nlora_parameters: {rank: 8}", "scale is None"),
+    "scale of NaN": (
+        "optiq_no_compile: true\nlora_parameters: {rank: 8, scale: .nan}",
+        "scale is nan",
+    ),
+    "huge scale": ("optiq_no_compile: true\nlora_parameters: {rank: 8, scale: 1e+30}", "up to"),
+    "no dropout": (
+        "optiq_no_compile: true\nlora_parameters: {rank: 8, scale: 1.0, dropout: 1.5}",
+        "dropout is 1.5",
+    ),
     "rank of text": ("optiq_no_compile: true\nlora_parameters: {rank: x}", "rank is 'x'"),
 }
 
@@ -36,6 +50,56 @@ def test_bad_yaml_is_refused_before_anything_is_loaded(lora, tmp_path, capsys, n
     (tmp_path / "c.yaml").write_text(text)
     flags = ("--train", "-c", tmp_path / "c.yaml")
     assert message in error_of(capsys, lora, tmp_path / "none", tmp_path, *flags, train=False)
+
+
+STOCK = ("--train", "--iters", 1, "--batch-size", 1, "--max-seq-length", 48, "--num-layers", -1)
+
+
+def test_a_training_without_our_flags_does_not_lose_ranks_of_their_own(
+    lora, packed, tmp_path, capsys
+):
+    folder = tmp_path / "a"
+    lora(packed, folder, *BY_BITS, iters=1)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    resume = ("--resume-adapter-file", folder / "adapters.safetensors")
+    said = error_of(capsys, lora, packed, tmp_path / "b", *STOCK, *resume, train=False)
+    assert "has a rank of its own for each layer" in said
+    assert "add --optiq-rank-scaling by_bits" in said
+    assert not (tmp_path / "b").exists()
+    said = error_of(capsys, lora, packed, folder, *STOCK, train=False)
+    assert "--adapter-path" in said
+    assert "or name another folder" in said
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_going_on_from_a_peft_file_is_refused(lora, tiny, recorded, tmp_path, capsys):
+    resume = ("--resume-adapter-file", recorded / "mixed" / "adapter_model.safetensors")
+    said = error_of(capsys, lora, tiny, tmp_path / "a", *STOCK, *resume, train=False)
+    assert "is in PEFT's form (" in said
+    assert "--optiq-export-peft" in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_masked_prompts_that_leave_nothing_to_train_on_are_named(tmp_path, capsys, lora, packed):
+    data = tmp_path / "data"
+    data.mkdir()
+    # The model's chat template has no place for what the assistant says.
+    rows = [{"prompt": f"How many? {n}", "completion": "Two."} for n in range(4)]
+    for name in ("train", "valid", "test"):
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = (*BY_BITS, "--mask-prompt", "--data", data)
+    said = error_of(capsys, lora, packed, tmp_path / "a", *flags)
+    assert "--mask-prompt leaves no token to train on in 4 of 4 examples" in said
+    assert "learning rate" not in said
+    assert not (tmp_path / "a" / "adapters.safetensors").exists()
+
+
+def test_a_batch_with_one_trained_token_is_enough():
+    examples = [([1] * 9, 9), ([1] * 9, 8), ([1] * 20, 12), ([1] * 20, 3)]
+    check_trained_tokens(examples, 2, 10)
+    check_trained_tokens([([1], 0)], 1, 10)
+    with pytest.raises(InputError, match="in 2 of 4 examples"):
+        check_trained_tokens(examples, 1, 10)
 
 
 def test_a_rank_larger_than_a_layer_is_refused(lora, packed, tmp_path, capsys):

@@ -99,8 +99,9 @@ def run(options: Options, args) -> None:
     )
     model = evaluation.subject(args.model, kv.plan())
     baselines = [evaluation.subject(name) for name in options.baseline]
+    digest = settings.digest([model, *baselines])
     report = evaluation.TASKS[options.task](model, baselines, settings)
-    name = f"optiq_{options.task}_{args.model.strip('/').replace('/', '_')}"
+    name = f"optiq_{options.task}_{args.model.strip('/').replace('/', '_')}_{digest}"
     table, data = report.write(Path(args.output_dir), name)
     print(report.markdown())
     print(f"[optiq] Written to {table} and {data}")

@@ -176,6 +176,23 @@ def start(running: Session, args: Any) -> None:
     running.keep(Run(options))
 
 
+def check_stock(args: Any) -> None:
+    """Refuse files of a training with our options in one without them.
+
+    Args:
+        args: The command's; called from Python, some may be missing.
+    """
+    resume, folder = (getattr(args, each, None) for each in ("resume_adapter_file", "adapter_path"))
+    lora_kind = getattr(args, "fine_tune_type", "lora") in ("lora", "dora")
+    if not (getattr(args, "train", False) and lora_kind and folder):
+        return
+    from mlx_optiq_ext import lora
+
+    parameters = getattr(args, "lora_parameters", None) or {}
+    rank = parameters.get("rank") if isinstance(parameters, dict) else None
+    lora.check_stock_training(None if resume is None else Path(resume), Path(folder), rank)
+
+
 def _of_file(args: Any) -> Options:
     """Our options of the YAML file, which are taken out of ``args``.
 

@@ -21,6 +21,7 @@ def run(wrapped, instance, args, kwargs):
     given = call["args"]
     asked = any(key.startswith("optiq_") for key in vars(given))
     if session.current() is None and not asked:
+        command.check_stock(given)
         return wrapped(*args, **kwargs)
     running = session.running()
     if running is not None and running.command == "lora":

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,18 @@ from typing import Any
 from ... import files
 from ...errors import InputError
 from ...model.hub import find_folder
+from ..fitting import place
 
 CONFIG = "adapter_config.json"
 NOTES = "optiq_lora_config.json"
 MLX_LM_WEIGHTS = "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
+
+#: Types of matrices, as safetensors names them.
+FLOATS = ("F16", "BF16", "F32")
+
+#: Of an adapter's scale. Real ones are below a hundred.
+HIGHEST_SCALE = 1e6
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -112,11 +119,18 @@ def _object(path: Path, source: str | Path) -> Mapping[str, Any]:
     return content
 
 
-def readable_by_stock(source: str | Path) -> bool:
+def readable_by_stock(
+    source: str | Path, modules: Callable[[], Collection[str]] | None = None
+) -> bool:
     """Whether mlx-lm's own loading should read an adapter, or say what is wrong with it.
 
     It reads folders with its own ``lora_parameters`` and one rank for all; not PEFT's form, ranks
-    of their own, ours, or what is on the Hub.
+    of their own, ours, or what is on the Hub. It would also take numbers that no LoRA has.
+
+    Args:
+        source: A folder, or a repository on the Hub.
+        modules: Gives the paths of a model's modules. Layers that this model has under another
+            wrapper's prefix are not for mlx-lm.
     """
     folder = Path(source)
     if not folder.exists():
@@ -126,17 +140,37 @@ def readable_by_stock(source: str | Path) -> bool:
     try:
         config = files.read_json(folder / CONFIG)
     except InputError:
+        return False  # NaN, for one, which mlx-lm would take
+    if not isinstance(config, dict) or config.get("fine_tune_type") == "full":
         return True
-    if not isinstance(config, dict) or "peft_type" not in config:
-        return not isinstance(config, dict) or _one_rank(folder / MLX_LM_WEIGHTS)
     own = "lora_parameters" in config and (folder / MLX_LM_WEIGHTS).is_file()
-    return own and _one_rank(folder / MLX_LM_WEIGHTS)
+    if "peft_type" in config and not own:
+        return False
+    return _usual_scale(config) and _usual_tensors(folder / MLX_LM_WEIGHTS, config, modules)
 
 
-def _one_rank(path: Path) -> bool:
+def _usual_scale(config: Mapping[str, Any]) -> bool:
+    parameters = config.get("lora_parameters")
+    scale = parameters.get("scale") if isinstance(parameters, dict) else None
+    return not isinstance(scale, int | float) or abs(scale) <= HIGHEST_SCALE
+
+
+def _usual_tensors(
+    path: Path, config: Mapping[str, Any], modules: Callable[[], Collection[str]] | None
+) -> bool:
+    """Whether the tensors have one rank, real numbers, and the model's own paths."""
     try:
         stored = files.read_header(path).tensors
     except InputError:
         return True
-    shapes = [t.shape for name, t in stored.items() if name.endswith(".lora_a") and t.shape]
-    return len({shape[1] if len(shape) == 3 else shape[-1] for shape in shapes}) <= 1
+    first = {n.removesuffix(".lora_a"): t for n, t in stored.items() if n.endswith(".lora_a")}
+    shapes = [tensor.shape for tensor in first.values() if tensor.shape]
+    ranks = {shape[1] if len(shape) == 3 else shape[-1] for shape in shapes}
+    if len(ranks) > 1 or any(tensor.dtype not in FLOATS for tensor in stored.values()):
+        return False
+    if config.get("fine_tune_type") == "dora" and any(f"{each}.m" not in stored for each in first):
+        return False
+    if modules is None:
+        return True
+    known = modules()
+    return not any(each not in known and place(each, known) for each in first)

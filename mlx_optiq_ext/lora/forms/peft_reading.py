@@ -15,6 +15,7 @@ from ...errors import InputError
 from ...files import shown
 from ..adapter import LayerAdapter
 from . import patterns
+from .location import HIGHEST_SCALE
 
 PREFIX = "base_model.model."
 
@@ -137,6 +138,11 @@ def _layer(
             "are of different adapters"
         )
     scale = float(alpha) / (math.sqrt(rank) if rooted else rank)
+    if scale > HIGHEST_SCALE:
+        raise InputError(
+            f"{source}: {path} has lora_alpha {shown(alpha)} at rank {rank} in "
+            f"adapter_config.json: a scale is at most {HIGHEST_SCALE:g}"
+        )
     magnitude = parts.get("lora_magnitude_vector")
     return LayerAdapter(
         first.T, second.T, scale, None if magnitude is None else magnitude.reshape(-1)

@@ -10,13 +10,7 @@ from ... import files
 from ...errors import InputError
 from ..adapter import MLX_LM, PEFT, Adapter, LayerAdapter
 from . import peft_reading
-from .location import NOTES, PEFT_WEIGHTS, Files, locate
-
-#: Types of matrices, as safetensors names them.
-FLOATS = ("F16", "BF16", "F32")
-
-#: Of an adapter's scale. Real ones are below a hundred.
-HIGHEST = 1e6
+from .location import FLOATS, HIGHEST_SCALE, NOTES, PEFT_WEIGHTS, Files, locate
 
 _PARTS = ("lora_a", "lora_b", "m")
 
@@ -43,8 +37,30 @@ def read_adapter(source: str | Path) -> Adapter:
         form, layers = MLX_LM, _layers(tensors, found)
     if not layers:
         raise InputError(f"{found.weights} holds no LoRA tensors: is it another model's file?")
+    _check_magnitudes(layers, found, form)
     mx.eval([layer.arrays() for layer in layers.values()])
     return Adapter(found.source, found.folder, form, layers, found.config, found.notes)
+
+
+def _check_magnitudes(layers: Mapping[str, LayerAdapter], found: Files, form: str) -> None:
+    """Refuse DoRA without its magnitudes, which would compute as another adapter."""
+    dora = found.config.get("fine_tune_type") == "dora"
+    said, part = (
+        ("fine_tune_type is dora", "m")
+        if form == MLX_LM
+        else (
+            "use_dora is set",
+            "lora_magnitude_vector",
+        )
+    )
+    if not (dora if form == MLX_LM else found.config.get("use_dora")):
+        return
+    for path, layer in layers.items():
+        if layer.magnitude is None:
+            raise InputError(
+                f"{found.source}: {said} in adapter_config.json, but {path} has no {part} in "
+                f"{found.weights.name}: the two files are of different adapters"
+            )
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -114,7 +130,7 @@ def scale_of(config: Mapping[str, Any], source: str) -> float:
     where = f"{source}: lora_parameters in adapter_config.json"
     fields = files.Fields(parameters if isinstance(parameters, dict) else {}, where)
     try:
-        return fields.number("scale", -HIGHEST, HIGHEST)
+        return fields.number("scale", -HIGHEST_SCALE, HIGHEST_SCALE)
     except InputError as error:
         raise InputError(
             f"{error}, the one it was trained with (mlx-lm's default is 20.0)"

@@ -35,6 +35,8 @@ def train(wrapped, instance, args, kwargs):
 
     module: Any = importlib.import_module("mlx_lm.tuner.trainer")
     real, call = module.mx, bind(wrapped, args, kwargs)
+    settings = call["args"]
+    lora.check_trained_tokens(call["train_dataset"], settings.batch_size, settings.max_seq_length)
     call["loss"] = lora.over_all_tokens(call.get("loss", module.default_loss))
     # The trainer looks up mx.compile and mx.save_safetensors each time it trains.
     module.mx = _View(real, run, run.request.compiled)

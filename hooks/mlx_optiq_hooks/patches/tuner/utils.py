@@ -49,12 +49,12 @@ def load_adapters(wrapped, instance, args, kwargs):
         folder = hook(name=call["adapter_path"])
         if folder is not None:
             call["adapter_path"] = str(folder)
-    source = call["adapter_path"]
+    source, model = call["adapter_path"], call["model"]
     if session.current() is not None:
         lora.adapter_folder(source)  # says in one line that there is none
-    if lora.readable_by_stock(source):
+    if lora.readable_by_stock(source, lambda: lora.adaptable(model)):
         return wrapped(**call)
-    return lora.attach(call["model"], lora.read_adapter(source))
+    return lora.attach(model, lora.read_adapter(source))
 
 
 #: LoRA layers, and what they adapt.

@@ -133,6 +133,7 @@ def through_mlx_vlm(model: Subject) -> Answer:
     """A function that asks a model through mlx-vlm.
 
     Raises:
+        InputError: The model takes no images, or mlx-vlm cannot load it.
         UnsupportedError: mlx-vlm is not installed.
     """
     try:
@@ -145,7 +146,21 @@ def through_mlx_vlm(model: Subject) -> Answer:
             "ai2d runs vision-language models through mlx-vlm, which is not installed "
             f"({error}): pip install 'mlx-optiq-ext[vlm]'"
         ) from error
-    loaded, processor = mlx_vlm.load(str(model.folder))
+    config = model.config()
+    if not any("vision" in key or "image" in key or "mm_" in key for key in config):
+        what = config.get("model_type", "no model type")
+        raise InputError(
+            f"ai2d asks about images, and {model.name} ({what}) takes none: give a vision-language "
+            "model, converted with its vision tower (--optiq-keep-unused-modalities)"
+        )
+    try:
+        loaded, processor = mlx_vlm.load(str(model.folder))
+    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"mlx-vlm cannot load {model.name} ({type(error).__name__}: {first}): give a "
+            "vision-language model that it knows"
+        ) from error
 
     def answer(item: Item) -> str:
         prompt = apply_chat_template(processor, loaded.config, item.prompt, num_images=1)

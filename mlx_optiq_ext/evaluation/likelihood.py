@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .journal import Journal
 from .models import Subject
 from .statistics import clustered_error
-from .token_divergence import digest_of, logits_of, target_log_probs
+from .token_divergence import check_numbers, digest_of, logits_of, target_log_probs
 
 
 def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list[np.ndarray]:
@@ -20,6 +20,9 @@ def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list
         model: The model, with its KV plan if it has one.
         tokens: int32 (sequences, context).
         progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: The model computes NaN.
     """
     journal = Journal.open(
         {"task": "perplexity", "model": model.key(), "tokens": digest_of(tokens)}
@@ -28,7 +31,9 @@ def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list
     if missing:
         loaded, _ = model.load()
         for n in tqdm(missing, desc=f"Perplexity {model.label}"[-50:], disable=not progress):
-            journal.put_arrays(f"window-{n}", loss=_window(loaded, tokens[n]))
+            loss = _window(loaded, tokens[n])
+            check_numbers(model.name, n, loss)
+            journal.put_arrays(f"window-{n}", loss=loss)
         del loaded
         mx.clear_cache()
     found = [journal.arrays(f"window-{n}") for n in range(len(tokens))]

@@ -1,7 +1,7 @@
 """Models that are evaluated: their size, their tokenizer, their weights one at a time."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import files
 from ..errors import InputError
 from ..kv import KVPlan, mount
 from ..latency import read_layout
@@ -47,17 +48,22 @@ class Subject:
         digest = {"model": model_digest(self.folder), **others}
         return {**digest, "kv": plan, "device": str(mx.default_device())}
 
+    def config(self) -> Mapping[str, Any]:
+        """Its ``config.json``."""
+        found = files.read_json(self.folder / "config.json", files.MODEL_CONFIG)
+        return found if isinstance(found, dict) else {}
+
     def _weights(self) -> list[Path]:
         return sorted(p for p in self.folder.iterdir() if p.suffix in (".safetensors", ".npz"))
 
     def size(self) -> dict[str, float]:
         """``stored_bpw`` over the weights that generation uses, and ``file_bytes``."""
-        files = {"file_bytes": float(sum(path.stat().st_size for path in self._weights()))}
+        stored = {"file_bytes": float(sum(path.stat().st_size for path in self._weights()))}
         if not any(path.suffix == ".safetensors" for path in self._weights()):
-            return files  # mlx-whisper's older form has no headers to count weights in
+            return stored  # mlx-whisper's older form has no headers to count weights in
         layout = read_layout(str(self.folder))
         weights = sum(o.elements for o in layout.operators)
-        return {"stored_bpw": 8 * layout.nbytes / max(weights, 1), **files}
+        return {"stored_bpw": 8 * layout.nbytes / max(weights, 1), **stored}
 
     def load(self) -> tuple[nn.Module, Any]:
         """The model in the dtype to compute in, its KV plan mounted, and its tokenizer."""

@@ -22,6 +22,7 @@ class Report:
         settings: What else decides the figures.
         columns: Model, or model against baseline -> figures.
         notes: Sentences that belong to the table.
+        noise: Figure -> what it must reach to be more than rounding.
     """
 
     task: str
@@ -30,6 +31,7 @@ class Report:
     columns: dict[str, Figures]
     notes: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
+    noise: Mapping[str, float] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """A table with a row per figure."""
@@ -43,7 +45,8 @@ class Report:
             "|---|" + "---:|" * len(self.columns),
         ]
         for name in names:
-            cells = [_cell(name, column.get(name)) for column in self.columns.values()]
+            least = self.noise.get(name, 0.0)
+            cells = [_cell(name, column.get(name), least) for column in self.columns.values()]
             lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
         made = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return "\n".join([*lines, "", *self.notes, *([""] if self.notes else []), made, ""])
@@ -57,22 +60,26 @@ class Report:
         return table, data
 
 
-def _cell(name: str, value: float | str | None) -> str:
+def _cell(name: str, value: float | str | None, least: float = 0.0) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if math.isnan(value):
         return "n/a"
+    if math.isinf(value):
+        return str(value)
+    if abs(value) < least:
+        return f"< {least:.0e}".replace("e-0", "e-")
     if name.endswith("bytes") or (value == int(value) and abs(value) < 1e15):
         return f"{int(value):,}".replace(",", " ")
     return f"{value:.4g}" if abs(value) < 1 else f"{value:.6g}"
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """JSON knows neither NaN nor infinity."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,8 @@
 """The tasks of ``mlx_lm.evaluate --optiq-task``, each from models and data to a report."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import InputError
@@ -39,6 +40,17 @@ class Settings:
     seed: int = 123
     progress: bool = True
 
+    def digest(self, models: Sequence[Subject]) -> str:
+        """Eight letters that tell an evaluation of other models, data or settings apart."""
+        told = asdict(self) | {"models": [each.label for each in models]}
+        for name in ("data", "batch_size", "progress"):
+            del told[name]
+        total = hashlib.sha256(repr(told).encode())
+        if self.data is not None:
+            with self.data.open("rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        return total.hexdigest()[:8]
+
 
 def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Report:
     """KL(baseline || model) over a text, for each baseline.
@@ -60,9 +72,8 @@ def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Repo
         columns[f"{model.label} against {each.name}"] = {**found, **sizes}
     note = "KL in nats per token, KL(baseline \\|\\| model); changes of probability in %."
     data = settings.data.name if settings.data else ""
-    return Report(
-        "kl", data, {"windows": len(tokens), "context": tokens.shape[1]}, columns, (note,)
-    )
+    shape = {"windows": len(tokens), "context": tokens.shape[1]}
+    return Report("kl", data, shape, columns, (note,), noise=token_divergence.NOISE)
 
 
 def perplexity(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Report:

@@ -24,6 +24,12 @@ from .statistics import clustered_error
 #: Positions whose logits are in memory at once.
 CHUNK = 512
 QUANTILES = (50, 90, 95, 99, 99.9)
+#: Below these, figures are float32's rounding: nats, and a share of probability in %.
+NOISE = {
+    **dict.fromkeys(("mean", "error", "median", "p90", "p95", "p99", "p99.9", "max"), 1e-6),
+    **dict.fromkeys(("probability_change", "rms_probability_change"), 1e-4),
+    "perplexity_ratio_error": 1e-6,
+}
 
 
 def logits_of(model: Any, tokens: np.ndarray, chunk: int = CHUNK) -> Iterator[tuple[int, mx.array]]:
@@ -69,7 +75,7 @@ def compare(
         tail counts as one outcome (a lower bound).
 
     Raises:
-        InputError: The models' vocabularies differ.
+        InputError: The models' vocabularies differ, or one of them computes NaN.
     """
     journal = Journal.open(
         {
@@ -85,7 +91,9 @@ def compare(
     if missing:
         loaded, _ = reference.load()
         for n in _bar(missing, f"Reference {reference.name}", progress):
-            journal.put_arrays(f"reference-{n}", **_kept(loaded, tokens[n], top, chunk))
+            kept = _kept(loaded, tokens[n], top, chunk)
+            check_numbers(f"the baseline {reference.name}", n, kept["target"], kept["log_probs"])
+            journal.put_arrays(f"reference-{n}", **kept)
         del loaded
         mx.clear_cache()
     if open_windows:
@@ -94,7 +102,9 @@ def compare(
             kept = journal.arrays(f"reference-{n}")
             if kept is None:
                 raise InputError(f"{journal.folder} changed while it was used: run it again")
-            journal.put_arrays(f"window-{n}", **_held_against(loaded, tokens[n], kept, chunk))
+            held = _held_against(loaded, tokens[n], kept, chunk)
+            check_numbers(model.name, n, held["target"], held["kl"])
+            journal.put_arrays(f"window-{n}", **held)
             journal.drop_arrays(f"reference-{n}")
         del loaded
         mx.clear_cache()
@@ -105,6 +115,19 @@ def compare(
 def digest_of(tokens: np.ndarray) -> str:
     """Hash of token sequences."""
     return f"{tokens.shape}-{hashlib.sha256(tokens.tobytes()).hexdigest()}"
+
+
+def check_numbers(name: str, sequence: int, *arrays: np.ndarray) -> None:
+    """Refuse figures of a model that computes NaN.
+
+    Raises:
+        InputError: One of the arrays has NaN in it; the message names the model.
+    """
+    if any(np.isnan(each).any() for each in arrays):
+        raise InputError(
+            f"{name} computes NaN in sequence {sequence + 1} of the data: its weights are damaged "
+            "or overflow, so that nothing can be said of it"
+        )
 
 
 def _bar(items: list[int], label: str, progress: bool) -> Any:

@@ -1,7 +1,9 @@
 """KL and perplexity against direct computations in float64, and what is refused."""
 
+import dataclasses
 import json
 import math
+import shutil
 from typing import Any
 
 import mlx.core as mx
@@ -108,6 +110,43 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
     assert len(judged) == 3 + len(tokens) - 2
     monkeypatch.setattr(models.Subject, "load", lambda self: pytest.fail("loaded again"))
     assert token_divergence.compare(model, reference, tokens, progress=False) == found
+
+
+@pytest.mark.parametrize("task", ["kl", "perplexity"])
+def test_a_baseline_that_computes_nan_is_named(tiny, text, tmp_path, task):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    path = str(broken / "model.safetensors")
+    tensors = mx.load(path)
+    assert isinstance(tensors, dict)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * mx.nan
+    mx.eval(tensors)
+    mx.save_safetensors(path, tensors, {"format": "mlx"})
+    good, bad = (evaluation.subject(str(each)) for each in (tiny, broken))
+    settings = evaluation.Settings(data=text, context=32, limit=1, progress=False)
+    for first, second in ((good, bad), (bad, good)):
+        with pytest.raises(InputError, match=r"broken computes NaN in sequence 1 of the data"):
+            evaluation.TASKS[task](first, [second], settings)
+
+
+def test_another_data_set_or_setting_has_files_of_its_own(tiny, packed, text, tmp_path):
+    model, baseline = (evaluation.subject(str(path)) for path in (packed, tiny))
+    other = tmp_path / "elsewhere" / text.name
+    other.parent.mkdir()
+    other.write_text(text.read_text() + " more")
+    same = tmp_path / "copy.txt"
+    same.write_text(text.read_text())
+    settings = evaluation.Settings(data=text, context=32)
+    digest = settings.digest([model, baseline])
+    assert dataclasses.replace(settings, data=same).digest([model, baseline]) == digest
+    assert dataclasses.replace(settings, batch_size=2).digest([model, baseline]) == digest
+    changed = [
+        dataclasses.replace(settings, data=other).digest([model, baseline]),
+        dataclasses.replace(settings, context=64).digest([model, baseline]),
+        dataclasses.replace(settings, limit=3).digest([model, baseline]),
+        settings.digest([model]),
+    ]
+    assert len({digest, *changed}) == 5
 
 
 def test_a_model_against_itself_is_zero(tiny, tokens):

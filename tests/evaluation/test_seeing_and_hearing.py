@@ -1,7 +1,9 @@
 """AI2D and word error rate: data, scoring, resuming, and what is refused."""
 
 import json
+import shutil
 import sys
+from types import ModuleType
 
 import mlx.core as mx
 import pytest
@@ -152,6 +154,77 @@ def test_missing_engines_are_named_with_their_extra(tiny, monkeypatch):
         speech.counts(["a"], ["b"], str)
     with pytest.raises(InputError, match="--optiq-data"):
         evaluation.TASKS["wer"](model, [], evaluation.Settings())
+
+
+@pytest.fixture
+def whisper(tmp_path):
+    """A folder that looks like a Whisper in mlx-whisper's format."""
+    folder = tmp_path / "whisper"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"n_mels": 80}')
+    return evaluation.subject(str(folder))
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Takes mlx-whisper's place, with the arguments of each call; ffmpeg is there."""
+    calls = []
+
+    def transcribe(audio, **options):
+        calls.append(options)
+        if audio.endswith("bad.wav"):
+            raise RuntimeError("Failed to load audio: no such codec\nand more")
+        return {"text": "heard"}
+
+    module = ModuleType("mlx_whisper")
+    module.transcribe = transcribe  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "mlx_whisper", module)
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    return calls
+
+
+def test_speech_on_a_cpu_is_transcribed_in_float32(whisper, engine, tmp_path):
+    transcribe = speech.through_mlx_whisper(whisper)
+    assert transcribe(speech.Item(tmp_path / "a.wav", "a")) == "heard"
+    assert engine[0]["fp16"] is (mx.default_device() != mx.Device(mx.cpu))
+    with pytest.raises(
+        InputError, match=r"bad\.wav could not be transcribed \(Failed to"
+    ) as raised:
+        transcribe(speech.Item(tmp_path / "bad.wav", "a"))
+    assert "\n" not in str(raised.value)
+
+
+def test_speech_without_ffmpeg_is_one_sentence(whisper, engine, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UnsupportedError, match="ffmpeg, which is not on the PATH: install it"):
+        speech.through_mlx_whisper(whisper)
+
+
+def test_a_language_model_neither_hears_nor_sees(tiny, engine, monkeypatch):
+    model = evaluation.subject(str(tiny))
+    with pytest.raises(InputError, match=r"\(qwen3\) is no Whisper"):
+        speech.through_mlx_whisper(model)
+    vlm, prompts = ModuleType("mlx_vlm"), ModuleType("mlx_vlm.prompt_utils")
+    prompts.apply_chat_template = str  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "mlx_vlm", vlm)
+    monkeypatch.setitem(sys.modules, "mlx_vlm.prompt_utils", prompts)
+    with pytest.raises(InputError, match=r"\(qwen3\) takes none: give a vision-language"):
+        diagrams.through_mlx_vlm(model)
+
+
+def test_a_vision_language_model_that_mlx_vlm_does_not_know_is_one_sentence(tmp_path, monkeypatch):
+    def load(folder):
+        raise ValueError("Model type new_vl not supported.\nSee the list")
+
+    vlm, prompts = ModuleType("mlx_vlm"), ModuleType("mlx_vlm.prompt_utils")
+    vlm.load = load  # pyright: ignore[reportAttributeAccessIssue]
+    prompts.apply_chat_template = str  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "mlx_vlm", vlm)
+    monkeypatch.setitem(sys.modules, "mlx_vlm.prompt_utils", prompts)
+    (tmp_path / "config.json").write_text('{"vision_config": {}}')
+    with pytest.raises(InputError, match=r"mlx-vlm cannot load .*new_vl not supported") as raised:
+        diagrams.through_mlx_vlm(evaluation.subject(str(tmp_path)))
+    assert "\n" not in str(raised.value)
 
 
 def test_models_whose_weights_have_other_names_are_told_apart(tmp_path):

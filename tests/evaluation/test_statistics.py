@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from mlx_optiq_ext.evaluation import token_divergence
 from mlx_optiq_ext.evaluation.report import Figures, Report
 from mlx_optiq_ext.evaluation.statistics import clustered_error, mcnemar, proportion_error
 
@@ -41,6 +42,23 @@ def test_mcnemars_exact_test(better, worse, p):
     second = [False] * better + [True] * worse + [True] * 4 + [False] * 3
     assert mcnemar(first, second) == (better, worse, pytest.approx(p))
     assert mcnemar(second, first)[2] == pytest.approx(p)
+
+
+def test_figures_that_are_rounding_are_printed_as_that(tmp_path):
+    figures = {"mean": -3e-8, "max": 2e-6, "error": 0.0, "rms_probability_change": 5e-5}
+    column: dict[str, Figures] = {"a": {**figures, "edits": math.inf}}
+    report = Report("kl", "text.txt", {}, column, noise=token_divergence.NOISE)
+    table, data = report.write(tmp_path, "name")
+    rows = {line.split(" | ")[0]: line for line in table.read_text().splitlines()}
+    assert rows["| mean"] == "| mean | < 1e-6 |"
+    assert rows["| error"] == "| error | < 1e-6 |"
+    assert rows["| max"] == "| max | 2e-06 |"
+    assert rows["| rms probability change"] == "| rms probability change | < 1e-4 |"
+    assert rows["| edits"] == "| edits | inf |"
+    loaded = json.loads(data.read_text())
+    assert loaded["columns"]["a"]["mean"] == -3e-8
+    assert loaded["columns"]["a"]["edits"] is None
+    assert loaded["noise"]["mean"] == 1e-6
 
 
 def test_a_report_is_a_table_and_json(tmp_path):

@@ -2,9 +2,11 @@
 
     python tests/benchmarks/weights/killed.py [--moments 30] [--seed 0] [--out results/killed.jsonl]
 
-A third of the moments each goes to plain, refined and streamed conversions. After SIGKILL the same
-command runs to its end: its files must be those of a conversion that nobody disturbed, byte by
-byte, and nothing else may lie beside them or in the folder of measurements.
+A third of the moments each goes to plain, refined and streamed conversions. A moment is a number of
+seconds of processor time, so that it does not depend on what else runs. Linux only.
+
+After SIGKILL the same command runs to its end: its files must be those of a conversion that nobody
+disturbed, byte by byte, and nothing else may lie beside them or in the folder of measurements.
 """
 
 import argparse
@@ -37,8 +39,8 @@ class Row:
 
     Attributes:
         kind: Of the conversion.
-        seconds: When it was killed.
-        of: Seconds that the undisturbed conversion took.
+        seconds: Processor time after which it was killed.
+        of: Processor time that the undisturbed conversion took.
         killed: Whether it was still running.
         beside: What the kill left beside the output.
         status: Exit status of the second run; None if the first one had ended already.
@@ -95,21 +97,28 @@ def around(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in found)
 
 
+def processor(pid: int) -> float:
+    """Seconds of processor time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def undisturbed(kind: str, holder: Path, text: Path) -> tuple[dict[str, str], float]:
-    """The files of a conversion, and its seconds."""
-    folder, started = holder / f"reference {kind}", time.perf_counter()
-    assert start(kind, folder, text).wait() == 0, "the conversion fails by itself"
-    return digests(folder / "place" / "out"), time.perf_counter() - started
+    """The files of a conversion, and its processor time."""
+    folder = holder / f"reference {kind}"
+    _, status, usage = os.wait4(start(kind, folder, text).pid, 0)
+    assert status == 0, "the conversion fails by itself"
+    return digests(folder / "place" / "out"), usage.ru_utime + usage.ru_stime
 
 
 def killed(kind: str, seconds: float, of: float, folder: Path, text: Path, expected) -> Row:
     """Kill a conversion, run it again, and look at what is there."""
     process = start(kind, folder, text)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    while process.poll() is None:
+        if processor(process.pid) >= seconds:
+            process.kill()
+            process.wait()
+        time.sleep(0.002)
     ended = (folder / "place" / "out").exists()
     beside = around(folder)
     status = None if ended else start(kind, folder, text).wait()

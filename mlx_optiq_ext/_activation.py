@@ -53,7 +53,7 @@ def await_ctrl_c() -> None:
         name = TARGET
     if not name.startswith(TARGET) or not any(w.startswith("--optiq-") for w in sys.argv):
         return
-    import _signal  # built in, unlike signal
+    import _signal  # built in, unlike signal  # pyright: ignore[reportMissingImports]
 
     if not switched_off() and _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
         _signal.signal(_signal.SIGINT, end)

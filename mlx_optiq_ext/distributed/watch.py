@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 #: Seconds that the other processes have to answer where they should be there at once.
 LIMIT = 25.0
@@ -50,8 +51,8 @@ def guarded(seconds: float, message: str) -> Iterator[None]:
     python = [sys.executable, "-I", "-S", "-c", GUARD]
     words = [*python, str(seconds), message, str(os.getpid())]
     # In a session of its own: Ctrl-C in the terminal is not for it.
-    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    with subprocess.Popen(words, start_new_session=True, **streams):
+    start = partial(subprocess.Popen, words, start_new_session=True)
+    with start(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
         yield
 
 

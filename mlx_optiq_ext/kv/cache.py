@@ -16,7 +16,7 @@ import mlx.core as mx
 from .. import files
 from ..errors import InputError
 from .encoding import arrange, encode, packed_of
-from .formats import from_json
+from .formats import from_json, to_json
 from .packed_array import Packed
 from .plan import LayerFormat
 from .platform import Platform, current
@@ -238,7 +238,7 @@ class PackedKVCache:
         return json.dumps(
             {
                 "cache": type(self.planes[0]).__name__,
-                **{side: format and format.to_json() for side, format in sides.items()},
+                **{side: format and to_json(format) for side, format in sides.items()},
                 "dims": self.dims,
                 "dtype": self.dtype,
                 "dense": self.dense,

@@ -132,7 +132,7 @@ def entries(plan: Mapping[int, LayerFormat]) -> list[dict[str, Any]]:
 
 def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
     sides = {"k": layer.keys, "v": layer.values}
-    known = [format.to_json() for format in sides.values() if format is not None]
+    known = [formats.to_json(format) for format in sides.values() if format is not None]
     if layer.keys == layer.values and not any(value is True for value in known[0].values()):
         shared = {name: value for name, value in known[0].items() if value is not False}
         return {"layer_idx": index, **shared}
@@ -144,7 +144,7 @@ def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
         "group_size": widest.get("group_size") or 64,
     }
     for side, format in sides.items():
-        fields = {"bits": UNPACKED} if format is None else format.to_json()
+        fields = {"bits": UNPACKED} if format is None else formats.to_json(format)
         entry |= {f"{side}_{name}": value for name, value in fields.items()}
     return entry
 

@@ -66,7 +66,7 @@ def conditions(tree):
                 full = f"{source}.{each.name}".strip(".")
                 if full.partition(".")[0] == "mlx_lm" or full == "mlx.core":
                     theirs.add(each.asname or each.name.partition(".")[0])
-    docs = {id(node.body[0].value) for node in ast.walk(tree) if documented(node)}
+    docs = {id(node.body[0].value) for node in ast.walk(tree) if documented(node)}  # pyright: ignore[reportAttributeAccessIssue]
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and probes(node, theirs):
             yield ast.unparse(node)

@@ -26,7 +26,7 @@ class Int8(Format):
         return cls()
 
     def to_json(self):
-        return {"bits": self.bits, "method": self.name}
+        return {"bits": self.bits}
 
     def fitted(self, dim):
         if dim % 4:

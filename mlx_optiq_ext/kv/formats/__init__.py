@@ -15,7 +15,7 @@ to the stock commands with the hook ``optiq_kv_formats``.
 
 from .affine import Affine
 from .format import CodeLayout, Format
-from .registry import from_json, from_spec, register, registered, unregister
+from .registry import from_json, from_spec, register, registered, to_json, unregister
 from .turboquant import TurboQuant
 
 register(Affine)
@@ -30,5 +30,6 @@ __all__ = [
     "from_spec",
     "register",
     "registered",
+    "to_json",
     "unregister",
 ]

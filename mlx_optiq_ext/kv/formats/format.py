@@ -35,7 +35,8 @@ class Format(abc.ABC):
 
     Attributes:
         name: ``"method"`` in kv_config.json.
-        letters: Letter behind a width in a spec -> the JSON fields that it stands for.
+        letters: Letter behind a width in a spec -> the JSON fields that it stands for. One from a
+            to z, other than g, k and v.
         fields: Names of the JSON fields that `from_json` reads, besides ``"method"``.
         parts: What `pack` returns, in order, two or more. The first is uint32, the others have the
             dtype of the packed array. A cache holds the same part of keys and of values in one of
@@ -70,7 +71,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """The fields that `from_json` reads; ``"bits"`` first."""
+        """The fields that `from_json` reads; ``"bits"`` first. The method is added to them."""
 
     @abc.abstractmethod
     def fitted(self, dim: int) -> "Format":

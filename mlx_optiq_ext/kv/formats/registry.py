@@ -89,3 +89,9 @@ def from_json(given: Mapping[str, Any], where: str) -> Format:
         names = " or ".join(f'"{name}"' for name in _formats)
         raise InputError(f"{where}: method {shown(method)} is not known: use {names}")
     return _formats[method].from_json(given, where)
+
+
+def to_json(format: Format) -> dict[str, Any]:
+    """The fields that `from_json` reads a format from, its method among them."""
+    fields = format.to_json()
+    return fields if format.name == DEFAULT else {**fields, "method": format.name}

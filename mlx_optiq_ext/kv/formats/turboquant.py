@@ -44,8 +44,8 @@ class TurboQuant(Format):
         return cls(bits, seed)
 
     def to_json(self) -> dict[str, Any]:
-        """Bits, method and seed."""
-        return {"bits": self.bits, "method": self.name, "seed": self.seed}
+        """Bits and seed."""
+        return {"bits": self.bits, "seed": self.seed}
 
     @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, dim: int) -> "TurboQuant":

@@ -13,6 +13,7 @@ from ...errors import InputError
 from ...model.hub import cached_folder
 from ...model.loading import load, model_digest, to_compute
 from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spread
+from ..formats import to_json
 from ..plan import FILE, entries
 from .kv_sensitivity import KVSensitivity, journal_of, measure
 from .plan_search import Found, search
@@ -92,7 +93,7 @@ def _record(found: Found, measured: KVSensitivity, model: str, budget: float) ->
                 "side": side,
                 "n_kv_heads": shape[1],
                 "head_dim": shape[3],
-                "sensitivities": [{**f.to_json(), "kl": kl} for f, kl in formats.items()],
+                "sensitivities": [{**to_json(f), "kl": kl} for f, kl in formats.items()],
             }
         )
     return {

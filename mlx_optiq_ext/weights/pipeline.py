@@ -68,8 +68,8 @@ class _Source:
 def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     """Plan a conversion, and refine it if asked.
 
-    The ranks of ``mlx.launch`` plan together. Rank 0 refines by itself and is the only one that
-    speaks and has what was refined.
+    The processes of ``mlx.launch`` plan together. The first one refines by itself and is the only
+    one that speaks and has what was refined.
 
     Args:
         path_or_repo: A folder or a Hub repository.
@@ -155,11 +155,11 @@ def _check_room(request: Request, needed: float) -> None:
 
 
 def _finished(conversion: Conversion, problem: Problem, request: Request) -> Conversion:
-    """Refine and distill as asked; on several ranks the first one does it."""
+    """Refine and distill as asked; of several processes the first one does it."""
     if not request.refine:
         return conversion
     if distributed.size() > 1:
-        differentiated(problem)  # which the ranks share
+        differentiated(problem)  # which the processes share
 
     def finish() -> Conversion:
         done = refined(conversion, problem)

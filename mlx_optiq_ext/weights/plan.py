@@ -23,21 +23,21 @@ class Plan:
 
     Attributes:
         precisions: Tensor path -> precision, for every candidate tensor.
-        costs: Tensor path -> expected KL in nats per token of its precision.
+        sensitivities: Tensor path -> expected KL in nats per token of its precision.
         method: Name of the sensitivity method.
         target_bpw: The budget, in bits per weight as mlx-lm counts them.
         achieved_bpw: What the plan takes.
-        kl: End-to-end KL on held-out calibration windows, in nats per token, if measured.
+        kl: End-to-end KL on held-out calibration sequences, in nats per token, if measured.
         variant: Which of the plans that were tried this is.
         uniform: The best uniform precision within the same bits, if there is one.
-        uniform_kl: Its end-to-end KL on the same windows.
-        calibration: Source, number of windows and their length.
+        uniform_kl: Its end-to-end KL on the same sequences.
+        calibration: Source, number of sequences and their length.
         versions: Of the packages that made it.
         notes: What could not be done as asked, one line each.
     """
 
     precisions: dict[str, Precision]
-    costs: dict[str, float]
+    sensitivities: dict[str, float]
     method: str
     target_bpw: float
     achieved_bpw: float
@@ -125,7 +125,7 @@ class Plan:
                 "per_layer": {
                     path: {
                         **_entry(precision),
-                        "kl": self.costs[path],
+                        "kl": self.sensitivities[path],
                     }
                     for path, precision in self.precisions.items()
                 },

@@ -76,8 +76,8 @@ def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
         A plan without measurements. A tensor that the file does not name stays unquantized.
 
     Raises:
-        InputError: The file is not a plan, names a layer that the model lacks, or packs one in a
-            way that its shape does not allow.
+        InputError: The file is not a plan, names a layer that the model lacks, or has a group size
+            that does not divide a layer's inputs.
     """
     known = {t.path: t for t in tensors}
     precisions = {t.path: t.unquantized for t in tensors}
@@ -98,7 +98,7 @@ def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
     achieved = size.bits_per_weight(stored)
     return Plan(
         precisions=precisions,
-        costs=dict.fromkeys(precisions, 0.0),
+        sensitivities=dict.fromkeys(precisions, 0.0),
         method=f"{READ_FROM}{path.name}",
         target_bpw=round(achieved, 4),
         achieved_bpw=achieved,

@@ -1,7 +1,7 @@
 """Plans for one budget, judged end to end; the best one is kept.
 
 Sensitivities add up well at medium bits and less so below (IMPQ, arXiv 2509.15455). So a few plans
-that differ in how far they trust them are tried on calibration windows kept apart for that; below
+that differ in how far they trust them are tried on calibration sequences kept apart for that; below
 `REMEASURED` bits per weight also plans from a second round around the best of them.
 """
 
@@ -32,7 +32,7 @@ class Study:
     """A measured model, from which a plan for any budget follows in moments.
 
     Attributes:
-        problem: The model, its weights and its calibration windows.
+        problem: The model, its weights and its calibration sequences.
         sensitivity: Of every tensor at every candidate precision.
         method: Name of the method that measured them.
     """
@@ -60,9 +60,9 @@ def search(
 
     Returns:
         Of the plans in `variants` and those re-measured around the best of them, the one with the
-        least KL on the held-out windows. Before a refinement that KL says little, since plain
+        least KL on the held-out sequences. Before a refinement that KL says little, since plain
         rounding spoils the coarsest bits most and refinement mends them most: then the plan with
-        the least expected cost.
+        the least expected KL.
 
     Raises:
         BudgetError: No plan fits, or none that protects both ends.
@@ -90,10 +90,12 @@ def search(
         measured |= dict(zip(more, end_to_end(problem, list(more.values())), strict=True))
     name = min(measured, key=lambda n: measured[n])
     precisions, data = plans[name], problem.calibration
-    costs = study.sensitivity
+    expected = study.sensitivity
     return Plan(
         precisions=precisions,
-        costs={path: costs[path].get(precision, 0.0) for path, precision in precisions.items()},
+        sensitivities={
+            path: expected[path].get(precision, 0.0) for path, precision in precisions.items()
+        },
         method=study.method,
         target_bpw=budget,
         achieved_bpw=size.bits_per_weight(stored(problem.tensors, precisions)),
@@ -118,10 +120,10 @@ def remeasured(
     """Plans by the rule of one of them, from sensitivities measured around it; new ones only."""
     known, more = list(plans.values()), {}
     rule = rules(study.problem)[name]
-    for share, costs in zip(
+    for share, again in zip(
         SHARES, around(study.problem, study.sensitivity, plans[name]), strict=False
     ):
-        plan = _allocated(replace(study, sensitivity=costs), rule, budget)
+        plan = _allocated(replace(study, sensitivity=again), rule, budget)
         if plan not in known:
             known.append(plan)
             more[f"{name}, re-measured by {share:g}"] = plan
@@ -169,13 +171,13 @@ def protected(problem: Problem) -> set[str]:
 
 
 def _allocated(study: Study, rule: Rule, budget: float) -> Precisions:
-    tensors, costs = study.problem.tensors, study.sensitivity
+    tensors, expected = study.problem.tensors, study.sensitivity
     # A tensor that a rule leaves nothing to choose from keeps all its candidates.
     allowed = {
         t.path: [p for p in t.precisions if rule(t, p)] or list(t.precisions) for t in tensors
     }
     choice = allocate(
-        [[costs[t.path][p] for p in allowed[t.path]] for t in tensors],
+        [[expected[t.path][p] for p in allowed[t.path]] for t in tensors],
         [[t.stored_bits(p) for p in allowed[t.path]] for t in tensors],
         study.size.room(budget),
     )

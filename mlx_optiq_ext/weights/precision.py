@@ -114,7 +114,7 @@ class Precision:
         return size * self.bits + size // self.group_size * group
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether MLX can pack a weight of this shape."""
+        """Whether MLX can quantize a weight of this shape."""
         # MLX reads 32 elements at a time, whatever the group size.
         unit = math.lcm(self.group_size, 32)
         return not self.quantized or (len(shape) >= 2 and shape[-1] % unit == 0)

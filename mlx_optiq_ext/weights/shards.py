@@ -10,7 +10,7 @@ def by_source(
 ) -> list[dict[str, mx.array]]:
     """Split weights into shards whose unquantized originals take a limit at most.
 
-    MLX may read all originals of a shard before it packs the first one.
+    MLX may read all originals of a shard before it quantizes the first one.
 
     Args:
         weights: Parameter path -> what to store, not evaluated.

@@ -91,7 +91,7 @@ def study_model(
 ) -> Study:
     """Measure the sensitivity of every quantizable tensor at every candidate precision.
 
-    The ranks of ``mlx.launch`` share the work, and all get the same result.
+    The processes of ``mlx.launch`` share the work, and all get the same result.
 
     Args:
         model: An unquantized mlx-lm model in the dtype it will be saved in. On a CPU its parameters
@@ -117,7 +117,7 @@ def study_model(
     else:
         doing, where = "Reading the measurements of", f" from {files.cache_dir()}"
     request.say(f"[optiq] {doing} {len(problem.tensors)} tensors with {method.name}{on}{where}")
-    # A method may not know of other ranks, whose hardware may round in another way.
+    # A method may not know of other processes, whose hardware may round in another way.
     sensitivity = distributed.broadcast(method.measure(problem))
     kept = problem.journal(method.name, method.version)
     if len(kept) and kept.get(mark) is None:

@@ -29,7 +29,7 @@ for budget in map(float, budgets):
     plan = search(study, budget)
     precisions = {path: str(precision) for path, precision in plan.precisions.items()}
     if distributed.leads():
-        print(json.dumps([precisions, plan.costs, plan.kl, plan.uniform_kl, plan.variant]))
+        print(json.dumps([precisions, plan.sensitivities, plan.kl, plan.uniform_kl, plan.variant]))
 """
 
 #: Name -> method, settings, budgets.

@@ -61,7 +61,13 @@ def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, tmp_path, monkeypatc
         monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / switch))
         request = quiet(budget=4.0, calibration=text, sampling=SHORT, method=method)
         plan = plan_folder(str(toy), request)
-        plans[switch] = (plan.precisions, plan.costs, plan.kl, plan.uniform_kl, plan.variant)
+        plans[switch] = (
+            plan.precisions,
+            plan.sensitivities,
+            plan.kl,
+            plan.uniform_kl,
+            plan.variant,
+        )
     assert plans["0"] == plans["1"]
 
 

@@ -67,7 +67,7 @@ def sensitivity_chart(evidence: Evidence) -> str:
     An empty string if no cost is above zero.
     """
     curve, plan = evidence.curve, evidence.plan
-    now = {t.path: plan.costs[t.path] for t, _ in curve}
+    now = {t.path: plan.sensitivities[t.path] for t, _ in curve}
     values = [v for v in (*(c for _, c in curve), *now.values()) if _drawable(v)]
     if not any(_drawable(cost) for _, cost in curve):
         return ""

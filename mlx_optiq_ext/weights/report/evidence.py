@@ -165,7 +165,7 @@ class Evidence:
                 continue
             share = None if cost is None or self.total_cost <= 0 else cost / self.total_cost
             extra = bits - tensor.stored_bits(common)
-            part, now = tensor.size / self.elements, self.plan.costs[tensor.path]
+            part, now = tensor.size / self.elements, self.plan.sensitivities[tensor.path]
             found.append(Gain(tensor, precision, cost, now, share, part, extra))
         return sorted(found, key=lambda g: (-(g.cost or 0.0), -g.extra_bits, g.tensor.path))
 

@@ -87,7 +87,10 @@ def outside(evidence: Evidence) -> Sequence[Cell]:
 
 def cell(evidence: Evidence, tensor: Tensor) -> Cell:
     """A tensor on the map."""
-    precision, cost = evidence.plan.precisions[tensor.path], evidence.plan.costs[tensor.path]
+    precision, cost = (
+        evidence.plan.precisions[tensor.path],
+        evidence.plan.sensitivities[tensor.path],
+    )
     width = tensor.stored_bits(precision) / tensor.size
     title = (
         f"{tensor.path}\n{words.shape(tensor.shape)}\n{words.precision(precision)}: "

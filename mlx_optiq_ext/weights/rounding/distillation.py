@@ -31,7 +31,7 @@ from .refinement import Refined
 
 #: Updates, and the largest move of one, as a share of the group's scale.
 STEPS, RATE = 48, 3e-3
-#: Windows of one update.
+#: Sequences of one update.
 DRAWN = 8
 #: Decay of the gradients' mean and of their mean square.
 DECAY, SQUARE_DECAY = 0.9, 0.95
@@ -48,11 +48,11 @@ def distill(
     rate: float = RATE,
     checkpoint: bool = True,
 ) -> Refined:
-    """Tune the scales and biases of refined tensors on the calibration windows.
+    """Tune the scales and biases of refined tensors on the calibration sequences.
 
     A move is measured in its group's own scale, so that one rate suits every width. The rate warms
     up over a tenth of the steps and then falls to zero along a cosine. A step runs the reference
-    and the packed model on a few windows. Beside the model it holds the layers' inputs and one
+    and the quantized model on a few sequences. Beside the model it holds the layers' inputs and one
     layer's dequantized weights and activations, which are computed once more for the gradients.
 
     Args:
@@ -125,10 +125,10 @@ def distill(
 
 
 def _inside(
-    model: nn.Module, modules: dict[str, nn.Module], windows: np.ndarray
+    model: nn.Module, modules: dict[str, nn.Module], sequences: np.ndarray
 ) -> list[list[str]]:
     """Paths by decoder layer; empty if the layers hand each other more than arrays."""
-    if not record(model, mx.array(windows[:1]))[1]:
+    if not record(model, mx.array(sequences[:1]))[1]:
         return []
     index = layer_index(model)
     return [
@@ -151,7 +151,7 @@ def _recomputed(
         offsets: Of the layer's own tensors.
         original: Calls the layer.
         args: What it is called with.
-        kwargs: Likewise.
+        kwargs: What it is called with by name.
     """
     returned: list[Any] = []
 
@@ -166,13 +166,13 @@ def _recomputed(
     return with_arrays(returned[0], outputs)
 
 
-def _drawn(windows: np.ndarray) -> Iterator[mx.array]:
-    """Batches of windows without end, each window once before any comes again."""
+def _drawn(sequences: np.ndarray) -> Iterator[mx.array]:
+    """Batches of sequences without end, each sequence once before any comes again."""
     rng, queue = np.random.default_rng(0), np.zeros(0, np.int64)
     while True:
-        while len(queue) < min(DRAWN, len(windows)):
-            queue = np.concatenate([queue, rng.permutation(len(windows))])
-        yield mx.array(windows[queue[:DRAWN]])
+        while len(queue) < min(DRAWN, len(sequences)):
+            queue = np.concatenate([queue, rng.permutation(len(sequences))])
+        yield mx.array(sequences[queue[:DRAWN]])
         queue = queue[DRAWN:]
 
 

@@ -47,7 +47,7 @@ def round_weight(
         output_damping: The same for ``outputs``.
 
     Returns:
-        ``(packed, scales, biases)`` as ``mx.quantize`` returns them.
+        ``(words, scales, biases)`` as ``mx.quantize`` returns them.
     """
     form = Format(precision.bits, precision.group_size, dtype)
     h = _damped(_array(moment), damping)

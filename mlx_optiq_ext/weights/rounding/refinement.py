@@ -31,7 +31,7 @@ SHARE = 0.5
 #: Ridge of that solution, as a share of the mean diagonal.
 RIDGE = 0.05
 
-#: Tensor path -> (packed, scales, biases).
+#: Tensor path -> (words, scales, biases).
 Refined = Mapping[str, Quantized]
 
 
@@ -43,7 +43,7 @@ def refine(problem: Problem, precisions: dict[str, Precision]) -> Refined:
         precisions: The plan's precision of each tensor.
 
     Returns:
-        What to store for each packed tensor. Models whose layers do not pass a hidden state on
+        What to store for each quantized tensor. Models whose layers do not pass a hidden state on
         plainly, and stacks of one matrix per head, are rounded as MLX does it.
     """
     refiner, index = _Refiner(problem, precisions), layer_index(problem.model)
@@ -53,7 +53,7 @@ def refine(problem: Problem, precisions: dict[str, Precision]) -> Refined:
 
 
 def judge(problem: Problem, precisions: dict[str, Precision], refined: Refined) -> float:
-    """KL(reference || refined) on the held-out windows, in nats per token."""
+    """KL(reference || refined) on the held-out sequences, in nats per token."""
     references = [
         (tokens, Reference.of(problem.model(tokens)))
         for tokens in batches(problem.calibration.held_out)
@@ -67,12 +67,12 @@ def judge(problem: Problem, precisions: dict[str, Precision], refined: Refined) 
     return total / problem.calibration.held_out.size
 
 
-def restored(packed: Quantized, precision: Precision, dtype: mx.Dtype) -> mx.array:
-    """The weight (..., out, in) that a packed one stands for, computed in ``dtype``."""
+def restored(quantized: Quantized, precision: Precision, dtype: mx.Dtype) -> mx.array:
+    """The weight (..., out, in) of some words, scales and biases, computed in ``dtype``."""
     return mx.dequantize(
-        packed[0],
-        packed[1].astype(dtype),
-        packed[2].astype(dtype),
+        quantized[0],
+        quantized[1].astype(dtype),
+        quantized[2].astype(dtype),
         group_size=precision.group_size,
         bits=precision.bits,
     )
@@ -138,11 +138,11 @@ class _Refiner:
             for path, weight in kept.items():
                 self.modules[path].weight = weight
 
-    def store(self, path: str, packed: Quantized) -> None:
+    def store(self, path: str, quantized: Quantized) -> None:
         """Keep a tensor's result and put what it stands for into the model."""
-        weight = restored(packed, self.plan[path], self.problem.dtype)
-        mx.eval(packed, weight)
-        self.block[path], self.modules[path].weight = packed, weight
+        weight = restored(quantized, self.plan[path], self.problem.dtype)
+        mx.eval(quantized, weight)
+        self.block[path], self.modules[path].weight = quantized, weight
 
     def flush(self) -> None:
         """Hand over what was stored."""
@@ -169,8 +169,8 @@ class _Refiner:
             round_weight(w.astype(mx.float32), moments.expert(e), self.plan[path], weight.dtype)
             for e, w in enumerate(weight)
         ]
-        packed, scales, biases = (mx.stack(list(same)) for same in zip(*parts, strict=True))
-        return packed, scales, biases
+        words, scales, biases = (mx.stack(list(same)) for same in zip(*parts, strict=True))
+        return words, scales, biases
 
     def embedding(self, path: str, found: Factors) -> Quantized:
         """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
@@ -246,8 +246,8 @@ class _Refiner:
                 totals[path] = totals[path] + moment if path in totals else moment
             mx.eval(totals)
         for path in paths:
-            packed = self.rounded(path, totals[path]) if path in totals else self.plain(path)
-            self.store(path, packed)
+            quantized = self.rounded(path, totals[path]) if path in totals else self.plain(path)
+            self.store(path, quantized)
 
 
 def compensated(weight: mx.array, moment: mx.array, cross: mx.array) -> mx.array:

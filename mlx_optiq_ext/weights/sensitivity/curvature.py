@@ -1,4 +1,4 @@
-"""Second moments in a form that many candidates are costed against in little time."""
+"""Second moments in a form that predicts the KL of many candidates in little time."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ class Curvature:
     lookups: mx.array | None
     tokens: int
 
-    def cost(self, error: mx.array) -> float:
+    def kl(self, error: mx.array) -> float:
         """KL in nats per token that an error ``(..., out, in)`` in the weight adds."""
         total = mx.array(0.0)
         if self.inputs is not None and self.outputs is not None:

@@ -1,4 +1,4 @@
-"""Gradients drawn at the logits, each window's as its batch has them."""
+"""Gradients drawn at the logits, the same for a sequence alone as in its batch."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ import mlx.core as mx
 
 
 @dataclass(frozen=True)
-class Window:
-    """One window of a batch.
+class Drawn:
+    """One calibration sequence of a batch.
 
     Attributes:
         tokens: int32 (1, length).
-        batch: Number of its batch.
-        row: Its row there.
-        rows: How many the batch has.
+        batch: Number of the batch.
+        row: Its row in the batch.
+        rows: Rows that the batch has.
     """
 
     tokens: mx.array
@@ -22,14 +22,19 @@ class Window:
     rows: int
 
     def score(self, logits: mx.array, key: mx.array) -> mx.array:
-        """Its row of what `score` draws for the whole batch; ``logits`` are the window's."""
+        """The gradient that `score` draws for this row of the whole batch.
+
+        Args:
+            logits: (1, length, vocabulary) of this sequence.
+            key: Of the whole batch.
+        """
         return score(logits, key, (self.row, self.rows))
 
 
-def windows(batches: list[mx.array]) -> list[Window]:
-    """The windows of all batches."""
+def sequences(batches: list[mx.array]) -> list[Drawn]:
+    """The calibration sequences of all batches."""
     return [
-        Window(batch[row : row + 1], number, row, len(batch))
+        Drawn(batch[row : row + 1], number, row, len(batch))
         for number, batch in enumerate(batches)
         for row in range(len(batch))
     ]

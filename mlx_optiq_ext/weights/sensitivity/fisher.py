@@ -13,7 +13,7 @@ from ...model.layerwise import recordings
 from ...model.replay import Recording, joined
 from ...model.stream import Stream
 from .backward import GradientError, gather, told_apart
-from .draws import Window, score, windows
+from .draws import Drawn, score, sequences
 from .moments import Factors
 from .relay import Block, once, relayed
 
@@ -29,17 +29,17 @@ def factors(
     across: Collection[str] = (),
     stream: Stream | None = None,
 ) -> Iterator[dict[str, Factors]]:
-    """Measure the factors of every quantizable tensor with one backward pass a window.
+    """Measure the factors of every quantizable tensor with one backward pass a sequence.
 
     The decoder layers' inputs are stored and one layer at a time is run again and differentiated,
-    for all windows before the layer before it, so that memory holds the model, the hidden states,
+    for all sequences before the layer before it, so that memory holds the model, the hidden states,
     and one layer's activations and moments. A model whose layers cannot be replayed is
     differentiated as a whole.
 
-    The ranks of ``mlx.launch`` each take consecutive windows, and add what they see in a layer to
-    what the rank before handed on, while that one is at the next layer. So the sums are those of
-    one process, bit for bit. A model whose layers cannot be replayed, or that runs some of them
-    more than once, is differentiated by every rank.
+    The processes of ``mlx.launch`` each take consecutive sequences, and add what they see in a
+    layer to what the process before handed on, while that one is at the next layer. So the sums are
+    those of one process, bit for bit. A model whose layers cannot be replayed, or that runs some of
+    them more than once, is differentiated by every process.
 
     Args:
         model: An mlx-lm model; left as it was.
@@ -50,24 +50,24 @@ def factors(
 
     Yields:
         The factors of each decoder layer, the last one first, then of what is around them; the
-        same on all ranks.
+        same in all processes.
 
     Raises:
         GradientError: MLX has no gradient for an operation of the model, or its layers are on disk
             and cannot be replayed.
     """
     modules = dict(quantizable(model))
-    every, tokens = windows(batches), draws * sum(batch.size for batch in batches)
+    every, tokens = sequences(batches), draws * sum(batch.size for batch in batches)
     own = distributed.span(every)
     parted = 0 < min(distributed.gathered(len(own))) < len(every)
     training = getattr(model, "training", False)  # recurrent_gemma skips nn.Module's set-up
     model.train()  # where a fused kernel has no gradient, mlx-lm trains without it
     try:
         own = own if parted else every
-        recorded = recordings(model, [window.tokens for window in own], stream)
+        recorded = recordings(model, [sequence.tokens for sequence in own], stream)
         if parted and not (all(recorded) and once(recorded[0])):
             parted, own = False, every
-            recorded = recordings(model, [window.tokens for window in own], stream)
+            recorded = recordings(model, [sequence.tokens for sequence in own], stream)
         with told_apart():
             if all(recorded):
                 walk = _Walk(model, own, recorded, draws, across, stream)
@@ -95,30 +95,30 @@ def _whole(
         logits = model(batch)
         for draw in range(draws):
             cotangent = score(logits, mx.random.key(number * draws + draw))
-            for window, pulled in zip(batch[:, None], cotangent[:, None], strict=True):
-                gather(modules, lambda t=window: [model(t)], [], [pulled], found, across)
+            for sequence, pulled in zip(batch[:, None], cotangent[:, None], strict=True):
+                gather(modules, lambda t=sequence: [model(t)], [], [pulled], found, across)
     return found
 
 
 class _Walk:
-    """Layers from the last to the first, and for each all windows and draws."""
+    """Layers from the last to the first, and for each all sequences and draws."""
 
     def __init__(
         self,
         model: nn.Module,
-        windows: list[Window],
+        sequences: list[Drawn],
         recorded: list[Recording],
         draws: int,
         across: Collection[str],
         stream: Stream | None,
     ):
-        self.model, self.windows, self.recorded = model, windows, recorded
+        self.model, self.sequences, self.recorded = model, sequences, recorded
         self.draws, self.across, self.stream = draws, across, stream
-        # For each window and draw: gradients at what each call was handed, as far as known.
+        # For each sequence and draw: gradients at what each call was handed, as far as known.
         calls = len(recorded[0])
         self.pulled: dict[tuple[int, int], list[list[mx.array]]] = {
-            (window, draw): [[] for _ in range(calls)]
-            for window in range(len(windows))
+            (sequence, draw): [[] for _ in range(calls)]
+            for sequence in range(len(sequences))
             for draw in range(draws)
         }
         self.scores: dict[tuple[int, int], mx.array] = {}
@@ -162,22 +162,26 @@ class _Walk:
         own: dict[str, nn.Module],
         found: dict[str, Factors],
     ) -> None:
-        """Differentiate one call for all windows."""
+        """Differentiate one call for all sequences."""
         index = self.recorded[0][number].index
         with self.stream.layer(index) if self.stream else nullcontext():
-            for window in range(len(self.windows)):
-                self.call(number, layer, own, window, found)
+            for sequence in range(len(self.sequences)):
+                self.call(number, layer, own, sequence, found)
 
     def call(
         self,
         number: int,
         layer: nn.Module,
         own: dict[str, nn.Module],
-        window: int,
+        sequence: int,
         found: dict[str, Factors],
     ) -> None:
-        """Differentiate one call for one window and all its draws."""
-        model, tokens, recording = self.model, self.windows[window].tokens, self.recorded[window]
+        """Differentiate one call for one sequence and all its draws."""
+        model, tokens, recording = (
+            self.model,
+            self.sequences[sequence].tokens,
+            self.recorded[sequence],
+        )
         call = recording[number]
 
         def after(*outputs: mx.array) -> list[mx.array]:
@@ -189,8 +193,8 @@ class _Walk:
             return [array + 0 for array in arrays(layer(*args, **kwargs))]
 
         inputs = arrays((call.args, call.kwargs))
-        for draw, cotangent in enumerate(self.cotangents(window)):
-            pulled = self.pulled[window, draw]
+        for draw, cotangent in enumerate(self.cotangents(sequence)):
+            pulled = self.pulled[sequence, draw]
             later = [cotangent, *_flat(pulled[number + 1 :])]
             _, gradients = mx.vjp(after, arrays(call.output), later)
             pulled[number] = gather(own, run, inputs, gradients, found, self.across)
@@ -202,37 +206,37 @@ class _Walk:
 
     def around(self, outer: dict[str, nn.Module], found: dict[str, Factors]) -> None:
         """Differentiate what is around the layers."""
-        for number, window in enumerate(self.windows):
-            self.outside(outer, number, window.tokens, found)
+        for number, sequence in enumerate(self.sequences):
+            self.outside(outer, number, sequence.tokens, found)
 
     def outside(
         self,
         outer: dict[str, nn.Module],
-        window: int,
+        sequence: int,
         tokens: mx.array,
         found: dict[str, Factors],
     ) -> None:
-        """What is around the layers, for one window and all its draws."""
-        model, recording = self.model, self.recorded[window]
+        """What is around the layers, for one sequence and all its draws."""
+        model, recording = self.model, self.recorded[sequence]
 
         def run() -> list[mx.array]:
             handed, logits = joined(model, tokens, recording, {})
             return [logits, *_flat(handed)]
 
-        for draw, cotangent in enumerate(self.cotangents(window)):
-            cotangents = [cotangent, *_flat(self.pulled[window, draw])]
+        for draw, cotangent in enumerate(self.cotangents(sequence)):
+            cotangents = [cotangent, *_flat(self.pulled[sequence, draw])]
             gather(outer, run, [], cotangents, found, self.across)
 
-    def cotangents(self, window: int) -> list[mx.array]:
+    def cotangents(self, sequence: int) -> list[mx.array]:
         """Gradients at the logits for each draw, not evaluated: most layers have no need of them.
 
         They are as wide as the vocabulary, so that few are kept.
         """
-        keys = [(window, draw) for draw in range(self.draws)]
+        keys = [(sequence, draw) for draw in range(self.draws)]
         if keys[0] in self.scores:
             return [self.scores[key] for key in keys]
-        own = self.windows[window]
-        _, logits = joined(self.model, own.tokens, self.recorded[window], {})
+        own = self.sequences[sequence]
+        _, logits = joined(self.model, own.tokens, self.recorded[sequence], {})
         seeds = [mx.random.key(own.batch * self.draws + draw) for draw in range(self.draws)]
         found = [own.score(logits, seed) for seed in seeds]
         if self.stream is None and logits.nbytes * len(self.pulled) <= KEPT:

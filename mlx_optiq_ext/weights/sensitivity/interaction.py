@@ -26,8 +26,8 @@ def around(
 ) -> list[Sensitivity]:
     """Sensitivities re-measured around a plan, one for each of `SHARES`.
 
-    Each tensor's costs are scaled by what the quantized model's Fisher information says about its
-    planned precision against what the sensitivity said, to the power of the share.
+    Each tensor's sensitivities are scaled by the KL that the quantized model's Fisher information
+    predicts at the planned precision, over the one expected so far, to the power of the share.
 
     Args:
         problem: The problem that was planned; its model is left as it was.
@@ -53,7 +53,7 @@ def around(
 
 
 def _scaled(sensitivity: Sensitivity, factor: Mapping[str, float]) -> Sensitivity:
-    return {k: {p: cost * factor[k] for p, cost in row.items()} for k, row in sensitivity.items()}
+    return {k: {p: kl * factor[k] for p, kl in row.items()} for k, row in sensitivity.items()}
 
 
 def _ratios(
@@ -69,7 +69,7 @@ def _ratios(
                 if precision is not None and precision.quantized and before > 0:
                     weight = problem.weights[path]
                     left = dequantized(weight, precision, mx.float32) - weight.astype(mx.float32)
-                    after = block[path].curvature().cost(left)
+                    after = block[path].curvature().kl(left)
                     if after > 0:
                         own[path] = after / before
             found = {

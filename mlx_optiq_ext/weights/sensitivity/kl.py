@@ -25,7 +25,7 @@ from .problem import BATCH, Problem, Sensitivity, error, journal_key
 
 T = TypeVar("T")
 
-#: Tensors that each rank measures before it hands over what it found.
+#: Tensors that each process measures before it hands over what it found.
 ROUND = 8
 #: Nats per token that count as no measured effect; keeps finer precisions preferred even then.
 LEAST = 1e-9
@@ -123,7 +123,7 @@ def _shared(
     tensors: Iterable[Tensor],
     work: Callable[[Tensor], T],
 ) -> dict[str, T]:
-    """What is measured of each tensor; the ranks of ``mlx.launch`` take some each."""
+    """What is measured of each tensor; the processes of ``mlx.launch`` take some each."""
     every, found = list(tensors), dict[str, T]()
     rounds = [
         every[i : i + ROUND * distributed.size()]
@@ -275,7 +275,7 @@ def doubtful(
 def interpolated(
     errors: Mapping[Precision, float], known: Mapping[Precision, float]
 ) -> dict[Precision, float]:
-    """Costs of all precisions: between measured ones on log scales, in proportion beyond them.
+    """Expected KL at all precisions: on log scales between measured ones, in proportion beyond.
 
     They never fall with a larger error, however noisy the measurements.
     """
@@ -284,12 +284,12 @@ def interpolated(
         return dict.fromkeys(errors, 0.0)
     x = np.log([errors[p] for p in order])
     y = np.maximum.accumulate(np.log([known[p] for p in order]))
-    costs: dict[Precision, float] = {}
+    found: dict[Precision, float] = {}
     for precision, size in errors.items():
         if size > 0:
             at = np.log(size)
             beyond = min(at - x[0], 0.0) + max(at - x[-1], 0.0)
-            costs[precision] = float(np.exp(np.interp(at, x, y) + beyond))
+            found[precision] = float(np.exp(np.interp(at, x, y) + beyond))
         else:
-            costs[precision] = 0.0
-    return costs
+            found[precision] = 0.0
+    return found

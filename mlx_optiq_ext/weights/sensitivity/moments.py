@@ -3,8 +3,8 @@
 Gradients whose covariance at the logits is the Hessian of KL(reference || model) there have that of
 every weight as their covariance, but for the model's own curvature (Martens, arXiv 1412.1193). For
 one layer it factors into the second moments of its inputs and of the gradients at its outputs
-(K-FAC, Martens and Grosse, arXiv 1503.05671); of the latter costing needs the diagonal only,
-rounding uses it whole.
+(K-FAC, Martens and Grosse, arXiv 1503.05671); sensitivity needs only the
+diagonal of the latter, rounding uses it whole.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Factors:
 
     @property
     def kept(self) -> "Factors":
-        """What rounding needs later, without the moments that costing alone uses."""
+        """What rounding needs later, without the moments that only sensitivity uses."""
         if self.columns is not None:
             return self
         return Factors(across=self.across, tokens=self.tokens)
@@ -55,11 +55,11 @@ class Factors:
         return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}
 
     def curvature(self, *, feedback: bool = False) -> Curvature:
-        """What errors in the weight are costed against.
+        """What predicts the KL of an error in the weight.
 
         Args:
-            feedback: Cost what error feedback along both sides leaves of an error. That of stacked
-                experts is not known here.
+            feedback: Predict the KL of what error feedback along both sides leaves of an error. For
+                stacked experts that is not known here.
         """
         reduce = residual if feedback else leading
         inputs, outputs = None, self.outputs

@@ -160,7 +160,7 @@ def batches(tokens: np.ndarray) -> list[mx.array]:
 def end_to_end(problem: Problem, choices: list[dict[str, Precision]]) -> list[float]:
     """KL(reference || plan) of whole plans on the held-out sequences, in nats per token.
 
-    The ranks of ``mlx.launch`` judge some plans each, of which all get all.
+    The processes of ``mlx.launch`` judge some plans each, and all get every result.
     """
     own = distributed.share(range(len(choices)))
     totals, count = dict.fromkeys(own, 0.0), 0

@@ -1,6 +1,6 @@
-"""Sums over windows that several ranks see, in the order of one process.
+"""Sums over sequences that several processes see, in the order of a single one.
 
-Floating-point sums depend on their order. So a rank adds the windows it has to what the rank before
+Floating-point sums depend on their order. So a process adds what it sees to what the one before it
 hands on, and works one block of the model behind it meanwhile.
 """
 
@@ -14,7 +14,7 @@ from ...model.replay import Recording
 from .backward import GradientError, told_apart
 from .moments import Factors
 
-#: Paths of a stretch of the model, and what adds the windows' share to their factors.
+#: Paths of a stretch of the model, and what adds the sequences' share to their factors.
 Block = tuple[list[str], Callable[[dict[str, Factors]], None]]
 
 
@@ -25,7 +25,7 @@ def once(recording: Recording) -> bool:
 
 
 def relayed(blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
-    """Blocks that each rank adds to in turn, one block behind the rank before it."""
+    """Blocks that each process adds to in turn, one block behind the process before it."""
     found: dict[str, Factors] = {}
     for tick in range(len(blocks) + distributed.size() - 1):
         position, trouble = tick - distributed.rank(), ""

@@ -71,9 +71,11 @@ def _expanded(problem: Problem, version: int) -> Sensitivity:
     scale = fit(problem, expanded, anchors)
     result: Sensitivity = {}
     for tensor in problem.tensors:
-        by, factor = (ledger.direct, 1.0) if ledger.was_measured(tensor) else (ledger.costs, scale)
+        by, factor = (
+            (ledger.direct, 1.0) if ledger.was_measured(tensor) else (ledger.predicted, scale)
+        )
         found = {p: by.get(journal_key(tensor.path, p)) for p in tensor.precisions}
-        result[tensor.path] = {p: factor * (cost or 0.0) for p, cost in found.items()}
+        result[tensor.path] = {p: factor * (kl or 0.0) for p, kl in found.items()}
     return result
 
 
@@ -82,12 +84,12 @@ class _Ledger:
     """What is kept on disk.
 
     Attributes:
-        costs: Of the expansion, not yet scaled.
+        predicted: KL by the expansion, not yet scaled.
         plain: The same without error feedback and at the precision of `anchor`, as probes measure.
         direct: Of tensors that no gradient reached.
     """
 
-    costs: Journal
+    predicted: Journal
     plain: Journal
     direct: Journal
 
@@ -101,17 +103,16 @@ class _Ledger:
         return _knows(self.direct, tensor, tensor.precisions)
 
     def has(self, tensor: Tensor) -> bool:
-        known = _knows(self.costs, tensor, tensor.precisions)
+        known = _knows(self.predicted, tensor, tensor.precisions)
         anchored = _knows(self.plain, tensor, [anchor(tensor)])
         return (known and anchored) or self.was_measured(tensor)
 
     def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
-        """Cost some tensors; the ranks of ``mlx.launch`` take some of their candidates each."""
+        """Predict for some tensors; of several processes each takes some of their candidates."""
         every = [(tensor, precision) for tensor in tensors for precision in tensor.precisions]
         mine = distributed.share(every)
-        if (
-            problem.refine
-        ):  # what feedback leaves of a tensor's moments is dear, and best found once
+        # What feedback leaves of a tensor's moments is expensive, and best found once.
+        if problem.refine:
             mine = distributed.span(every, [math.prod(tensor.shape) for tensor, _ in every])
         own: dict[str, list[Precision]] = {}
         for tensor, precision in mine:
@@ -120,13 +121,13 @@ class _Ledger:
             precisions, at = own.get(tensor.path, []), anchor(tensor)
             if not precisions:
                 continue
-            these = costs(problem, tensor, found[tensor.path], precisions)
-            self.costs.add_all((journal_key(tensor.path, p), c) for p, c in these.items())
+            these = predictions(problem, tensor, found[tensor.path], precisions)
+            self.predicted.add_all((journal_key(tensor.path, p), c) for p, c in these.items())
             if at in precisions:
                 if problem.refine:
-                    these = costs(problem, tensor, found[tensor.path], [at], feedback=False)
+                    these = predictions(problem, tensor, found[tensor.path], [at], feedback=False)
                 self.plain.add(journal_key(tensor.path, at), these[at])
-        self.costs.exchange()
+        self.predicted.exchange()
         self.plain.exchange()
 
 
@@ -137,7 +138,7 @@ def _knows(journal: Journal, tensor: Tensor, precisions: Iterable[Precision]) ->
 def differentiated(problem: Problem) -> Mapping[str, Factors]:
     """What rounding needs of every tensor's factors; empty ones if MLX cannot differentiate.
 
-    For a problem that will be refined, more windows and draws are used, and output
+    For a problem that will be refined, more sequences and draws are used, and output
     moments are kept whole as far as `widest` allows. Computed once a problem.
     """
     if problem.findings.factors is None:
@@ -171,7 +172,7 @@ def differentiate(
         instead,
     )
     total = len(decoder_layers(problem.model)) + 1
-    for found in tqdm(blocks, desc="Costing", total=total, disable=not problem.progress):
+    for found in tqdm(blocks, desc="Measuring", total=total, disable=not problem.progress):
         visit(found)
         kept.update({path: factor.kept for path, factor in found.items()})
         found.clear()  # one block's moments at a time
@@ -225,7 +226,7 @@ def widest(tensors: Iterable[Tensor]) -> set[str]:
     return chosen
 
 
-def costs(
+def predictions(
     problem: Problem,
     tensor: Tensor,
     found: Factors,
@@ -241,7 +242,7 @@ def costs(
     exact = weight.astype(mx.float32)
     curvature = found.curvature(feedback=problem.refine and feedback)
     return {
-        p: curvature.cost(dequantized(weight, p, mx.float32) - exact) if p.quantized else 0.0
+        p: curvature.kl(dequantized(weight, p, mx.float32) - exact) if p.quantized else 0.0
         for p in precisions or tensor.precisions
     }
 
@@ -254,12 +255,12 @@ def fit(problem: Problem, tensors: list[Tensor], predicted: Mapping[str, float |
         tensors: Those that were expanded.
         predicted: KL of each at the precision of `anchor`, not yet scaled.
     """
-    costs = {path: cost for path, cost in predicted.items() if cost is not None and cost > 0}
-    ordered = sorted((t for t in tensors if t.path in costs), key=lambda t: costs[t.path])
+    known = {path: kl for path, kl in predicted.items() if kl is not None and kl > 0}
+    ordered = sorted((t for t in tensors if t.path in known), key=lambda t: known[t.path])
     if not ordered:
         return 1.0
     # Spread over the upper half: what matters little stands out of the noise least.
     positions = np.linspace(len(ordered) // 2, len(ordered) - 1, DIRECT).round().astype(int)
     probes = probe(problem, [ordered[i] for i in np.unique(positions)])
-    ratios = [np.log(kl / costs[path]) for path, kl in probes.items()]
+    ratios = [np.log(kl / known[path]) for path, kl in probes.items()]
     return float(np.exp(np.mean(ratios)))

@@ -67,7 +67,7 @@ def sweep(model: str, calibration: Path, method: str) -> None:
         return len(list(precisions or tensor.precisions))
 
     counting(fisher._Walk, "call", "windows", lambda *args: 1)
-    counting(taylor, "costs", "candidates", costed)
+    counting(taylor, "predictions", "candidates", costed)
     counting(kl.Probes, "__call__", "probes", unknown)
     evaluated, exchange._evaluated = exchange._evaluated, waiting
     loaded, tokenizer, _ = planning.load_unquantized(model)

@@ -32,11 +32,11 @@ def test_every_tensor_has_one_cell_with_the_numbers_of_the_plan(evidence):
             str(precision.bits),
             str(precision.group_size),
         )
-        assert number(cell["data-cost"]) == plan.costs[tensor.path]
+        assert number(cell["data-cost"]) == plan.sensitivities[tensor.path]
         title = cell["title"] or ""
         assert tensor.path in title
         assert " × ".join(map(str, tensor.shape)) in title  # noqa: RUF001
-        assert nats(plan.costs[tensor.path]) in title
+        assert nats(plan.sensitivities[tensor.path]) in title
         assert f"{tensor.stored_bits(precision) / tensor.size:.2f}" in title
 
 
@@ -131,7 +131,7 @@ def test_names_are_escaped_everywhere(evidence):
     plan = dataclasses.replace(
         evidence.plan,
         precisions={renamed[k]: v for k, v in evidence.plan.precisions.items()},
-        costs={renamed[k]: v for k, v in evidence.plan.costs.items()},
+        sensitivities={renamed[k]: v for k, v in evidence.plan.sensitivities.items()},
         method=NAME,
         variant=NAME,
         calibration={**evidence.plan.calibration, "source": NAME},
@@ -173,7 +173,10 @@ def test_extreme_budgets_and_a_lossless_plan_have_a_page(study, budget):
 def test_a_model_without_any_loss_has_a_page_without_charts(evidence):
     flat = {path: dict.fromkeys(costs, 0.0) for path, costs in evidence.sensitivity.items()}
     plan = dataclasses.replace(
-        evidence.plan, kl=0.0, uniform_kl=0.0, costs=dict.fromkeys(evidence.plan.costs, 0.0)
+        evidence.plan,
+        kl=0.0,
+        uniform_kl=0.0,
+        sensitivities=dict.fromkeys(evidence.plan.sensitivities, 0.0),
     )
     none = tuple(dataclasses.replace(j, kl=0.0) for j in evidence.uniforms)
     odd = dataclasses.replace(evidence, plan=plan, sensitivity=flat, uniforms=none)

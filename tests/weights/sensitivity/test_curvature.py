@@ -63,11 +63,11 @@ def test_costs_of_a_packing_are_the_exact_ones(bits):
     moment, shares = second_moment(x), mx.random.uniform(shape=(192,))
     exact = 0.5 * float((np.array(shares) * forms(error, moment)).sum()) / 400**2
     multiplied = Factors(moment, shares, tokens=400).curvature()
-    assert multiplied.cost(error) == pytest.approx(exact, rel=0.03)
+    assert multiplied.kl(error) == pytest.approx(exact, rel=0.03)
     looked_up = Factors(lookups=shares, columns=moment, tokens=400).curvature()
-    assert looked_up.cost(error) == pytest.approx(exact, rel=0.03)
+    assert looked_up.kl(error) == pytest.approx(exact, rel=0.03)
     feedback = Factors(moment, shares, tokens=400).curvature(feedback=True)
-    assert feedback.cost(error) < exact
+    assert feedback.kl(error) < exact
 
 
 def test_an_error_along_a_strong_direction_is_seen():

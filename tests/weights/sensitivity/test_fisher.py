@@ -93,8 +93,8 @@ def test_costs_follow_the_formula():
     error = rng.normal(size=(3, 4))
     moment = x.T @ x / 50
     expected = sum(0.5 * (g[:, k] ** 2).mean() * error[k] @ moment @ error[k] for k in range(3))
-    assert found.curvature().cost(mx.array(error)) == pytest.approx(expected, rel=1e-4)
-    assert Factors(tokens=50).curvature().cost(mx.array(error)) == 0
+    assert found.curvature().kl(mx.array(error)) == pytest.approx(expected, rel=1e-4)
+    assert Factors(tokens=50).curvature().kl(mx.array(error)) == 0
 
 
 def test_expert_costs_count_each_experts_own_tokens():
@@ -115,7 +115,7 @@ def test_expert_costs_count_each_experts_own_tokens():
         own = expert == e
         squares = (error[e] ** 2) @ (x[own] ** 2).mean(0)
         expected += 0.5 * own.mean() * ((g[own] ** 2).mean(0) * squares).sum()
-    assert found.curvature().cost(mx.array(error)) == pytest.approx(expected, rel=1e-4)
+    assert found.curvature().kl(mx.array(error)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_predicted_divergence_is_near_the_measured_one(tiny):
@@ -143,7 +143,7 @@ def test_stacked_experts_are_factored_per_expert():
         weight = dict(quantizable(model))[path].weight
         assert f.outputs.shape == weight.shape[:2]
         error = dequantized(weight, Precision(3, 32), mx.float32) - weight
-        assert f.curvature().cost(error) > 0
+        assert f.curvature().kl(error) > 0
 
 
 def test_the_model_is_left_as_it_was(loaded):

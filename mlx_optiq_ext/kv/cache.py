@@ -251,7 +251,7 @@ class PackedKVCache:
 
         where = "saved prompt cache"
         found = files.Fields.of(files.parse_json(description, where, files.REQUEST), where)
-        kind: Any = getattr(caches, found.text("cache"), None)
+        kind: Any = vars(caches).get(found.text("cache"))
         if not (isinstance(kind, type) and kind.__module__ == caches.__name__):
             raise found.refusal("cache", "one of this mlx-lm's own")
         sides = (found.table(side, None) for side in ("keys", "values"))

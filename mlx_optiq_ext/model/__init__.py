@@ -8,19 +8,19 @@ Which decoder layer each module of a model is in::
     loaded, tokenizer = mlx_lm.load("Qwen/Qwen3-0.6B")
     print(len(model.decoder_layers(loaded)), model.layer_index(loaded)["model.layers.0.mlp"])
 
-Files, each of which imports only from those above it::
+Files, each of which imports only from those above it:
 
-    hub.py        where the files are, in a folder or on the Hub
-    config.py     what config.json says, and what a model's parts are called
-    headers.py    names, shapes and sizes of stored tensors
-    loading.py    loading, casting and telling models apart
-    layers.py     decoder layers and linear layers, and calls of them taken over
-    taps.py       what goes in and out of linear layers while a model runs
-    replay.py     recording the decoder layers' calls, and running a model from one of them on
-    spill.py      arrays and recordings kept on disk
-    memory.py     whether a model fits into memory
-    stream.py     decoder layers read from disk while they run
-    layerwise.py  recording many batches, one decoder layer at a time
+- ``hub.py``: where the files are, in a folder or on the Hub
+- ``config.py``: what config.json says, and what a model's parts are called
+- ``headers.py``: names, shapes and sizes of stored tensors
+- ``loading.py``: loading, casting and telling models apart
+- ``layers.py``: decoder layers and linear layers, and calls of them taken over
+- ``taps.py``: what goes in and out of linear layers while a model runs
+- ``replay.py``: recording the decoder layers' calls, and running a model from one of them on
+- ``spill.py``: arrays and recordings kept on disk
+- ``memory.py``: whether a model fits into memory
+- ``stream.py``: decoder layers read from disk while they run
+- ``layerwise.py``: recording many batches, one decoder layer at a time
 """
 
 from .headers import Header, read_headers

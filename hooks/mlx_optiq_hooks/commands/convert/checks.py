@@ -32,7 +32,8 @@ def check(command, parsed, args) -> Instead | None:
         _check_kv(options, args)
     if not kv or set(given(options)) - set(KV):
         _check_weights(options, args)
-    _check_places(options, args)
+    if given(options):  # else only a plugin was asked for something
+        _check_places(options, args)
     session.keep(Run(options))
     return None
 

@@ -1,5 +1,6 @@
 """Our lines of ``mlx_optiq_ext.status()``."""
 
+import importlib
 from collections.abc import Iterable
 
 from mlx_optiq_ext import plugins
@@ -45,7 +46,7 @@ def lines(load: bool, verbose: bool) -> list[str]:
 def _import_error() -> str | None:
     """Why mlx_lm does not import, or None."""
     try:
-        import mlx_lm  # noqa: F401
+        importlib.import_module("mlx_lm")
     except (Exception, SystemExit) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return None

@@ -18,7 +18,7 @@ import json, sys
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.utils import sharded_load
-from mlx_optiq_ext import kv, ranks
+from mlx_optiq_ext import distributed, kv
 from pathlib import Path
 
 model, mixed, how, prompt, count = sys.argv[1:]

@@ -15,6 +15,7 @@ Files, each of which imports only from those above it:
 - ``headers.py``: names, shapes and sizes of stored tensors
 - ``loading.py``: loading, casting and telling models apart
 - ``layers.py``: decoder layers and linear layers, and calls of them taken over
+- ``finite.py``: refuses NaN, infinity and models that compute them
 - ``taps.py``: what goes in and out of linear layers while a model runs
 - ``replay.py``: recording the decoder layers' calls, and running a model from one of them on
 - ``spill.py``: arrays and recordings kept on disk

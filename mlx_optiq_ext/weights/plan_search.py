@@ -5,11 +5,12 @@ that differ in how far they trust them are tried on calibration sequences kept a
 `REMEASURED` bits per weight also plans from a second round around the best of them.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from .._version import versions
-from ..errors import BudgetError
+from ..errors import BudgetError, InputError
 from ..model.layers import decoder_layers, layer_index
 from ..planning.allocation import allocate
 from .candidates import Size, Tensor
@@ -82,12 +83,14 @@ def search(
     judged = list(plans.values())
     if uniform is not None:
         judged.append(uniformly(problem.tensors, uniform))
-    divergences = end_to_end(problem, judged)
+    divergences = _comparable(end_to_end(problem, judged))
     measured = dict(zip(plans, divergences, strict=False))
     if budget < remeasure_below and not problem.refine:
         more = remeasured(study, budget, min(measured, key=lambda n: measured[n]), plans)
         plans |= more
-        measured |= dict(zip(more, end_to_end(problem, list(more.values())), strict=True))
+        measured |= dict(
+            zip(more, _comparable(end_to_end(problem, list(more.values()))), strict=True)
+        )
     name = min(measured, key=lambda n: measured[n])
     precisions, data = plans[name], problem.calibration
     expected = study.sensitivity
@@ -128,6 +131,11 @@ def remeasured(
             known.append(plan)
             more[f"{name}, re-measured by {share:g}"] = plan
     return more
+
+
+def _comparable(divergences: list[float]) -> list[float]:
+    """The same with infinity for NaN: a plan that overflows is worse than any that does not."""
+    return [math.inf if math.isnan(kl) else kl for kl in divergences]
 
 
 def stored(tensors: Iterable[Tensor], precisions: Precisions) -> int:
@@ -176,6 +184,13 @@ def _allocated(study: Study, rule: Rule, budget: float) -> Precisions:
     allowed = {
         t.path: [p for p in t.precisions if rule(t, p)] or list(t.precisions) for t in tensors
     }
+    for tensor in tensors:
+        for precision in allowed[tensor.path]:
+            if not math.isfinite(value := expected[tensor.path][precision]):
+                raise InputError(
+                    f"the sensitivity of {tensor.path} at {precision} came out as {value}: its "
+                    "weights are too large to compute with, or the method that measured it fails"
+                )
     choice = allocate(
         [[expected[t.path][p] for p in allowed[t.path]] for t in tensors],
         [[t.stored_bits(p) for p in allowed[t.path]] for t in tensors],

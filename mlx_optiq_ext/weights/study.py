@@ -12,6 +12,7 @@ from mlx.utils import tree_map
 from .. import distributed, files
 from ..errors import BudgetError, InputError
 from ..model import memory
+from ..model.finite import check_arrays, check_outputs, check_parameters
 from ..model.layers import quantizable
 from ..model.loading import load_unquantized, reload, to_compute_dtype
 from ..model.stream import Stream, runs_whole
@@ -156,8 +157,13 @@ def calibrated(
     modules = dict(quantizable(model))
     weights = stream or {t.path: modules[t.path].weight for t in candidates}
     model.update(tree_map(to_compute_dtype, model.parameters()))
+    check_parameters(model)
+    if stream is not None:
+        check_arrays((f"{path}.weight", array) for path, array in stream.items())
     data = load_calibration(model, tokenizer, request.calibration, request.say, request.sampling)
     distributed.compare(**{"model": digest, "calibration data": data.whole_digest})
+    if stream is None:  # else a pass would read the whole model once more
+        check_outputs(model, mx.array(data.tokens[:1]))
     return Problem(
         model=model,
         weights=weights,

@@ -10,6 +10,7 @@ import numpy as np
 
 from ... import distributed, files
 from ...errors import InputError
+from ...model.finite import check_outputs, check_parameters
 from ...model.hub import cached_folder
 from ...model.loading import load, model_digest, to_compute
 from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spread
@@ -60,8 +61,10 @@ def plan_kv(
 
     model, tokenizer, _ = load(path_or_repo, revision, trust_remote_code)
     model = to_compute(model, rounded=True)
+    check_parameters(model)
     tokens, source = load_tokens(model, tokenizer, calibration, say)
     measured, held_out = sequences(tokens, sampling)
+    check_outputs(model, mx.array(measured[:1, :256]))
     say(
         f"[optiq] Measuring keys and values at {measured.shape[1]} tokens of context on "
         f"{measured.size} tokens ({source})"

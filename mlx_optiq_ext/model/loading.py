@@ -1,13 +1,14 @@
 """Loading a model as mlx-lm does, casting it, and telling models apart."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..errors import InputError
 from .config import convert_dtype
@@ -114,6 +115,25 @@ def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
         return value
 
     model.update(tree_map_with_path(to_dtype, model.parameters()))
+
+
+def half_dtype(model: nn.Module) -> str | None:
+    """The 16-bit dtype in which a float32 model loses nothing that a quantized one would keep.
+
+    Scales and biases take the dtype of their weight: in float32 they take half a bit a weight more
+    in groups of 64.
+
+    Returns:
+        The half type that most of the model's 16-bit parameters have, ``"bfloat16"`` if it has
+        none, or None if most of its parameters have 16 bits already.
+    """
+    stored: Counter[mx.Dtype] = Counter()
+    for _, array in tree_flatten(model.parameters()):
+        stored[array.dtype] += array.size
+    halves = {mx.bfloat16: "bfloat16", mx.float16: "float16"}
+    if stored[mx.float32] <= sum(stored[dtype] for dtype in halves):
+        return None
+    return halves[max(halves, key=lambda dtype: stored[dtype])]
 
 
 def model_digest(folder: Path) -> str:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .. import distributed, files
 from ..errors import InputError, OptiqError
-from ..model.loading import load_unquantized, reload
+from ..model.loading import cast, half_dtype, load_unquantized, reload
 from ..model.memory import block_bytes, streams
 from ..model.source import SourceFiles
 from .candidates import Size
@@ -44,6 +44,7 @@ class Conversion:
         block_bytes: Stored bytes of the largest decoder layer, if the model is too large for memory
             and must be written piece by piece; else None.
         source: The model's files when they were first read.
+        dtype: To convert to, as ``mlx_lm.convert --dtype``.
     """
 
     plan: Plan
@@ -52,6 +53,7 @@ class Conversion:
     study: Study | None = None
     block_bytes: int | None = None
     source: SourceFiles | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,19 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
         request = replace(request, say=distributed.silent, progress=False)
     started = time.perf_counter()
     mx.reset_peak_memory()
-    load = partial(reload, path_or_repo, **source)
     before = SourceFiles.of(path_or_repo, source.get("revision"))
-    loaded = _Source(path_or_repo, *load_unquantized(path_or_repo, **source), load)
+    model, tokenizer, digest = load_unquantized(path_or_repo, **source)
+    if request.plan_file is None and source.get("dtype") is None:
+        source["dtype"] = half = half_dtype(model)
+        if half is not None:
+            request.say(
+                "[optiq] float32 checkpoint: scales, biases and what stays unquantized are stored "
+                f"in {half} (--dtype float32 keeps them)"
+            )
+            cast(model, {}, half)
+            digest = f"{digest.removesuffix('-None')}-{half}"
+    load = partial(reload, path_or_repo, **source)
+    loaded = _Source(path_or_repo, model, tokenizer, digest, load)
     block = block_bytes(loaded.model) if streams(loaded.model) else None
     if request.distill and block is not None:
         raise InputError(
@@ -101,7 +113,7 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     if not before.states:
         before = SourceFiles.of(path_or_repo, source.get("revision"))  # downloaded meanwhile
     before = replace(before, digest=loaded.digest)
-    return replace(conversion, block_bytes=block, source=before)
+    return replace(conversion, block_bytes=block, source=before, dtype=source.get("dtype"))
 
 
 def _from_file(source: _Source, request: Request) -> Conversion:

@@ -120,6 +120,7 @@ def _write(
         **{
             **call,
             "mlx_path": str(folder),
+            "dtype": conversion.dtype,
             "quantize": True,
             "q_group_size": plan.default.group_size,
             "q_bits": plan.default.bits,

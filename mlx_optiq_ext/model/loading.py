@@ -128,7 +128,9 @@ def half_dtype(model: nn.Module) -> str | None:
         none, or None if most of its parameters have 16 bits already.
     """
     stored: Counter[mx.Dtype] = Counter()
-    for _, array in tree_flatten(model.parameters()):
+    parameters = tree_flatten(model.parameters())
+    assert isinstance(parameters, list)
+    for _, array in parameters:
         stored[array.dtype] += array.size
     halves = {mx.bfloat16: "bfloat16", mx.float16: "float16"}
     if stored[mx.float32] <= sum(stored[dtype] for dtype in halves):

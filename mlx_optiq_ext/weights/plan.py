@@ -18,6 +18,21 @@ READ_FROM = "read from "
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """A uniform quantization beside a plan.
+
+    Attributes:
+        precision: Of every tensor, except where the model's own predicate asks for another.
+        bpw: Bits per weight that it takes.
+        kl: Its end-to-end KL on the same sequences as the plan's, in nats per token.
+    """
+
+    precision: Precision
+    bpw: float
+    kl: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which precision each tensor gets.
 
@@ -29,8 +44,8 @@ class Plan:
         achieved_bpw: What the plan takes.
         kl: End-to-end KL on held-out calibration sequences, in nats per token, if measured.
         variant: Which of the plans that were tried this is.
-        uniform: The best uniform precision within the same bits, if there is one.
-        uniform_kl: Its end-to-end KL on the same sequences.
+        below: The largest uniform quantization within the budget, if there is one.
+        above: The smallest one beyond it, if there is one.
         calibration: Source, number of sequences and their length.
         versions: Of the packages that made it.
         notes: What could not be done as asked, one line each.
@@ -43,8 +58,8 @@ class Plan:
     achieved_bpw: float
     kl: float | None = None
     variant: str = "allocated"
-    uniform: Precision | None = None
-    uniform_kl: float | None = None
+    below: Uniform | None = None
+    above: Uniform | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -92,15 +107,22 @@ class Plan:
         lines = [f"[optiq] {self.achieved_bpw:.3f} bits per weight{aim}: {parts} ({made})"]
         if self.kl is not None:
             lines.append(
-                "[optiq] KL to the unquantized model on held-out calibration text: "
+                f"[optiq] KL to the unquantized model on held-out calibration text{self._text}: "
                 f"{self.kl:.4g} nats per token"
             )
-        if self.kl is not None and self.uniform is not None and self.uniform_kl:
-            lines.append(
-                f"[optiq] stock uniform {self.uniform} within the same bytes: {self.uniform_kl:.4g}"
-                f" (the plan has {times(self.kl / self.uniform_kl)} that)"
-            )
+            for side, other in (("below", self.below), ("above", self.above)):
+                if other is not None and other.kl > 0:
+                    lines.append(
+                        f"[optiq] nearest stock uniform {side}: {other.precision} at "
+                        f"{other.bpw:.3f} bits per weight, {other.kl:.4g} on the same text (the "
+                        f"plan has {times(self.kl / other.kl)} that)"
+                    )
         return "\n".join(lines)
+
+    @property
+    def _text(self) -> str:
+        source = self.calibration.get("source")
+        return f" ({source})" if source else ""
 
     def save(self, folder: Path, post_processing: Sequence[dict[str, Any]] = ()) -> None:
         """Write ``optiq_metadata.json`` into a model folder.
@@ -117,10 +139,16 @@ class Plan:
                 "achieved_bpw": round(self.achieved_bpw, 6),
                 "kl": self.kl,
                 "variant": self.variant,
-                "uniform": self.uniform
+                "uniform": self.below
                 and {
-                    **_entry(self.uniform),
-                    "kl": self.uniform_kl,
+                    **_entry(self.below.precision),
+                    "kl": self.below.kl,
+                },
+                "uniform_above": self.above
+                and {
+                    **_entry(self.above.precision),
+                    "bpw": round(self.above.bpw, 6),
+                    "kl": self.above.kl,
                 },
                 "per_layer": {
                     path: {

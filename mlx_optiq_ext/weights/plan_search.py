@@ -14,7 +14,7 @@ from ..errors import BudgetError, InputError
 from ..model.layers import decoder_layers, layer_index
 from ..planning.allocation import allocate
 from .candidates import Size, Tensor
-from .plan import Plan
+from .plan import Plan, Uniform
 from .precision import BITS, GROUP_SIZES, Precision
 from .sensitivity.interaction import SHARES, around
 from .sensitivity.problem import Problem, Sensitivity, end_to_end
@@ -61,7 +61,8 @@ def search(
 
     Returns:
         Of the plans in `variants` and those re-measured around the best of them, the one with the
-        least KL on the held-out sequences. Before a refinement that KL says little, since plain
+        least KL on the held-out sequences. Every uniform quantization within the budget is among
+        them, unless both ends are protected. Before a refinement that KL says little, since plain
         rounding spoils the coarsest bits most and refinement mends them most: then the plan with
         the least expected KL.
 
@@ -69,43 +70,35 @@ def search(
         BudgetError: No plan fits, or none that protects both ends.
     """
     problem, size = study.problem, study.size
-    plans = variants(study, budget)
-    if protect:
-        if PROTECTED not in plans:
-            raise BudgetError(
-                f"a budget of {budget:g} bits per weight is too small to keep the first and last "
-                "layer, embeddings and head at 8 bits: raise it or leave out --optiq-protect"
-            )
-        plans = {PROTECTED: plans[PROTECTED]}
-    elif problem.refine:
-        plans = {"allocated": plans["allocated"]}
-    uniform = best_uniform(problem.tensors, size, budget)
-    judged = list(plans.values())
-    if uniform is not None:
-        judged.append(uniformly(problem.tensors, uniform))
-    divergences = _comparable(end_to_end(problem, judged))
-    measured = dict(zip(plans, divergences, strict=False))
+    plans, free = _plans(study, budget, protect), not (protect or problem.refine)
+    within, beyond = uniforms(problem.tensors, size, budget)
+    beside = {
+        f"uniform {p}": Uniform(p, size.bits_per_weight(bits), math.inf)
+        for p, bits in [*(within if free else within[-1:]), *beyond[:1]]
+    }
+    precisions = {n: uniformly(problem.tensors, each.precision) for n, each in beside.items()}
+    kls = _judged(problem, plans | precisions)
     if budget < remeasure_below and not problem.refine:
-        more = remeasured(study, budget, min(measured, key=lambda n: measured[n]), plans)
+        more = remeasured(study, budget, min(plans, key=lambda n: kls[n]), plans)
         plans |= more
-        measured |= dict(
-            zip(more, _comparable(end_to_end(problem, list(more.values()))), strict=True)
-        )
-    name = min(measured, key=lambda n: measured[n])
-    precisions, data = plans[name], problem.calibration
-    expected = study.sensitivity
+        kls |= _judged(problem, more)
+    beside = {n: replace(each, kl=kls[n]) for n, each in beside.items()}
+    below = [each for each in beside.values() if each.bpw <= budget]
+    above = [each for each in beside.values() if each.bpw > budget]
+    if free:
+        plans |= {n: precisions[n] for n, each in beside.items() if each.bpw <= budget}
+    name = min(plans, key=lambda n: kls[n])
+    chosen, data, expected = plans[name], problem.calibration, study.sensitivity
     return Plan(
-        precisions=precisions,
-        sensitivities={
-            path: expected[path].get(precision, 0.0) for path, precision in precisions.items()
-        },
+        precisions=chosen,
+        sensitivities={path: expected[path].get(p, 0.0) for path, p in chosen.items()},
         method=study.method,
         target_bpw=budget,
-        achieved_bpw=size.bits_per_weight(stored(problem.tensors, precisions)),
-        kl=measured[name],
+        achieved_bpw=size.bits_per_weight(stored(problem.tensors, chosen)),
+        kl=kls[name],
         variant=name,
-        uniform=uniform,
-        uniform_kl=divergences[-1] if uniform else None,
+        below=below[-1] if below else None,
+        above=above[0] if above else None,
         calibration={
             "source": data.source,
             "windows": len(data.tokens),
@@ -115,6 +108,25 @@ def search(
         versions=versions(),
         notes=tuple(problem.findings.notes),
     )
+
+
+def _plans(study: Study, budget: float, protect: bool) -> dict[str, Precisions]:
+    """The plans of `variants` to judge."""
+    plans = variants(study, budget)
+    if protect:
+        if PROTECTED not in plans:
+            raise BudgetError(
+                f"a budget of {budget:g} bits per weight is too small to keep the first and last "
+                "layer, embeddings and head at 8 bits: raise it or leave out --optiq-protect"
+            )
+        return {PROTECTED: plans[PROTECTED]}
+    return {"allocated": plans["allocated"]} if study.problem.refine else plans
+
+
+def _judged(problem: Problem, plans: dict[str, Precisions]) -> dict[str, float]:
+    """KL of each plan on the held-out sequences; infinite where it overflows."""
+    found = end_to_end(problem, list(plans.values()))
+    return {n: math.inf if math.isnan(kl) else kl for n, kl in zip(plans, found, strict=True)}
 
 
 def remeasured(
@@ -131,11 +143,6 @@ def remeasured(
             known.append(plan)
             more[f"{name}, re-measured by {share:g}"] = plan
     return more
-
-
-def _comparable(divergences: list[float]) -> list[float]:
-    """The same with infinity for NaN: a plan that overflows is worse than any that does not."""
-    return [math.inf if math.isnan(kl) else kl for kl in divergences]
 
 
 def stored(tensors: Iterable[Tensor], precisions: Precisions) -> int:
@@ -199,16 +206,23 @@ def _allocated(study: Study, rule: Rule, budget: float) -> Precisions:
     return {t.path: allowed[t.path][c] for t, c in zip(tensors, choice, strict=True)}
 
 
-def best_uniform(tensors: Iterable[Tensor], size: Size, budget: float) -> Precision | None:
-    """The precision that ``mlx_lm.convert -q`` would use most of a budget with, if any fits."""
+def uniforms(
+    tensors: Iterable[Tensor], size: Size, budget: float
+) -> tuple[list[tuple[Precision, int]], list[tuple[Precision, int]]]:
+    """What ``mlx_lm.convert -q`` can give, within a budget and beyond it.
+
+    Returns:
+        Precisions with the stored bits of all tensors together, both by rising bits. Those whose
+        groups do not divide every tensor are left out.
+    """
     tensors, room = list(tensors), size.room(budget)
     sizes = {
         p: stored(tensors, uniformly(tensors, p))
         for p in (Precision(b, g) for b in BITS for g in GROUP_SIZES)
         if all(t.own or p.fits(t.shape) for t in tensors)
     }
-    fitting = [p for p, bits in sizes.items() if bits <= room]
-    return max(fitting, key=lambda p: (sizes[p], p.bits), default=None)
+    order = sorted(sizes.items(), key=lambda each: (each[1], each[0].bits))
+    return [e for e in order if e[1] <= room], [e for e in order if e[1] > room]
 
 
 def uniformly(tensors: Iterable[Tensor], precision: Precision) -> Precisions:

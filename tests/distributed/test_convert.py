@@ -29,7 +29,8 @@ for budget in map(float, budgets):
     plan = search(study, budget)
     precisions = {path: str(precision) for path, precision in plan.precisions.items()}
     if distributed.leads():
-        print(json.dumps([precisions, plan.sensitivities, plan.kl, plan.uniform_kl, plan.variant]))
+        below = plan.below and plan.below.kl
+        print(json.dumps([precisions, plan.sensitivities, plan.kl, below, plan.variant]))
 """
 
 #: Name -> method, settings, budgets.

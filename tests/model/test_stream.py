@@ -65,7 +65,7 @@ def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, tmp_path, monkeypatc
             plan.precisions,
             plan.sensitivities,
             plan.kl,
-            plan.uniform_kl,
+            plan.below,
             plan.variant,
         )
     assert plans["0"] == plans["1"]

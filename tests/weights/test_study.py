@@ -15,7 +15,7 @@ from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.loading import model_digest
 from mlx_optiq_ext.planning.journal import Journal
 from mlx_optiq_ext.weights import Precision, Request, plan_folder, plan_model
-from mlx_optiq_ext.weights.plan import Plan, check_written
+from mlx_optiq_ext.weights.plan import Plan, Uniform, check_written
 from mlx_optiq_ext.weights.sensitivity.kl import KL
 
 
@@ -58,8 +58,28 @@ def test_plain_rounding_does_not_choose_what_to_refine(toy, text, monkeypatch, r
 
     monkeypatch.setattr(search, "variants", two)
     # Rounded plainly, the second is the better one.
-    monkeypatch.setattr(search, "end_to_end", lambda problem, plans: [2.0, 1.0, 3.0][: len(plans)])
+    monkeypatch.setattr(
+        search, "end_to_end", lambda _, plans: [2.0, 1.0, *[3.0] * len(plans)][: len(plans)]
+    )
     assert plan(toy, 4.5, text, refine=refine).variant == variant
+
+
+def test_a_uniform_quantization_that_is_better_is_taken(toy, text, monkeypatch):
+    search = importlib.import_module("mlx_optiq_ext.weights.plan_search")
+    # Last of all comes the smallest one beyond the budget, before it the largest within.
+    monkeypatch.setattr(search, "end_to_end", lambda _, plans: [2.0] * (len(plans) - 2) + [1, 0.5])
+    found = plan(toy, 4.5, text)
+    assert found.below is not None
+    assert found.above is not None
+    assert found.variant == f"uniform {found.below.precision}"
+    assert set(found.precisions.values()) == {found.below.precision}
+    assert found.below.bpw <= 4.5 < found.above.bpw
+    lines = found.summary().splitlines()
+    assert f"plan: uniform {found.below.precision}" in lines[0]
+    assert "nearest stock uniform below" in lines[2]
+    assert "(the plan has 1.00 x that)" in lines[2]
+    assert f"above: {found.above.precision} at {found.above.bpw:.3f} bits per weight" in lines[3]
+    assert "(the plan has 2.00 x that)" in lines[3]
 
 
 def test_measured_costs_are_the_divergence_of_each_tensor_alone(text, loaded):
@@ -104,7 +124,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(toy, text, monkeypatch):
         plan(toy, 3.5, text, method="kl")
     resumed = plan(toy, 3.5, text, method="kl")
     assert len(calls) == len(set(calls))
-    assert {path for path, *_ in calls} == set(resumed.precisions)
+    assert {path for path, *_ in calls} - {"complete"} == set(resumed.precisions)
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(text.parent / "elsewhere"))
     calls.extend([("counted", 2, 64)] * 5)
     assert plan(toy, 3.5, text, method="kl").precisions == resumed.precisions
@@ -178,7 +198,7 @@ def test_a_summary_says_where_the_plan_is_from_and_never_that_it_loses_nothing()
     assert "budget" not in read.summary()
     assert "plan read from plan.json" in read.summary()
     nearly = replace(
-        read, method="taylor", kl=1e-6, uniform=Precision(4, 64), uniform_kl=0.01, target_bpw=4.5
+        read, method="taylor", kl=1e-6, below=Uniform(Precision(4, 64), 4.5, 0.01), target_bpw=4.5
     )
     assert "of a budget of 4.5" in nearly.summary()
     assert "0.0001 x" in nearly.summary()

@@ -172,10 +172,11 @@ class Evidence:
     @property
     def same_bytes(self) -> Judged | None:
         """The best uniform precision within the budget, judged with the plan."""
-        uniform, kl = self.plan.uniform, self.plan.uniform_kl
-        if uniform is None or kl is None:
+        below = self.plan.below
+        if below is None:
             return None
-        return Judged(uniform, stored(self.tensors, uniformly(self.tensors, uniform)), kl)
+        bits = stored(self.tensors, uniformly(self.tensors, below.precision))
+        return Judged(below.precision, bits, below.kl)
 
     @cached_property
     def references(self) -> list[Judged]:

@@ -175,7 +175,7 @@ def test_a_model_without_any_loss_has_a_page_without_charts(evidence):
     plan = dataclasses.replace(
         evidence.plan,
         kl=0.0,
-        uniform_kl=0.0,
+        below=evidence.plan.below and dataclasses.replace(evidence.plan.below, kl=0.0),
         sensitivities=dict.fromkeys(evidence.plan.sensitivities, 0.0),
     )
     none = tuple(dataclasses.replace(j, kl=0.0) for j in evidence.uniforms)

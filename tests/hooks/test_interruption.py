@@ -196,7 +196,7 @@ GOES_ON = {
     "convert": "; the same command goes on from here",
     "evaluate": "; the same command goes on from here",
     "lora": ": --resume-adapter-file {}/adapters/adapters.safetensors goes on from the last "
-    "checkpoint",
+    "checkpoint",  # or the numbered copy that is written first
     "generate": "",
 }
 
@@ -213,7 +213,8 @@ def test_ctrl_c_says_one_line_and_leaves_nothing_half_written(tmp_path, deep, na
         deadline = time.monotonic() + 100
         assert process.stdout is not None
         if name == "generate":
-            assert process.stdout.readline().startswith("=====")
+            # MLX asks for a compiler by system(), which drops Ctrl-C, before it prints much.
+            assert process.stdout.read(60).startswith("=====")
         while name != "generate" and not begun(tmp_path):
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -225,7 +226,8 @@ def test_ctrl_c_says_one_line_and_leaves_nothing_half_written(tmp_path, deep, na
     if moment == "loading":
         assert last == "mlx_lm: interrupted: nothing was done yet"
     else:
-        assert last == f"mlx_lm.{name}: interrupted{GOES_ON[name].format(tmp_path)}"
+        unnumbered = re.sub(r"/\d{7}_adapters", "/adapters", last)
+        assert unnumbered == f"mlx_lm.{name}: interrupted{GOES_ON[name].format(tmp_path)}"
     assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
     assert list(tmp_path.rglob(".*")) == []

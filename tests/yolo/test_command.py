@@ -59,9 +59,10 @@ def test_a_whole_command_line_runs_in_place_of_the_conversion(folder, installed)
     assert callable(check(folder, protect=True))
 
 
-def test_without_the_flag_it_is_a_conversion_of_a_language_model(folder):
+def test_without_the_flag_it_is_a_conversion_of_a_language_model(folder, tiny):
     unused = dict.fromkeys(("quant_predicate", "q_bits", "q_group_size", "dequantize"))
-    assert check(folder, unused, model_type=None, calibration=None) is None
+    stock = {**unused, "hf_path": str(tiny)}
+    assert check(folder, stock, model_type=None, calibration=None) is None
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,10 @@ class Engine:
             parent = _parent(module, patch)
         except AttributeError:
             return False
-        current = vars(parent).get(applied.name)
-        while current is not None and current is not applied.stand_in:
-            current = getattr(current, "__wrapped__", None)  # another tool may sit on top
-        return current is not None
+        names = [(parent, applied.name)]
+        if parent is module and patch.wrapper is not None:
+            names += _importers(patch.module, applied.name)
+        return all(_leads_to(vars(p).get(name), applied.stand_in) for p, name in names)
 
     def problem(self, feature: str) -> str | None:
         """Why a feature's patches do not all work, in one sentence; None if they do.
@@ -225,6 +225,48 @@ def _aliases(value: Any) -> list[tuple[ModuleType, str]]:
         for name, bound in list(vars(module).items())
         if bound is value
     ]
+
+
+def _leads_to(value: Any, stand_in: Any) -> bool:
+    """Whether a value is our stand-in, maybe below another tool's wrapper."""
+    while value is not None and value is not stand_in:
+        value = getattr(value, "__wrapped__", None)
+    return value is not None
+
+
+def _importers(module: str, name: str) -> list[tuple[ModuleType, str]]:
+    """Loaded mlx_lm modules that took a name of another one at their top, and what they call it."""
+    return [
+        (holder, alias)
+        for holder_name, holder in list(sys.modules.items())
+        if holder is not None and holder_name.startswith("mlx_lm.")
+        for source, taken, alias in _taken(holder_name, getattr(holder, "__file__", None))
+        if (source, taken) == (module, name) and alias in vars(holder)
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _taken(name: str, path: str | None) -> tuple[tuple[str, str, str], ...]:
+    """The ``from .x import y as z`` of a module's top level: module, name, alias."""
+    import ast
+
+    try:
+        with open(path or "", encoding="utf-8") as stream:  # noqa: PTH123 - no pathlib at start-up
+            tree = ast.parse(stream.read())
+    except (OSError, ValueError, SyntaxError):
+        return ()
+    inside = str(path).endswith("__init__.py")
+    package = [*name.split("."), "__init__"] if inside else name.split(".")
+    return tuple(
+        (
+            ".".join([*package[: -node.level], *filter(None, [node.module])]),
+            n.name,
+            n.asname or n.name,
+        )
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.level
+        for n in node.names
+    )
 
 
 def bind(wrapped: Any, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -38,3 +38,15 @@ def test_loading_imports_a_features_modules_and_no_others(module):
     assert name in sys.modules
     assert another not in sys.modules
     assert engine.problem("feature") is None
+
+
+def test_a_name_that_another_module_took_and_lost_is_missed(command, tiny, monkeypatch):
+    consumer = importlib.import_module("mlx_lm.generate")
+    words = ("--model", tiny, "--prompt", "1 + 1", "--max-tokens", 2, "--optiq-kv", 4)
+    assert command("generate", *words).status == 0
+    original = consumer.make_prompt_cache.__wrapped__
+    monkeypatch.setattr(consumer, "make_prompt_cache", lambda *args: original(*args))
+    done = command("generate", *words)
+    assert done.status == 2
+    assert "needs a patch that is gone (mlx_lm.models.cache:make_prompt_cache)" in done.err
+    assert done.out == ""

@@ -118,7 +118,8 @@ def test_nothing_is_trained_by_a_yaml_file_whose_keys_nobody_reads(run, yaml, tm
     code = f"import importlib, mlx_lm.lora as lora; {MEDDLING[how]}; lora.main()"
     done = run("python", "-c", code, *yaml)
     assert done.returncode != 0
-    assert "mlx_lm.lora no longer calls what gives each layer its rank" in done.stderr
+    late = "mlx_lm.lora no longer calls what gives each layer its rank"
+    assert late in done.stderr or "lora needs a patch that is gone" in done.stderr
     assert not list(tmp_path.glob("out/*"))
 
 

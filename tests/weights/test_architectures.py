@@ -58,9 +58,7 @@ def factors_of(model: nn.Module) -> dict[str, fisher.Factors] | None:
     try:
         blocks = fisher.factors(model, [TOKENS[:1]])
         return {path: found for block in blocks for path, found in block.items()}
-    except ValueError as error:
-        if "Cannot calculate VJP" not in str(error):
-            raise
+    except fisher.GradientError:
         return None
 
 

@@ -109,15 +109,18 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be written to.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    with unfinished.noted(temporary):
-        try:
+    temporary: Path | None = None
+    try:
+        start = f".{path.name}."
+        handle, name = tempfile.mkstemp(prefix=start, suffix=path.suffix, dir=path.parent)
+        temporary = Path(name)
+        os.close(handle)
+        with unfinished.noted(temporary):
             yield temporary
             temporary.chmod(0o644)
             temporary.replace(path)
-        finally:
+    finally:
+        if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 

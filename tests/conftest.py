@@ -33,6 +33,7 @@ NEWEST = (
     "evaluation/test_statistics.py",
     "files",
     "hooks/test_arrows.py",
+    "hooks/test_interruption.py",
     "kv/test_backends.py",
     "kv/test_kernels.py",
     "kv/test_pack_kernel.py",

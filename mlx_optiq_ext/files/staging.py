@@ -7,8 +7,8 @@ however it ends, so that neither a used-again process number nor another contain
 import fcntl
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -57,8 +57,9 @@ def claim(target: Path) -> Holder:
                     f"{target} is being written by another process ({owner}): wait for it or name "
                     "another output folder"
                 )
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        folder = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         unfinished.note(folder)
+        folder.mkdir(mode=0o700)
         lock = os.open(folder / OWNER, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         with suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +68,7 @@ def claim(target: Path) -> Holder:
 
 
 def _left(target: Path) -> list[Path]:
-    # As mkdtemp names them; the target "a" shall not take those of "a.b" for its own.
+    # As `claim` names them; the target "a" shall not take those of "a.b" for its own.
     name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")
     return [
         path

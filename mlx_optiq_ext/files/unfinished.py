@@ -10,12 +10,16 @@ _noted: set[Path] = set()
 
 @contextmanager
 def noted(path: Path) -> Iterator[None]:
-    """Note a file or folder while the block writes it."""
+    """Note a file or folder while the block writes it.
+
+    An interruption may come where no block can clean up behind it: the note stays then.
+    """
     note(path)
     try:
         yield
     finally:
-        forget(path)
+        if not path.exists():
+            forget(path)
 
 
 def note(path: Path) -> None:

@@ -3,8 +3,8 @@
 import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,18 +109,14 @@ def replaced(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The folder cannot be written to.
     """
-    temporary: Path | None = None
-    try:
-        start = f".{path.name}."
-        handle, name = tempfile.mkstemp(prefix=start, suffix=path.suffix, dir=path.parent)
-        temporary = Path(name)
-        os.close(handle)
-        with unfinished.noted(temporary):
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
+    with unfinished.noted(temporary):  # before it is there, so that no interruption can miss it
+        try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
             yield temporary
             temporary.chmod(0o644)
             temporary.replace(path)
-    finally:
-        if temporary is not None:
+        finally:
             temporary.unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mlx_optiq_ext import _activation
+from mlx_optiq_ext import _activation, files
 
 STATUS = 128 + signal.SIGINT
 
@@ -68,6 +68,7 @@ def heeded(command: str, message: Callable[[], str | None], grace: float = GRACE
             _say(command, text)
         else:
             watch.say()
+        files.discard_unfinished()
         threading.Thread(target=_outlast, args=(grace,), daemon=True).start()
         raise SystemExit(STATUS) from None
     finally:
@@ -136,8 +137,6 @@ class _Watch:
                 end = time.monotonic() + self._grace
 
     def _leave(self) -> None:
-        from mlx_optiq_ext import files
-
         self.say()
         files.discard_unfinished()
         os._exit(STATUS)

@@ -13,5 +13,9 @@ class BudgetError(InputError):
     """No plan fits the byte budget."""
 
 
+class PluginError(OptiqError):
+    """A plugin failed in a hook whose answer the result depends on."""
+
+
 class UnsupportedError(OptiqError):
     """The installed mlx-lm (or MLX) lacks what the feature needs."""

@@ -4,14 +4,14 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib import metadata
 from types import ModuleType
 from typing import Any, get_type_hints
 
 import pluggy
 
-from .errors import OptiqError
+from .errors import OptiqError, PluginError
 
 PROJECT = "mlx_optiq_ext"
 
@@ -27,6 +27,9 @@ failures: list[tuple[str, str, str]] = []
 #: What a plugin raises on purpose: a refusal of input, or an option that exists already.
 REFUSALS = (OptiqError, argparse.ArgumentError)
 
+#: What a quantization predicate may return for one module.
+_CHOICE = bool | dict | None
+
 
 def blocked() -> tuple[str, ...]:
     """Names in ``MLX_OPTIQ_EXT_BLOCK`` (comma separated): plugins and features to leave out."""
@@ -34,18 +37,21 @@ def blocked() -> tuple[str, ...]:
     return tuple(name.strip() for name in names if name.strip())
 
 
-def load(specs: Any, builtin: Iterable[tuple[str, Any]]) -> pluggy.PluginManager:
+def load(
+    specs: Any, builtin: Iterable[tuple[str, Any]], optional: Collection[str] = ()
+) -> pluggy.PluginManager:
     """Build the manager.
 
     Args:
         specs: Module that holds the hookspecs; a plugin's results must have the annotated types.
         builtin: ``(name, plugin)`` pairs to register first, so that others win over them.
+        optional: Hooks whose failure does not end the command.
 
     Returns:
         A manager with every plugin of the entry-point group ``mlx_optiq_ext`` registered. A plugin
         that fails to import or to validate is left out, noted in `broken` and named on stderr. One
-        that raises or exits in a hook does not answer there: it is noted in `failures` and named
-        on stderr, once, and the others are asked. `REFUSALS` go through.
+        that fails in a hook is noted in `failures`. The hook then raises PluginError. An optional
+        hook instead names the plugin on stderr, once, and asks the others. `REFUSALS` go through.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(specs)
@@ -64,7 +70,8 @@ def load(specs: Any, builtin: Iterable[tuple[str, Any]]) -> pluggy.PluginManager
         if manager.is_blocked(name) or manager.has_plugin(name):
             continue
         try:
-            manager.register(_guarded(manager, entry_point.load(), name, specs), name)
+            plugin = _guarded(manager, entry_point.load(), name, specs, optional)
+            manager.register(plugin, name)
             manager.check_pending()
         except (Exception, SystemExit) as error:
             if manager.has_plugin(name):
@@ -79,8 +86,21 @@ def installed() -> set[str]:
     return {entry_point.name for entry_point in metadata.entry_points(group=PROJECT)}
 
 
-def _guarded(manager: pluggy.PluginManager, plugin: Any, name: str, specs: Any) -> ModuleType:
-    """A plugin with the same hookimpls, whose failures end nothing but its own answer.
+def check(hook: str) -> None:
+    """Refuse to go on if a plugin failed in a hook.
+
+    Raises:
+        PluginError: One did.
+    """
+    for failure in failures:
+        if failure[1] == hook:
+            raise _refusal(*failure)
+
+
+def _guarded(
+    manager: pluggy.PluginManager, plugin: Any, name: str, specs: Any, optional: Collection[str]
+) -> ModuleType:
+    """A plugin with the same hookimpls, whose failures name it.
 
     Raises:
         TypeError: It has a hook wrapper, which cannot fail without the hooks that it wraps.
@@ -95,11 +115,17 @@ def _guarded(manager: pluggy.PluginManager, plugin: Any, name: str, specs: Any) 
         hook = options.get("specname") or attribute
         declared = getattr(specs, hook, None)
         expected = get_type_hints(declared).get("return", object) if declared else object
-        setattr(result, attribute, _guard(getattr(plugin, attribute), name, hook, expected))
+        guard = functools.partial(_guard, name=name, hook=hook, optional=hook in optional)
+        function = guard(getattr(plugin, attribute), expected=expected)
+        if hook == "optiq_quant_predicate":
+            function = _guard_predicate(function, guard)
+        setattr(result, attribute, function)
     return result
 
 
-def _guard(function: Callable[..., Any], name: str, hook: str, expected: Any) -> Callable[..., Any]:
+def _guard(
+    function: Callable[..., Any], *, name: str, hook: str, expected: Any, optional: bool
+) -> Callable[..., Any]:
     # A status refuses nothing.
     refusals = () if hook == "optiq_status" else REFUSALS
 
@@ -109,20 +135,43 @@ def _guard(function: Callable[..., Any], name: str, hook: str, expected: Any) ->
             result = function(*args, **kwargs)
             if not isinstance(result, expected):
                 raise TypeError(f"it returned {result!r:.80}, not {_words(expected)}")
-            return result
         except refusals:
             raise
         except (Exception, SystemExit) as error:
             failure = (name, hook, _reason(error))
-            if failure not in failures:
+            new = failure not in failures
+            if new:
                 failures.append(failure)
-                print(
-                    f"mlx_optiq_ext: plugin {name!r} failed in {hook} ({_reason(error)})",
-                    file=sys.stderr,
-                )
+            if not optional:
+                raise _refusal(*failure) from error
+            if new:
+                print(f"mlx_optiq_ext: {_told(*failure)}", file=sys.stderr)
             return None
+        return result
 
     return guarded
+
+
+def _guard_predicate(hookimpl: Callable[..., Any], guard: Callable[..., Any]) -> Callable[..., Any]:
+    """A hookimpl whose answer is guarded too: it is called once for each module."""
+
+    @functools.wraps(hookimpl)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        predicate = hookimpl(*args, **kwargs)
+        return None if predicate is None else guard(predicate, expected=_CHOICE)
+
+    return guarded
+
+
+def _told(name: str, hook: str, reason: str) -> str:
+    return f"plugin {name!r} failed in {hook} ({reason})"
+
+
+def _refusal(name: str, hook: str, reason: str) -> PluginError:
+    return PluginError(
+        f"{_told(name, hook, reason)}: correct it, or set MLX_OPTIQ_EXT_BLOCK={name} to run "
+        "without it"
+    )
 
 
 def _words(expected: Any) -> str:

@@ -2,6 +2,8 @@
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pluggy
 
@@ -66,7 +68,7 @@ def plugin_manager() -> pluggy.PluginManager:
     from . import builtin
     from .engine import spec
 
-    manager = plugins.load(spec, [("optiq", builtin)])
+    manager = plugins.load(spec, [("optiq", builtin)], spec.OPTIONAL)
     known = {*FEATURES, "optiq", *plugins.installed()}
     if unknown := [name for name in plugins.blocked() if name not in known]:
         note(
@@ -84,6 +86,13 @@ def register_kv_formats() -> None:
     for offered in reversed(plugin_manager().hook.optiq_kv_formats()):
         for format in offered:
             formats.register(format)
+
+
+@functools.cache
+def attention_backends() -> tuple[Callable[..., Any], ...]:
+    """The plugins' functions; the plugin registered last comes first."""
+    found = plugin_manager().hook.optiq_attention_backends()
+    return tuple(backend for backends in found for backend in backends)
 
 
 @functools.cache

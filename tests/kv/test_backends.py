@@ -6,7 +6,7 @@ import pytest
 from mlx_optiq_ext import hookimpl
 from mlx_optiq_ext.kv import Packed, attend
 from mlx_optiq_ext.kv.formats import Affine
-from mlx_optiq_hooks import plugin_manager
+from mlx_optiq_hooks import installation, plugin_manager
 from mlx_optiq_hooks.patches.models import base
 
 FORMAT = Affine(8, 64, rotated=True)
@@ -45,7 +45,7 @@ def test_a_plugin_offers_backends(problem):
 
     plugin, arguments = Plugin(), {"cache": None, "scale": 1.0, "mask": None}
     plugin_manager().register(plugin)
-    base.attention_backends.cache_clear()
+    installation.attention_backends.cache_clear()
     try:
         found = base.scaled_dot_product_attention(
             lambda queries, keys, values, cache, scale, mask, sinks=None: refuse(),
@@ -53,6 +53,6 @@ def test_a_plugin_offers_backends(problem):
         )  # fmt: skip
     finally:
         plugin_manager().unregister(plugin)
-        base.attention_backends.cache_clear()
+        installation.attention_backends.cache_clear()
     expected = FORMAT.turn_back(mx.ones_like(problem[0]))
     assert mx.allclose(found, expected, atol=1e-5)

@@ -51,12 +51,13 @@ def add_arguments(group):
 
 def check(command, parsed, args) -> None:
     """Refuse a plan that cannot be used, and keep the one that can."""
-    from ..installation import gate, register_kv_formats
+    from ..installation import attention_backends, gate, register_kv_formats
 
     options = read(Options, parsed)
     if options.kv is not None:
         gate().require("kv")
         register_kv_formats()
+        attention_backends()  # a plugin that fails there is refused before a model is loaded
         if getattr(args, "kv_bits", None) is not None:
             raise InputError(
                 "--optiq-kv and --kv-bits both decide how to keep keys and values: leave one out"

@@ -5,9 +5,11 @@ which is named in the entry-point group ``mlx_optiq_ext``. Arguments are passed 
 implementation lists only those it wants. Hooks marked *first result* stop at the first answer that
 is not None, and installed plugins are asked before the built-in ones.
 
-A plugin that raises in a hook, calls ``sys.exit`` there or returns something of another type than
-the annotated one is named on stderr and counts as if it had returned None. ``OptiqError`` is the
-way to refuse: it ends the command with that message.
+A plugin fails in a hook if it raises, calls ``sys.exit`` or returns something of another type than
+the annotated one. This ends the command with exit status 2 and one line that names the plugin,
+before anything is written. In the hooks of `OPTIONAL` the plugin is named on stderr, and the
+command goes on as if it had returned None. ``OptiqError`` is the way to refuse: it ends the command
+with that message.
 
 ``options`` has the parsed ``--optiq-*`` values of all plugins as attributes, named without the
 ``optiq_`` prefix; None stands for an option that was not given. Outside a command, or without any
@@ -18,6 +20,16 @@ from collections.abc import Callable
 from os import PathLike
 
 from mlx_optiq_ext.plugins import hookspec
+
+#: Hooks whose failure changes no result: an option or a format that is missing is refused as
+#: unknown. After a failed ``optiq_sensitivity_methods`` a conversion that measures is refused,
+#: because a plugin may replace a built-in method.
+OPTIONAL = (
+    "optiq_add_arguments",
+    "optiq_sensitivity_methods",
+    "optiq_kv_formats",
+    "optiq_status",
+)
 
 
 @hookspec

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mlx_optiq_ext import files
+from mlx_optiq_ext import files, plugins
 from mlx_optiq_ext.errors import InputError
 
 from ...engine import session
@@ -97,7 +97,9 @@ def _check_weights(options: Options, args) -> None:
 
         gate().require("latency")
         find_chip(options.min_tps.chip)
-    if options.plan is not None:
+    if options.plan is None:
+        plugins.check("optiq_sensitivity_methods")
+    else:
         clash = sorted(set(names) & set(DECIDED))
         if clash:
             raise InputError(

@@ -4,15 +4,7 @@ import functools
 from typing import Any
 
 from ...engine.patch import Patch
-
-
-@functools.cache
-def attention_backends() -> tuple[Any, ...]:
-    """The plugins' functions; the plugin registered last comes first."""
-    from ...installation import plugin_manager
-
-    found = plugin_manager().hook.optiq_attention_backends()
-    return tuple(backend for backends in found for backend in backends)
+from ...installation import attention_backends
 
 
 @functools.cache

@@ -107,8 +107,9 @@ def test_a_key_of_ours_in_the_yaml_file_counts_as_an_option(tmp_path, words):
     assert main_module.requested(["-m", *words], original, COMMANDS) is None  # no such file
     file.write_text("train: true\n")
     assert main_module.requested(["-m", *words], original, COMMANDS) is None
-    file.write_text("optiq_rank_scaling: by_bits\n")
-    assert main_module.requested(["-m", *words], original, COMMANDS) == "mlx_lm.lora"
+    for key in ("optiq_rank_scaling", "optiq-rank-scaling", "'optiq_rank_scaling' "):
+        file.write_text(f"train: true\n{key}: by_bits\n")
+        assert main_module.requested(["-m", *words], original, COMMANDS) == "mlx_lm.lora"
 
 
 LEAK = """

@@ -59,10 +59,11 @@ def test_the_stock_form_computes_what_ours_does(lora, packed, tmp_path, tokens, 
     assert mx.abs(ours - logits(mlx_lm.load(str(packed))[0], tokens)).max() > 1e-3
 
 
-def test_by_kl_reads_what_was_measured(lora, packed, tmp_path, capsys):
+@pytest.mark.parametrize("key", ["optiq_rank_scaling", "optiq-rank-scaling"])
+def test_by_kl_reads_what_was_measured(lora, packed, tmp_path, capsys, key):
     keys = ("-c", tmp_path / "config.yaml")
     (tmp_path / "config.yaml").write_text(
-        "optiq_rank_scaling: by_kl\n"
+        f"{key}: by_kl\n"
         "lora_parameters: {rank: 6, scale: 4.0, dropout: 0.0, "
         "keys: [self_attn.q_proj, self_attn.v_proj]}\n"
     )

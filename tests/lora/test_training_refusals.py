@@ -28,7 +28,18 @@ def test_bad_input_is_refused_before_anything_is_loaded(lora, tmp_path, capsys, 
 
 
 BAD_YAML = {
-    "unknown key": ("optiq_rank: 3", "optiq_rank in the YAML file"),
+    "unknown key": ("optiq_rank: 3", "optiq_rank in the YAML file is not known: there are optiq_"),
+    "unknown key with hyphens": ("optiq-rank: 3", "optiq-rank in the YAML file is not known"),
+    "joined key": ("optiqrank: 3", "optiqrank in the YAML file is not known"),
+    "option of reading": ("optiq-info: a", "optiq-info in the YAML file is not known"),
+    "both spellings": (
+        "optiq_no_compile: true\noptiq-no-compile: false",
+        "optiq_no_compile and optiq-no-compile in the YAML file are the same: keep one",
+    ),
+    "unknown scaling with hyphens": (
+        "optiq-rank-scaling: by_magic",
+        "optiq-rank-scaling: 'by_magic' in the YAML file is none of ",
+    ),
     "unknown scaling": ("optiq_rank_scaling: by_magic", "by_magic"),
     "no scale": ("optiq_rank_scaling: by_bits\nlora_parameters: {rank: 8}", "scale is None"),
     "scale of NaN": (

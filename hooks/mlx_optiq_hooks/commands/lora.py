@@ -1,6 +1,6 @@
 """``mlx_lm.lora``: options on the command line or in its YAML file."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,24 +193,38 @@ def check_stock(args: Any) -> None:
     lora.check_stock_training(None if resume is None else Path(resume), Path(folder), rank)
 
 
+def keys_of_file(settings: Iterable[str]) -> list[str]:
+    """Which settings of ``mlx_lm.lora`` are meant for us: keys of its YAML file.
+
+    On the command line our options never reach mlx-lm's settings.
+    """
+    return [key for key in settings if key.startswith("optiq")]
+
+
 def _of_file(args: Any) -> Options:
     """Our options of the YAML file, which are taken out of ``args``.
 
+    Keys are spelled with underscores or, as the flags are, with hyphens.
+
     Raises:
-        InputError: A key of the file is unknown, or its value is.
+        InputError: A key of the file is unknown or given twice, or its value is unknown.
     """
     from mlx_optiq_ext.lora import SCALINGS
 
     found: dict[str, Any] = {}
     allowed = {"rank_scaling": SCALINGS, "init": INITS, "no_compile": (True, False)}
-    for key in [key for key in vars(args) if key.startswith("optiq_")]:
-        name, value = key.removeprefix("optiq_"), vars(args).pop(key)
+    names: dict[str, str] = {}
+    for key in keys_of_file(vars(args)):
+        name, value = key.replace("-", "_").removeprefix("optiq_"), vars(args).pop(key)
         if name not in TRAINING:
             known = ", ".join(f"optiq_{each}" for each in TRAINING)
             raise InputError(f"{key} in the YAML file is not known: there are {known}")
+        if name in names:
+            raise InputError(f"{names[name]} and {key} in the YAML file are the same: keep one")
+        names[name] = key
         if value is not None and value not in allowed.get(name, (value,)):
-            names = ", ".join(map(str, allowed[name]))
-            raise InputError(f"{key}: {value!r} in the YAML file is none of {names}")
+            choices = ", ".join(map(str, allowed[name]))
+            raise InputError(f"{key}: {value!r} in the YAML file is none of {choices}")
         if value:
             found[name] = value
     return Options(**found)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 from . import imports
 
+#: A key of ours in a YAML file, in either spelling.
+_KEY = rb"\boptiq[\w-]*['\"]?\s*:"
+
 
 class _Loader(imports.Loader):
     """The real loader, except for the code that ``runpy`` asks for."""
@@ -43,12 +46,13 @@ def requested(argv: list[str], original: list[str], commands: Collection[str]) -
 def _in_file(arguments: list[str]) -> bool:
     """Whether the YAML file that ``mlx_lm.lora`` is given names an option of ours."""
     import argparse
+    import re
 
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("-c", "--config")
     try:
         file = parser.parse_known_args(arguments)[0].config
-        return file is not None and b"optiq_" in Path(file).read_bytes()
+        return file is not None and bool(re.search(_KEY, Path(file).read_bytes()))
     except (argparse.ArgumentError, OSError, ValueError):
         return False  # which mlx-lm says itself
 

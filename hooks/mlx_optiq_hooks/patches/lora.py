@@ -9,7 +9,7 @@ from ..engine.patch import Patch, bind, of
 
 def keys(wrapped, instance, args, kwargs):
     given = bind(wrapped, args, kwargs)["args"]
-    if any(key.startswith("optiq_") for key in vars(given)):
+    if command.keys_of_file(vars(given)):
         from ..installation import gate
 
         gate().require("lora")
@@ -19,8 +19,7 @@ def keys(wrapped, instance, args, kwargs):
 def run(wrapped, instance, args, kwargs):
     call = bind(wrapped, args, kwargs)
     given = call["args"]
-    asked = any(key.startswith("optiq_") for key in vars(given))
-    if session.current() is None and not asked:
+    if session.current() is None and not command.keys_of_file(vars(given)):
         command.check_stock(given)
         return wrapped(*args, **kwargs)
     running = session.running()

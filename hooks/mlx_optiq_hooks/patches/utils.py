@@ -81,7 +81,7 @@ def save_config(wrapped, instance, args, kwargs):
     run, given = session.state(lora.Run), bind(wrapped, args, kwargs)["config"]
     if run is None or run.request is None or run.checkpoint is None:
         asked = run is not None and run.request is not None and run.options.training
-        if asked or any(f"optiq_{name}" in given for name in lora.TRAINING):
+        if asked or lora.keys_of_file(given):
             from mlx_optiq_ext.errors import UnsupportedError
 
             raise UnsupportedError(

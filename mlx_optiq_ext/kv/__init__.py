@@ -10,6 +10,7 @@ A plan is mounted on a loaded model, whose caches then keep each layer at its ow
     text = mlx_lm.generate(model, tokenizer, "Hello", prompt_cache=kv.make_caches(model))
 """
 
+from ..kernels import Platform
 from . import formats
 from .attention import attend
 from .cache import PackedKVCache
@@ -17,7 +18,6 @@ from .layout import Mounted, make_caches, mount, mounted_on, unmount
 from .packed_array import Packed
 from .plan import KVPlan, LayerFormat, parse_spec, read_plan
 from .plan_source import find_plan, plan_digest
-from .platform import Platform
 
 __all__ = [
     "KVPlan",

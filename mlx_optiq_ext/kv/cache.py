@@ -15,11 +15,11 @@ import mlx.core as mx
 
 from .. import files
 from ..errors import InputError
+from ..kernels import Platform, current
 from .encoding import arrange, encode, packed_of
 from .formats import from_json, to_json
 from .packed_array import Packed
 from .plan import LayerFormat
-from .platform import Platform, current
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
 
+from ..kernels import Platform
 from .attention.kernels import pack_kernel
 from .formats import Format
 from .packed_array import Packed
 from .plan import LayerFormat
-from .platform import Platform
 
 Parts = tuple[mx.array, ...]
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from kernel_shim import kernel_factory
 
-from mlx_optiq_ext.kv import Packed, Platform, attend, platform
+from mlx_optiq_ext.kernels import Platform, platform
+from mlx_optiq_ext.kv import Packed, attend
 from mlx_optiq_ext.kv.attention import dispatch, fused, kernels
 from mlx_optiq_ext.kv.formats import Affine, TurboQuant
 

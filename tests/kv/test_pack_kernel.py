@@ -6,7 +6,8 @@ import mlx.core as mx
 import pytest
 from kernel_shim import kernel_factory
 
-from mlx_optiq_ext.kv import LayerFormat, Packed, PackedKVCache, Platform, platform
+from mlx_optiq_ext.kernels import Platform, platform
+from mlx_optiq_ext.kv import LayerFormat, Packed, PackedKVCache
 from mlx_optiq_ext.kv.attention.kernels import pack_kernel
 from mlx_optiq_ext.kv.formats import Affine, TurboQuant
 

@@ -5,8 +5,8 @@ from functools import partial
 
 import mlx.core as mx
 
+from ...kernels import Platform, current
 from ..packed_array import Packed
-from ..platform import Platform, current
 from . import blocks, composed, fused, kernels
 
 #: ``(queries, keys, values, scale, mask, sinks) -> output``, all in the stored basis.

@@ -77,7 +77,7 @@ def measure(name: str, spec: str, data: tuple[mx.array, ...], rate: float) -> di
     from mlx_lm.models import base
 
     from mlx_optiq_ext import kv
-    from mlx_optiq_ext.kv import platform
+    from mlx_optiq_ext.kernels import platform
     from mlx_optiq_ext.kv.attention import dispatch
 
     queries, keys, values = data

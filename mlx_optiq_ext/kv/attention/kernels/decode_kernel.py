@@ -6,10 +6,10 @@ from functools import cache
 
 import mlx.core as mx
 
+from ....kernels import Platform, name_of
 from ...formats import CodeLayout, Format
 from ...packed_array import Packed
-from ...platform import Platform
-from .source import COMBINE, DECODE, WARPS, Family, combine, decode, name_of
+from .source import COMBINE, DECODE, WARPS, Family, combine, decode
 
 #: Head dimensions, group sizes and types that the kernels are written for.
 DIMS, GROUP_SIZES, DTYPES = (64, 96, 128, 256), (32, 64, 128), (mx.bfloat16, mx.float16)

@@ -5,10 +5,10 @@ from functools import cache
 
 import mlx.core as mx
 
+from ....kernels import PLACES, TYPES, Platform, header, name_of
 from ...formats.affine_ranges import AROUND, FITS, share_of
 from ...plan import LayerFormat
-from ...platform import Platform
-from .source import PARTS, PLACES, TYPES, name_of, text
+from .source import PARTS, source
 
 #: Types that it packs.
 DTYPES = (mx.bfloat16, mx.float16)
@@ -83,14 +83,14 @@ def _call(
         f"constexpr CONSTANT int PACK_THREADS = {threads};",
         f"constexpr CONSTANT int PACK_GROUP = {longest};",
     ]
-    header = "\n".join([text(f"{platform.name}.h"), *lines, text("pack.h")])
-    body = PLACES[platform.name] + text("pack.body")
+    above = "\n".join([header(platform.name), *lines, source("pack.h")])
+    body = PLACES[platform.name] + source("pack.body")
     assert platform.compile is not None
     kernel = platform.compile(
-        name=name_of(platform.name, header, body),
+        name=name_of(platform.name, above, body),
         input_names=list(INPUTS),
         output_names=list(PARTS),
-        header=header,
+        header=above,
         source=body,
         ensure_row_contiguous=False,
     )

@@ -1,11 +1,10 @@
 """Source text of the decoding kernels for a family of shapes."""
 
-import hashlib
 import struct
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
+from ....kernels import PLACES, TYPES, header, text
 from ...formats import CodeLayout
 
 #: Warps of a block; each takes every eighth tile of 16 tokens.
@@ -19,24 +18,10 @@ DECODE = (("queries", *PARTS, "mask"), ("states", "parts"))
 COMBINE = (("states", "parts", "sinks"), ("out",))
 
 MASKS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
-TYPES = {
-    "cuda": {"float16": "__half", "bfloat16": "__nv_bfloat16", "float32": "float"},
-    "metal": {"float16": "half", "bfloat16": "bfloat16_t", "float32": "float"},
-}
-
-#: Where a thread is. In the body, because MLX looks there for the names that Metal has for it.
-PLACES = {
-    "cuda": "  const int thread_x = blockIdx.x * blockDim.x + threadIdx.x, block_y = blockIdx.y,\n"
-    "    block_z = blockIdx.z;\n",
-    "metal": "  const int thread_x = thread_position_in_grid.x,\n"
-    "    block_y = threadgroup_position_in_grid.y, block_z = threadgroup_position_in_grid.z;\n",
-}
-
-
-#: Source files of the decode kernel's header, in this order; the constants follow the first one.
+#: Source files of the decode kernel's header, in this order, behind the platform's and constants.
 HEADERS = {
-    "cuda": ("cuda", "shared", "codes_cuda", "decode_cuda"),
-    "metal": ("metal", "shared", "decode_metal"),
+    "cuda": ("shared", "codes_cuda", "decode_cuda"),
+    "metal": ("shared", "decode_metal"),
 }
 
 
@@ -90,14 +75,15 @@ class Family:
 
 def decode(family: Family, platform: str) -> tuple[str, str]:
     """Header and body of the kernel that attends to one split of the sequence."""
-    first, *others = (text(f"{name}.h") for name in HEADERS[platform])
-    return "\n".join([first, constants(family, platform), *others]), text(f"decode_{platform}.body")
+    others = (source(f"{name}.h") for name in HEADERS[platform])
+    parts = [header(platform), constants(family, platform), *others]
+    return "\n".join(parts), source(f"decode_{platform}.body")
 
 
 def combine(family: Family, platform: str) -> tuple[str, str]:
     """Header and body of the kernel that joins the splits."""
-    header = [text(f"{platform}.h"), constants(family, platform), text("shared.h")]
-    return "\n".join(header), PLACES[platform] + text("combine.body")
+    parts = [header(platform), constants(family, platform), source("shared.h")]
+    return "\n".join(parts), PLACES[platform] + source("combine.body")
 
 
 def constants(family: Family, platform: str) -> str:
@@ -142,13 +128,6 @@ def _levels(prefix: str, levels: tuple[float, ...], platform: str) -> str:
     return f"#define {prefix}_LEVELS Levels{{{{{words}}}}}"
 
 
-def name_of(*texts: object) -> str:
-    """A name that tells kernels apart; MLX keeps compiled ones by name, on disk too."""
-    return "optiq_" + hashlib.sha256("\0".join(map(str, texts)).encode()).hexdigest()[:20]
-
-
-@cache
-def text(name: str) -> str:
-    """One of the source files beside this module, without comments: MLX copies it at every call."""
-    lines = (Path(__file__).parent / name).read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.lstrip().startswith("//")) + "\n"
+def source(name: str) -> str:
+    """One of the source files beside this module."""
+    return text(Path(__file__).parent / name)

@@ -1,4 +1,4 @@
-"""Where attention over packed keys and values runs, and whether kernels of our own do."""
+"""Which device MLX computes on, and whether kernels of our own run there."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ CAPABILITY = 8
 
 @dataclass(frozen=True, eq=False)
 class Platform:
-    """Where attention runs.
+    """A device.
 
     Attributes:
         name: ``"cpu"``, ``"metal"`` or ``"cuda"``.

@@ -14,12 +14,12 @@ from typing import Any
 import mlx.core as mx
 
 from .. import files
-from ..errors import InputError
 from ..kernels import Platform, current
 from .encoding import arrange, encode, packed_of
 from .formats import from_json, to_json
 from .packed_array import Packed
 from .plan import LayerFormat
+from .plane_state import restored, storable
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
@@ -41,6 +41,7 @@ class PackedKVCache:
         dense: Whether attention is handed plain arrays, for models with attention of their own.
         mergeable: Whether mlx-lm's batch engine may merge it with others.
         platform: Where new keys and values are packed; None for where MLX's default device is.
+        layer: The decoder layer that writes to it; None if that is not known.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class PackedKVCache:
         mergeable: bool = True,
         interleaved: bool | None = None,
         platform: Platform | None = None,
+        layer: int | None = None,
     ):
         """Take the place of an empty mlx-lm cache.
 
@@ -74,6 +76,7 @@ class PackedKVCache:
         self.dense = dense
         self.mergeable = mergeable
         self.platform = platform
+        self.layer = layer
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append keys and values (batch, heads, length, dim); returns all that attention may see.
@@ -207,7 +210,7 @@ class PackedKVCache:
         """What mlx-lm evaluates and saves."""
         from mlx_optiq_compat import symbols
 
-        states = [_storable(plane.state) for plane in self.planes]
+        states = [storable(plane.state) for plane in self.planes]
         if symbols.cache_has_meta_state(self.planes[0]):
             return states
         return [states, self._description()]
@@ -243,6 +246,7 @@ class PackedKVCache:
                 "dtype": self.dtype,
                 "dense": self.dense,
                 "mergeable": self.mergeable,
+                "layer": self.layer,
             }
         )
 
@@ -263,8 +267,8 @@ class PackedKVCache:
         if self.dims is not None:
             self.formats = self.formats.fitted(*self.dims)
         self.dense, self.mergeable = found.flag("dense"), found.flag("mergeable")
-        self.platform = None
-        states = [_restored(state, states[0]) for state in states]
+        self.platform, self.layer = None, found.integer("layer", default=None)
+        states = [restored(state, states[0]) for state in states]
         if metas is None:
             self.planes = [kind.from_state(state) for state in states]
         else:
@@ -273,26 +277,3 @@ class PackedKVCache:
 
 def _plain(array: Packed | mx.array) -> mx.array:
     return array.plain() if isinstance(array, Packed) else array
-
-
-def _storable(state: Any) -> Any:
-    """A plane's state with a number in place of arrays of no width, which old MLX cannot save."""
-    if not isinstance(state, list | tuple):
-        return state
-    return [mx.zeros((1,), a.dtype) if _is_rows(a) and a.shape[-1] == 0 else a for a in state]
-
-
-def _restored(state: Any, first: Any) -> Any:
-    """Undo `_storable`; the first plane, which has widths, tells the shapes."""
-    if not isinstance(state, list | tuple):
-        return state
-    if any(isinstance(part, dict) for part in state):  # what MLX fills a list with
-        raise InputError("a packed layer lacks arrays: save the prompt cache again")
-    return [
-        mx.zeros((*like.shape[:3], 0), a.dtype) if _is_rows(like) and a.ndim == 1 else a
-        for a, like in zip(state, first, strict=True)
-    ]
-
-
-def _is_rows(array: Any) -> bool:
-    return isinstance(array, mx.array) and array.ndim == 4

@@ -142,7 +142,13 @@ def packed_caches(caches: list[Any], mounted: Mounted) -> list[Any]:
         index, member = slot
         holder = caches[index]
         inner = holder if member is None else holder.caches[member]
-        cache = PackedKVCache(inner, formats, dense=mounted.dense, mergeable=mounted.mergeable)
+        cache = PackedKVCache(
+            inner,
+            formats,
+            dense=mounted.dense,
+            mergeable=mounted.mergeable,
+            layer=mounted.owners[slot],
+        )
         if member is None:
             caches[index] = cache
         else:

@@ -7,18 +7,22 @@ that length.
 Source: ``save_prompt_cache`` in mlx_lm/models/cache.py, ``tree_unflatten`` in mlx/utils.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import files
 from ..errors import InputError
 from .cache import PackedKVCache
+from .plan import KVPlan, LayerFormat
 
 #: Names of a place in a tree, one within the other.
 DEPTH = 12
 #: Places without an array in all lists together.
 HOLES = 1024
+
+#: Names of mlx-lm's caches that a plan for every layer packs.
+PLAIN = ("ChunkedKVCache", "KVCache", "RotatingKVCache")
 
 #: What classes raise that are given another's state.
 _FOREIGN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -50,6 +54,63 @@ def load(read: Callable[[], Any], path: Path) -> Any:
             f"{path} does not fit this version of mlx-lm ({type(error).__name__}): save the prompt "
             "cache again"
         ) from error
+
+
+def check_plan(caches: Iterable[Any], plan: KVPlan, path: Path) -> None:
+    """Refuse a prompt cache that was saved at another precision than a plan asks for.
+
+    What is saved stays as it is, and so does what is added to it.
+
+    Args:
+        caches: Those of one model, as they were loaded.
+        plan: What was asked for.
+        path: Their file, for the message.
+
+    Raises:
+        InputError: The plan does not describe these caches.
+    """
+    leaves = list(_leaves(caches))
+    packed = [each for each in leaves if isinstance(each, PackedKVCache)]
+    if not packed and not plan.packs:
+        return
+    if not packed:
+        raise InputError(
+            f"{path} was saved without --optiq-kv, and its keys and values stay as they are: leave "
+            "--optiq-kv out, or save the prompt cache with it"
+        )
+    different = f"{path} was saved with another KV plan than --optiq-kv {plan.source}"
+    remedy = "leave --optiq-kv out to go on with what was saved, or save the prompt cache again"
+    for cache in packed:
+        asked = plan.everywhere
+        if asked is None:
+            if cache.layer is None:
+                continue  # it was not built for a layer of a model
+            asked = plan.layers.get(cache.layer, LayerFormat(None, None))
+        if cache.dims is not None:
+            asked = asked.fitted(*cache.dims)
+        if asked != cache.formats:
+            where = "" if cache.layer is None else f"layer {cache.layer} "
+            raise InputError(f"{different} ({where}has {cache.formats}, not {asked}): {remedy}")
+    saved = {cache.layer for cache in packed}
+    for layer in plan.layers:
+        if not {layer, None} & saved:
+            raise InputError(f"{different} (layer {layer} is not quantized in it): {remedy}")
+    if plan.everywhere is not None and any(type(each).__name__ in PLAIN for each in leaves):
+        raise InputError(f"{different} (not all of its layers are quantized): {remedy}")
+
+
+def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
+    """All caches, those in a CacheList one by one.
+
+    Of a CacheList with a packed cache the others are left out: some are never packed.
+    """
+    for cache in caches:
+        members = getattr(cache, "caches", None)
+        if not isinstance(members, list | tuple):
+            yield cache
+            continue
+        packed = [each for each in members if isinstance(each, PackedKVCache)]
+        yield from packed or members
 
 
 def _has_header(path: Path) -> bool:

@@ -61,6 +61,13 @@ def test_a_saved_prompt_goes_on_packed(exact, kv_config, run, tmp_path):
     )
     assert done.returncode == 2
     assert f"{plain} was saved without --optiq-kv" in done.stderr
+    again = ("mlx_lm.generate", *model, "--prompt-cache-file", saved, "--prompt", rest)
+    assert run(*again, "--max-tokens", "4", "--optiq-kv", kv_config, check=True).stdout.strip()
+    done = run(*again, "--optiq-kv", "4")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"{saved} was saved with another KV plan than --optiq-kv 4 (" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 WRONG = {

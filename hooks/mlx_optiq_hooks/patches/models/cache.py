@@ -1,9 +1,7 @@
 """``mlx_lm.models.cache``: plugins build prompt caches, and saved ones may be packed."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ...commands import kv
 from ...engine import session
@@ -37,23 +35,9 @@ def load_prompt_cache(wrapped, instance, args, kwargs):
     result, plan = saved.load(lambda: wrapped(*args, **kwargs), path), kv.plan()
     # The notes stand beside the caches if they were asked for.
     caches = result[0] if isinstance(result, tuple) else result
-    if plan is not None and plan.packs and not _packed(caches):
-        from mlx_optiq_ext.errors import InputError
-
-        raise InputError(
-            f"{path} was saved without --optiq-kv, and its keys and values stay as they are: leave "
-            "--optiq-kv out, or save the prompt cache with it"
-        )
+    if plan is not None:
+        saved.check_plan(caches, plan, path)
     return result
-
-
-def _packed(caches: Iterable[Any]) -> bool:
-    """Whether any of these caches is packed."""
-    from mlx_optiq_ext.kv import PackedKVCache
-
-    return any(
-        isinstance(each, PackedKVCache) or _packed(getattr(each, "caches", ())) for each in caches
-    )
 
 
 #: What `kv.PackedKVCache` reads of the caches whose place it takes, alone and in a batch.

@@ -59,11 +59,11 @@ def config(name: str) -> dict[str, Any]:
     return {**TOYS["common"], "model_type": name, **own}
 
 
-def build(name: str) -> Any:
-    """A toy with random weights in float32, the same each time."""
+def build(name: str, settings: dict[str, Any] | None = None) -> Any:
+    """A toy with random weights in float32, the same each time; by default with its `config`."""
     module = importlib.import_module(f"mlx_lm.models.{name}")
     mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(config(name)))
+    model = module.Model(module.ModelArgs.from_dict(settings or config(name)))
     # Gates and gains that start at zero would hide what lies behind them.
     model.update(tree_map(_random_where_zero, model.parameters()))
     return model

@@ -1,28 +1,16 @@
 """Whether an adapter is for a model, and which of the model's layers it means."""
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
 from ..model.config import is_embedding
+from ..model.names import place
 from .adapter import PEFT, Adapter, LayerAdapter
 from .geometry import EMBEDDING, geometry
-
-#: What may stand before ``layers.0`` where a checkpoint has been wrapped or unwrapped. The text
-#: model of a vision-language checkpoint has each of these names somewhere.
-_STEMS = (
-    "model",
-    "language_model.model",
-    "model.language_model",
-    "model.language_model.model",
-    "model.text_model",
-    "language_model",
-    "transformer",
-    "backbone",
-)
 
 
 def fit(adapter: Adapter, model: nn.Module) -> Adapter:
@@ -87,17 +75,6 @@ def fit_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
             )
         layers[path] = layer
     return dataclasses.replace(adapter, layers=layers)
-
-
-def place(path: str, known: Collection[str]) -> str | None:
-    """The model's path for one that may be written with another wrapper's prefix."""
-    if path in known:
-        return path
-    tails = {path.removeprefix(f"{stem}.") for stem in _STEMS if path.startswith(f"{stem}.")}
-    tails.add(path)
-    candidates = {f"{stem}.{tail}" for stem in _STEMS for tail in tails} | tails
-    found = sorted(candidates & set(known))
-    return found[0] if len(found) == 1 else None
 
 
 def without_twin(layers: Mapping[str, LayerAdapter], source: str) -> dict[str, LayerAdapter]:

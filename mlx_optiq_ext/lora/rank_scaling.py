@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
-from .fitting import place
+from ..model.names import place
 from .geometry import Geometry
 
 CONSTANT, BY_BITS, BY_KL = "constant", "by_bits", "by_kl"
@@ -119,7 +119,7 @@ def measured_kl(model: str, paths: Mapping[str, Any]) -> dict[str, float]:
     found = {}
     for name, entry in (entries if isinstance(entries, dict) else {}).items():
         value = entry.get("kl") if isinstance(entry, dict) else None
-        own = place(name.removesuffix(".weight"), paths)
+        own = place(name, paths)
         if own is None or value is None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:

@@ -62,13 +62,13 @@ def load_unquantized(
         The model, not evaluated; its tokenizer; and a hash of its files and dtype.
 
     Raises:
-        InputError: The model is quantized already.
+        InputError: The model is quantized already, see `unpacked`.
     """
     model, tokenizer, config = load(path_or_repo, revision, trust_remote_code)
-    if "quantization" in config or "quantization_config" in config:
-        raise InputError(
-            f"{path_or_repo} is quantized already: convert from its unquantized original"
-        )
+    try:
+        unpacked(model)
+    except InputError as error:
+        raise InputError(f"{path_or_repo} {error}") from error
     cast(model, config, dtype)
     return model, tokenizer, f"{model_digest(cached_folder(path_or_repo, revision))}-{dtype}"
 
@@ -82,8 +82,41 @@ def reload(
 ) -> nn.Module:
     """The model of `load_unquantized` once more, not evaluated."""
     model, _, config = load(path_or_repo, revision, trust_remote_code)
+    unpacked(model)
     cast(model, config, dtype)
     return model
+
+
+def unpacked(model: nn.Module) -> bool:
+    """Give a model whose weights are published in 8-bit floating point plain weights.
+
+    Most such checkpoints become plain while mlx-lm loads them. Those with a power of two for each
+    32 weights stay packed, in MLX's mode mxfp8, every value of which bfloat16 holds exactly. What a
+    config says of quantization does not count: ``mlx_lm.convert`` leaves it behind.
+
+    Args:
+        model: Not evaluated; its layers are replaced.
+
+    Returns:
+        Whether anything was packed.
+
+    Raises:
+        InputError: Something is quantized in another mode.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    packed = _packed(model)
+    if all(module.get("scales") is not None and module.mode == "mxfp8" for module in packed):
+        dequantize_model(model)
+        if not _packed(model):
+            return bool(packed)
+    raise InputError("is quantized already: convert from its unquantized original")
+
+
+def _packed(model: nn.Module) -> list[Any]:
+    """The modules whose weights are integers, which floating-point numbers are packed in."""
+    found = (module for _, module in model.named_modules())
+    return [m for m in found if "weight" in m and not mx.issubdtype(m.weight.dtype, mx.floating)]
 
 
 def load(

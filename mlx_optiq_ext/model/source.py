@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.nn as nn
+
+from .. import files
 from ..errors import InputError
 from .hub import CONFIG, cached_folder, find_file
 from .loading import model_digest, model_files
+from .names import place
 
 
 def check_source(path_or_repo: str, revision: str | None = None) -> None:
@@ -70,6 +74,30 @@ class SourceFiles:
             f"the files of {self.path_or_repo} changed while they were converted: nothing was "
             "written; run the command again"
         )
+
+
+def misread(model: nn.Module, path_or_repo: str, revision: str | None = None) -> str | None:
+    """A layer whose 8-bit floating-point weights mlx-lm took for whole numbers.
+
+    Such bytes, multiplied by their scale as they come, give no weight below zero. mlx-lm 0.32.2
+    does so in ``ministral3``.
+
+    Args:
+        model: As it was loaded; one weight of it is evaluated.
+        path_or_repo: The folder or repository that it was loaded from.
+        revision: Of the repository.
+
+    Returns:
+        Its path, or None: no layer is known to be misread.
+    """
+    modules = dict(model.named_modules())
+    for path in model_files(cached_folder(path_or_repo, revision)):
+        stored = files.read_header(path).tensors if path.suffix == ".safetensors" else {}
+        for name in (name for name, tensor in stored.items() if tensor.dtype == "F8_E4M3"):
+            found = place(name, modules)
+            if found is not None and "weight" in modules[found]:
+                return found if modules[found].weight.min().item() >= 0 else None
+    return None
 
 
 def _states(folder: Path) -> dict[Path, tuple[int, int, int]]:

@@ -13,7 +13,7 @@ from ..model.loading import model_digest
 from ..planning.allocation import allocate
 from ..planning.calibration import Calibration
 from .candidates import Size, Tensor, tensors
-from .pipeline import Conversion, prepare, put
+from .pipeline import Conversion, prepare, put, ready
 from .plan import Plan, check_written
 from .plan_file import read_plan
 from .plan_search import Study, search
@@ -51,6 +51,7 @@ __all__ = [
     "prepare",
     "put",
     "read_plan",
+    "ready",
     "refine",
     "register_method",
     "search",

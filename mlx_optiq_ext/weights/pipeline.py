@@ -15,9 +15,9 @@ import mlx.nn as nn
 
 from .. import distributed, files
 from ..errors import InputError, OptiqError
-from ..model.loading import cast, half_dtype, load_unquantized, reload
+from ..model.loading import cast, half_dtype, load_unquantized, reload, unpacked
 from ..model.memory import block_bytes, streams
-from ..model.source import SourceFiles
+from ..model.source import SourceFiles, misread
 from .candidates import Size
 from .plan import Plan
 from .plan_file import read_plan
@@ -87,6 +87,12 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     mx.reset_peak_memory()
     before = SourceFiles.of(path_or_repo, source.get("revision"))
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
+    wrong = misread(model, path_or_repo, source.get("revision"))
+    if wrong is not None:
+        request.say(
+            f"[optiq] mlx-lm reads the 8-bit floating-point weights of {wrong} as whole numbers, "
+            "so that this model is not the one that was published: convert from a bfloat16 original"
+        )
     if request.plan_file is None and source.get("dtype") is None:
         source["dtype"] = half = half_dtype(model)
         if half is not None:
@@ -122,6 +128,8 @@ def _from_file(source: _Source, request: Request) -> Conversion:
     candidates = request.candidates(source.model)
     size = Size.of(source.model, candidates)
     plan = read_plan(request.plan_file, candidates, size)
+    for note in plan.notes:
+        request.say(f"[optiq] {note}")
     _check_room(request, plan.achieved_bpw * size.parameters / 8)
     if not request.refine:
         return Conversion(plan)
@@ -176,7 +184,8 @@ def _finished(conversion: Conversion, problem: Problem, request: Request) -> Con
     def finish() -> Conversion:
         done = refined(conversion, problem)
         done = distilled(done, problem) if request.distill else done
-        return replace(done, plan=replace(done.plan, notes=tuple(problem.findings.notes)))
+        notes = (*conversion.plan.notes, *problem.findings.notes)
+        return replace(done, plan=replace(done.plan, notes=tuple(dict.fromkeys(notes))))
 
     return distributed.led(finish) or conversion
 
@@ -210,6 +219,23 @@ def distilled(conversion: Conversion, problem: Problem) -> Conversion:
         problem.say("[optiq] Distillation did not lower the KL on held-out sequences: left out")
         return conversion
     return replace(conversion, plan=replace(plan, kl=kl), refined=values)
+
+
+def ready(model: nn.Module, config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
+    """Bring a model that stock loaded to where the planned one was before it was measured.
+
+    Args:
+        model: As ``quantize_model`` is given it; its layers may be replaced.
+        config: Its config.
+        conversion: What is planned.
+
+    Returns:
+        The config without what it says of a quantization that the model has not, or no longer.
+    """
+    if unpacked(model):
+        cast(model, config, conversion.dtype)
+    stale = ("quantization", "quantization_config", "quantize_activations")
+    return {key: value for key, value in config.items() if key not in stale}
 
 
 def put(model: nn.Module, refined: Mapping[str, tuple[mx.array, ...]]) -> None:

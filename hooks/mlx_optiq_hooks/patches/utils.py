@@ -50,14 +50,18 @@ def quantize_model(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     from ..installation import plugin_manager
 
-    call = bind(wrapped, args, kwargs)
+    call, run = bind(wrapped, args, kwargs), session.state(convert.Run)
+    if run is not None and run.conversion is not None:
+        from mlx_optiq_ext.weights import ready
+
+        call["config"] = ready(call["model"], call["config"], run.conversion)
     if call.get("quant_predicate") is None:
         predicate = plugin_manager().hook.optiq_quant_predicate(
             model=call["model"], config=call["config"], options=running.options
         )
         if predicate is not None:
             call["quant_predicate"] = predicate
-    result, run = wrapped(**call), session.state(convert.Run)
+    result = wrapped(**call)
     if run is not None and run.conversion is not None and run.conversion.refined:
         from mlx_optiq_ext.weights import put
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ... import files
 from ...errors import InputError
 from ...model.hub import find_folder
-from ..fitting import place
+from ...model.names import place
 
 CONFIG = "adapter_config.json"
 NOTES = "optiq_lora_config.json"
@@ -120,7 +121,7 @@ def _object(path: Path, source: str | Path) -> Mapping[str, Any]:
 
 
 def readable_by_stock(
-    source: str | Path, modules: Callable[[], Collection[str]] | None = None
+    source: str | Path, modules: Callable[[], AbstractSet[str]] | None = None
 ) -> bool:
     """Whether mlx-lm's own loading should read an adapter, or say what is wrong with it.
 
@@ -156,7 +157,7 @@ def _usual_scale(config: Mapping[str, Any]) -> bool:
 
 
 def _usual_tensors(
-    path: Path, config: Mapping[str, Any], modules: Callable[[], Collection[str]] | None
+    path: Path, config: Mapping[str, Any], modules: Callable[[], AbstractSet[str]] | None
 ) -> bool:
     """Whether the tensors have one rank, real numbers, and the model's own paths."""
     try:

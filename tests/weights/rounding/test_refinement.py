@@ -121,7 +121,7 @@ def candidates(model):
 def test_a_plan_is_read_in_both_forms(loaded, tmp_path, content):
     plan = read_plan(write(tmp_path, content), *candidates(loaded[0]))
     assert plan.precisions["model.layers.0.mlp.up_proj"] == Precision(3, 64)
-    assert not plan.precisions["model.layers.1.mlp.up_proj"].quantized
+    assert set(plan.precisions.values()) == {Precision(3, 64)}
 
 
 def test_a_wrappers_prefix_is_no_obstacle(loaded, tmp_path):
@@ -162,6 +162,7 @@ def test_a_plan_may_mix_modes(run, toy, tmp_path):
         "model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
         "model.layers.1.mlp.up_proj": {"bits": 3, "group_size": 64},
         "model.layers.1.mlp.gate_proj": {"bits": 4, "group_size": 16, "mode": "nvfp4"},
+        "model.layers.0.mlp.gate_proj": {"bits": 8, "group_size": 64},
     }
     file, out = write(tmp_path, {"per_layer": mixed}), tmp_path / "out"
     done = run(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ..errors import InputError, UnsupportedError
 from ..kv import make_caches
+from ..model.vocabulary import check_tokens
 from .journal import Journal
 from .models import Subject
 
@@ -159,6 +160,8 @@ def generated(
     from ..kv import mounted_on
 
     prompts = [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+    for prompt in prompts:
+        check_tokens(model, prompt)
     if mounted_on(model) is None:
         return batch_generate(model, tokenizer, prompts, max_tokens=max_tokens).texts
     answers = []

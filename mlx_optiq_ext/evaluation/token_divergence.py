@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..kv import make_caches
+from ..model.vocabulary import check_tokens
 from ..planning.divergence import TOP, Reference
 from .journal import Journal
 from .models import Subject
@@ -34,6 +35,7 @@ NOISE = {
 
 def logits_of(model: Any, tokens: np.ndarray, chunk: int = CHUNK) -> Iterator[tuple[int, mx.array]]:
     """First position and logits (1, n, vocabulary) of a sequence's pieces, through its cache."""
+    check_tokens(model, tokens)
     cache = make_caches(model)
     for start in range(0, len(tokens), chunk):
         piece = model(mx.array(tokens[None, start : start + chunk]), cache=cache)

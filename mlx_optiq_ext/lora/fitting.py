@@ -7,8 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
-from ..model.config import is_embedding
-from ..model.names import place
+from ..model.config import is_embedding, place
 from .adapter import PEFT, Adapter, LayerAdapter
 from .geometry import EMBEDDING, geometry
 

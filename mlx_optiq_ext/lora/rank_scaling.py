@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
-from ..model.names import place
+from ..model.config import place
 from .geometry import Geometry
 
 CONSTANT, BY_BITS, BY_KL = "constant", "by_bits", "by_kl"

@@ -15,8 +15,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import InputError
+from ..model.config import place
 from ..model.taps import Use, tapped
-from .fitting import place
+from ..model.vocabulary import check_tokens
 from .geometry import EMBEDDING, EXPERTS, geometry
 from .layers import base_of
 
@@ -101,6 +102,7 @@ def _sketches(
     try:
         with tapped(bases, see):
             for tokens in samples:
+                check_tokens(model, tokens)
                 mx.eval(model(mx.array([list(tokens)])), found)
                 key[0] = next(keys, key[0])
     finally:

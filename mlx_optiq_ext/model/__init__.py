@@ -12,12 +12,12 @@ Files, each of which imports only from those above it:
 
 - ``hub.py``: where the files are, in a folder or on the Hub
 - ``config.py``: what config.json says, and what a model's parts are called
-- ``names.py``: names of modules as other forms of the model have them
 - ``headers.py``: names, shapes and sizes of stored tensors
 - ``loading.py``: loading, casting and telling models apart
 - ``source.py``: the files that a model is read from, and whether they stay as they are
 - ``layers.py``: decoder layers and linear layers, and calls of them taken over
 - ``finite.py``: refuses NaN, infinity and models that compute them
+- ``vocabulary.py``: refuses tokens that a model has no embedding of
 - ``taps.py``: what goes in and out of linear layers while a model runs
 - ``replay.py``: recording the decoder layers' calls, and running a model from one of them on
 - ``spill.py``: arrays and recordings kept on disk

@@ -7,9 +7,9 @@ import mlx.nn as nn
 
 from .. import files
 from ..errors import InputError
+from .config import place
 from .hub import CONFIG, cached_folder, find_file
 from .loading import model_digest, model_files
-from .names import place
 
 
 def check_source(path_or_repo: str, revision: str | None = None) -> None:

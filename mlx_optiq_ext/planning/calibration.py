@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import distributed
 from ..errors import InputError
+from ..model.vocabulary import check_tokens, embedding_rows
 from .texts import Text, read_texts, stock_text, tokenized
 
 
@@ -135,16 +136,17 @@ def sampled(
 
     Its sequences are half as long as ``sampling`` says: drawing them is slow.
     """
-    start = _start(tokenizer, sampling.count, seed)
+    start = _start(tokenizer, sampling.count, seed, embedding_rows(model))
     tokens = np.stack(list(_sample(model, start, sampling.length // 2, seed)), axis=1)
     every = sampling.held_out_every
     return Calibration(tokens.astype(np.int32), "sampled from the model", None, every)
 
 
-def _start(tokenizer: Any, count: int, seed: int) -> np.ndarray:
+def _start(tokenizer: Any, count: int, seed: int, rows: int | None) -> np.ndarray:
     rng = np.random.default_rng(seed)
     special = set(getattr(tokenizer, "all_special_ids", None) or [])
-    ordinary = [t for t in range(tokenizer.vocab_size) if t not in special]
+    known = tokenizer.vocab_size if rows is None else min(rows, tokenizer.vocab_size)
+    ordinary = [t for t in range(known) if t not in special]
     return rng.choice(ordinary, size=count)
 
 
@@ -179,11 +181,14 @@ def load_calibration(
         sampling: How long the sequences are and how many.
 
     Raises:
-        InputError: The file cannot be used.
+        InputError: The file cannot be used, or its tokens are not the model's.
     """
     found = _texts(path, say)
     if found is not None:
-        return from_texts(found[0], tokenizer, found[1], sampling)
+        data = from_texts(found[0], tokenizer, found[1], sampling)
+        check_tokens(model, data.refining)
+        check_tokens(model, data.tokens)
+        return data
     return distributed.first(lambda: sampled(model, tokenizer, sampling))
 
 
@@ -193,7 +198,9 @@ def load_tokens(
     """The whole text of `load_calibration` as one row of int32 tokens, and its source."""
     found = _texts(path, say)
     if found is not None:
-        return tokenized(found[0], tokenizer), found[1]
+        tokens = tokenized(found[0], tokenizer)
+        check_tokens(model, tokens)
+        return tokens, found[1]
     drawn = distributed.first(lambda: sampled(model, tokenizer))
     return drawn.tokens.ravel(), drawn.source
 

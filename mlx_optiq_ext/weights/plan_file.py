@@ -8,8 +8,7 @@ from typing import Any
 from .. import files
 from .._version import versions
 from ..errors import InputError
-from ..model.config import generates, is_embedding
-from ..model.names import place
+from ..model.config import generates, is_embedding, place
 from .candidates import Size, Tensor
 from .plan import READ_FROM, Plan
 from .precision import AFFINE, GROUP_SIZES, MODES, Precision

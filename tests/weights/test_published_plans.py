@@ -8,8 +8,8 @@ import pytest
 from toy_qwen3 import write_toy
 
 from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.model.config import place
 from mlx_optiq_ext.model.loading import load_unquantized
-from mlx_optiq_ext.model.names import place
 from mlx_optiq_ext.weights import Precision, Size, Tensor, read_plan, tensors
 
 #: What mlx-optiq writes: PyTorch's names of the linear layers, and nothing of embeddings.

@@ -10,8 +10,8 @@ from typing import Any
 
 from ... import files
 from ...errors import InputError
+from ...model.config import place
 from ...model.hub import find_folder
-from ...model.names import place
 
 CONFIG = "adapter_config.json"
 NOTES = "optiq_lora_config.json"

@@ -15,11 +15,11 @@ import mlx.core as mx
 
 from .. import files
 from ..kernels import Platform, current
-from .encoding import arrange, encode, packed_of
+from .encoding import arrange, encode, packed_of, planes_of, rows_of
 from .formats import from_json, to_json
 from .packed_array import Packed
 from .plan import LayerFormat
-from .plane_state import restored, storable
+from .plane_state import check_rows, restored, storable
 
 #: What models and mlx-lm read of a cache, answered by the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
@@ -62,13 +62,9 @@ class PackedKVCache:
         """
         from copy import deepcopy
 
-        sides = [format for format in (formats.keys, formats.values) if format is not None]
         if interleaved is None:
             interleaved = (platform or current()).name == "cpu"
-        if interleaved and all(format.interleaves for format in sides):
-            count = 1
-        else:
-            count = max((len(format.parts) for format in sides), default=2)
+        count = planes_of(formats, interleaved=interleaved)
         self.planes: list[Any] = [cache, *(deepcopy(cache) for _ in range(count - 1))]
         self.formats = formats
         self.dims: tuple[int, int] | None = None
@@ -273,6 +269,13 @@ class PackedKVCache:
             self.planes = [kind.from_state(state) for state in states]
         else:
             self.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
+        count, rows = len(self.planes), None
+        if count not in {planes_of(self.formats, interleaved=each) for each in (False, True)}:
+            raise found.refusal("keys", f"a format of {count} arrays a vector")
+        if self.dims is not None:
+            dtype = found.choice("dtype", DTYPES)
+            rows = rows_of(self.dims, dtype, self.formats, count)
+        check_rows(self.planes, rows)
 
 
 def _plain(array: Packed | mx.array) -> mx.array:

@@ -10,11 +10,19 @@ import mlx.core as mx
 
 from ..kernels import Platform
 from .attention.kernels import pack_kernel
-from .formats import Format
+from .formats import Format, Interleaving
 from .packed_array import Packed
 from .plan import LayerFormat
 
 Parts = tuple[mx.array, ...]
+
+
+def planes_of(formats: LayerFormat, *, interleaved: bool) -> int:
+    """Planes that a layer takes: one of interleaved rows, or one for each part."""
+    sides = [format for format in (formats.keys, formats.values) if format is not None]
+    if interleaved and all(isinstance(format, Interleaving) for format in sides):
+        return 1
+    return max((len(format.parts) for format in sides), default=2)
 
 
 def encode(
@@ -56,6 +64,30 @@ def arrange(
     return zip(_padded(keys, planes), _padded(values, planes), strict=True)
 
 
+def rows_of(
+    dims: tuple[int, int], dtype: str, formats: LayerFormat, planes: int
+) -> Iterable[tuple[mx.array, mx.array]]:
+    """The rows of keys and of values for each plane of a position that is all zeros.
+
+    Args:
+        dims: Of keys and of values.
+        dtype: Name of theirs.
+        formats: Fitted to the dimensions.
+        planes: How many there are.
+    """
+    sides = formats.keys, formats.values
+    zeros = (_zeros(*side, getattr(mx, dtype)) for side in zip(dims, sides, strict=True))
+    return arrange(*zeros, formats, planes)
+
+
+def _zeros(dim: int, format: Format | None, dtype: mx.Dtype) -> Parts:
+    if format is None:
+        return _parts(mx.zeros((1, 1, 1, dim), dtype), None)
+    codes, *others = format.widths(dim)
+    words = mx.zeros((1, 1, 1, codes), mx.uint32)
+    return (words, *(mx.zeros((1, 1, 1, width), dtype) for width in others))
+
+
 def packed_of(
     rows: Sequence[tuple[mx.array, mx.array]], formats: LayerFormat, dtype: str | None
 ) -> tuple[Packed | mx.array, Packed | mx.array]:
@@ -72,12 +104,16 @@ def packed_of(
 
 
 def _joined(parts: Parts, format: Format | None) -> mx.array:
-    return parts[0] if format is None else format.join(parts)
+    if format is None:
+        return parts[0]
+    assert isinstance(format, Interleaving)
+    return format.join(parts)
 
 
 def _split(words: mx.array, format: Format | None, dtype: mx.Dtype) -> Parts:
     if format is None:
         return words, mx.zeros((*words.shape[:-1], 0), dtype)
+    assert isinstance(format, Interleaving)
     return format.split(words, dtype)
 
 

@@ -9,6 +9,7 @@ from mlx_lm.models import cache as stock
 
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.kv import PackedKVCache, parse_spec, saved
+from mlx_optiq_ext.kv.packed_array import Packed
 
 
 @pytest.fixture
@@ -36,6 +37,24 @@ def test_a_whole_file_loads(written):
     assert [type(cache).__name__ for cache in load(path)] == ["PackedKVCache", "KVCache"]
 
 
+@pytest.mark.parametrize("spec", ["5", "k4tv8", "k16v8g32"])
+def test_bfloat16_and_nothing_load_as_they_were_saved(tmp_path, monkeypatch, spec):
+    monkeypatch.setattr(stock, "PackedKVCache", PackedKVCache, raising=False)
+    plan = parse_spec(spec)
+    assert plan is not None
+    assert plan.everywhere is not None
+    caches: list[Any] = [PackedKVCache(stock.KVCache(), plan.everywhere) for _ in "ab"]
+    keys, values = (mx.random.normal((1, 2, 12, dim)).astype(mx.bfloat16) for dim in (64, 128))
+    caches[0].update_and_fetch(keys, values)
+    path = tmp_path / "a.safetensors"
+    stock.save_prompt_cache(str(path), caches)
+    first, empty = load(path)
+    for one, other in zip(caches[0].keys_and_values(), first.keys_and_values(), strict=True):
+        one, other = (a.plain() if isinstance(a, Packed) else a for a in (one, other))
+        assert mx.array_equal(one, other)
+    assert empty.empty()
+
+
 CHANGES = {
     "a list of a billion": (
         lambda a, m: a.update({"1000000000": mx.zeros(1)}),
@@ -53,6 +72,26 @@ CHANGES = {
     ),
     "an unknown class": (lambda a, m: m.update({"1.1": "Nothing"}), r"does not fit .*KeyError"),
     "a class of another kind": (lambda a, m: m.update({"1.1": "mx"}), "does not fit"),
+    "codes of another width": (
+        lambda a, m: a.update({"0.0.0.0": mx.zeros((1, 2, 256, 9), mx.uint32)}),
+        r"the keys of a packed layer are mlx.core.uint32 \(1, 2, 256, 9\) where its format has",
+    ),
+    "a position without a length": (
+        lambda a, m: a.update({"0.0.0.1": mx.zeros((1, 2, 9), mx.uint32)}),
+        "a packed layer lacks values",
+    ),
+    "values of another length": (
+        lambda a, m: a.update({"0.0.0.1": a["0.0.0.1"][:, :, :100]}),
+        r"the values of a packed layer are .* where its format has",
+    ),
+    "codes of another dtype": (
+        lambda a, m: a.update({"0.0.0.0": a["0.0.0.0"].astype(mx.float32)}),
+        r"the keys of a packed layer are mlx.core.float32",
+    ),
+    "an end beyond its length": (
+        lambda a, m: a.update({"0.0.0.2": mx.array(900)}),
+        "a packed layer ends at 900",
+    ),
     "too few arrays": (lambda a, m: a.pop("0.0.0.1"), "lacks arrays|does not fit"),
 }
 

@@ -10,6 +10,7 @@ from typing import TypeGuard
 
 import mlx.core as mx
 
+from ..formats import Multiplying
 from ..packed_array import Packed
 from .composed import product
 from .scores import grouped, probabilities, rows_of
@@ -74,7 +75,9 @@ def _outputs(values: Packed | mx.array, rows: int, tile: int) -> Callable[[mx.ar
 
 
 def _direct(side: Packed | mx.array, rows: int, *, transpose: bool) -> TypeGuard[Packed]:
-    return isinstance(side, Packed) and rows <= side.format.product_rows(transpose=transpose)
+    if not isinstance(side, Packed) or not isinstance(side.format, Multiplying):
+        return False
+    return rows <= side.format.product_rows(transpose=transpose)
 
 
 def _in_float32(side: Packed) -> Packed:

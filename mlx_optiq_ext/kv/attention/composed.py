@@ -2,13 +2,15 @@
 
 import mlx.core as mx
 
+from ..formats import Multiplying
 from ..packed_array import Packed
 from .scores import grouped, probabilities, rows_of
 
 
 def supports(*sides: Packed | mx.array) -> bool:
     """Whether MLX has a product with data in these forms."""
-    return all(not isinstance(side, Packed) or side.format.multiplies for side in sides)
+    packed = (side for side in sides if isinstance(side, Packed))
+    return all(isinstance(side.format, Multiplying) for side in packed)
 
 
 def attend(
@@ -36,5 +38,6 @@ def product(left: mx.array, right: Packed | mx.array, *, transpose: bool) -> mx.
     if not isinstance(right, Packed):
         right = mx.expand_dims(right, 2)
         return left @ (right.swapaxes(-1, -2) if transpose else right)
+    assert isinstance(right.format, Multiplying), "`supports` was not asked"
     parts = [mx.expand_dims(part, 2) for part in right.parts]
     return right.format.multiply(left, parts, transpose=transpose)

@@ -14,7 +14,7 @@ to the stock commands with the hook ``optiq_kv_formats``.
 """
 
 from .affine import Affine
-from .format import CodeLayout, Format
+from .format import CodeLayout, Format, Interleaving, Multiplying
 from .registry import from_json, from_spec, register, registered, to_json, unregister
 from .turboquant import TurboQuant
 
@@ -25,6 +25,8 @@ __all__ = [
     "Affine",
     "CodeLayout",
     "Format",
+    "Interleaving",
+    "Multiplying",
     "TurboQuant",
     "from_json",
     "from_spec",

@@ -11,7 +11,7 @@ from ...errors import InputError, UnsupportedError
 from ...files import shown
 from ...turboquant.hadamard import rotatable, rotate, rotate_back
 from .affine_ranges import pack
-from .format import CodeLayout, Format
+from .format import CodeLayout, Interleaving, Multiplying
 
 #: Widths and group sizes that MLX packs.
 BITS = (2, 3, 4, 5, 6, 8)
@@ -25,7 +25,7 @@ VALUE_ROWS = {2: 3, 3: 10, 4: 6, 5: 14, 6: 20, 8: 5}
 
 
 @dataclass(frozen=True)
-class Affine(Format):
+class Affine(Interleaving, Multiplying):
     """Codes in groups that share a scale and a bias.
 
     Attributes:
@@ -40,8 +40,6 @@ class Affine(Format):
     letters: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "r": {"rotated": True}}
     fields: ClassVar[tuple[str, ...]] = ("bits", "group_size", "rotated")
     parts: ClassVar[tuple[str, ...]] = ("codes", "scales", "biases")
-    interleaves: ClassVar[bool] = True
-    multiplies: ClassVar[bool] = True
     packed_by_kernel: ClassVar[bool] = True
 
     bits: int

@@ -31,7 +31,8 @@ class Format(abc.ABC):
 
     A format is a frozen dataclass with a field ``bits``. Six methods are its own: `from_json`,
     `to_json`, `fitted`, `bits_per_element`, `pack` and `unpack`. With these alone attention unpacks
-    one layer at a time. The others let faster kernels read the parts as they are.
+    one layer at a time. The others let faster kernels read the parts as they are. So do the
+    classes `Interleaving` and `Multiplying`, to inherit in place of this one.
 
     Attributes:
         name: ``"method"`` in kv_config.json.
@@ -41,8 +42,6 @@ class Format(abc.ABC):
         parts: What `pack` returns, in order, two or more. The first is uint32, the others have the
             dtype of the packed array. A cache holds the same part of keys and of values in one of
             mlx-lm's caches.
-        interleaves: Whether `join` and `split` keep all parts of a vector in one row.
-        multiplies: Whether `multiply` works.
         packed_by_kernel: Whether the kernel that packs new keys and values may replace `pack`.
     """
 
@@ -50,8 +49,6 @@ class Format(abc.ABC):
     letters: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     fields: ClassVar[tuple[str, ...]] = ("bits",)
     parts: ClassVar[tuple[str, ...]]
-    interleaves: ClassVar[bool] = False
-    multiplies: ClassVar[bool] = False
     packed_by_kernel: ClassVar[bool] = False
 
     bits: int
@@ -106,25 +103,13 @@ class Format(abc.ABC):
         """Head dimension of vectors whose first part is so many words wide."""
         return words * 32 // self.bits
 
-    def join(self, parts: Sequence[mx.array]) -> mx.array:
-        """All parts side by side in uint32 words (..., words)."""
-        raise NotImplementedError
-
-    def split(self, words: mx.array, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """Undo `join` for an array of ``dtype``."""
-        raise NotImplementedError
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Last axis of each of `parts` for vectors of ``dim`` elements, without packing any."""
+        return tuple(part.shape[-1] for part in self.pack(mx.zeros((1, 1, 1, dim))))
 
     def tile(self, parts: Sequence[mx.array]) -> mx.array:
         """`unpack` in float32, as fast as a CPU can."""
         return self.unpack(parts, mx.float32)
-
-    def multiply(self, left: mx.array, parts: Sequence[mx.array], *, transpose: bool) -> mx.array:
-        """``left @ array``, or ``left @ array.T``, in the stored basis; leading axes broadcast."""
-        raise NotImplementedError
-
-    def product_rows(self, *, transpose: bool) -> int:
-        """Most rows of ``left`` for which a CPU gains by `multiply` over `tile` and a product."""
-        return 0
 
     def code_layout(self, dim: int) -> CodeLayout | None:
         """How the decoding kernels find codes, scales and biases; None if they cannot.
@@ -135,3 +120,27 @@ class Format(abc.ABC):
 
     def __str__(self) -> str:
         return f"{self.bits} ({self.name})"
+
+
+class Interleaving(Format):
+    """A format whose parts of a vector may lie in one row, which costs a CPU fewer operations."""
+
+    @abc.abstractmethod
+    def join(self, parts: Sequence[mx.array]) -> mx.array:
+        """All parts side by side in uint32 words (..., words)."""
+
+    @abc.abstractmethod
+    def split(self, words: mx.array, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+        """Undo `join` for an array of ``dtype``."""
+
+
+class Multiplying(Format):
+    """A format that MLX has a matrix product with, so that nothing need be unpacked."""
+
+    @abc.abstractmethod
+    def multiply(self, left: mx.array, parts: Sequence[mx.array], *, transpose: bool) -> mx.array:
+        """``left @ array``, or ``left @ array.T``, in the stored basis; leading axes broadcast."""
+
+    @abc.abstractmethod
+    def product_rows(self, *, transpose: bool) -> int:
+        """Most rows of ``left`` for which a CPU gains by `multiply` over `tile` and a product."""

@@ -85,6 +85,10 @@ class TurboQuant(Format):
         """Undo `turn`."""
         return Rotation(array.shape[-1], self.seed).back(array)
 
+    def widths(self, dim: int) -> tuple[int, int]:
+        """Codes and a norm."""
+        return dim * self.bits // 32, 1
+
     def code_layout(self, dim: int) -> CodeLayout:
         """One group a vector, with a codebook."""
         return CodeLayout(dim, self.bits, dim, levels(dim, self.bits))

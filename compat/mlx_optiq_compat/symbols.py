@@ -7,7 +7,6 @@ imported inside the functions.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 
@@ -37,13 +36,6 @@ def load(
         options["trust_remote_code"] = trust_remote_code
     tokenizer = {"trust_remote_code": trust_remote_code}
     return mlx_lm.load(path_or_repo, tokenizer_config=tokenizer, revision=revision, **options)
-
-
-def downloaded(path_or_repo: str, patterns: list[str]) -> Path:
-    """The folder of a repository's files that match, downloaded if it is not there yet."""
-    from mlx_lm import utils
-
-    return Path(utils._download(path_or_repo, allow_patterns=patterns))
 
 
 def generation_stream(call: Mapping[str, Any]) -> Any:

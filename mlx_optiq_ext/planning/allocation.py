@@ -32,6 +32,7 @@ def allocate(
     sizes: Sequence[Sequence[int]],
     capacity: int,
     *,
+    names: Sequence[str] = (),
     operations: int = OPERATIONS,
 ) -> list[int]:
     """Choose one candidate per tensor.
@@ -40,6 +41,7 @@ def allocate(
         costs: ``costs[t][c]``, the cost of candidate ``c`` of tensor ``t``; finite.
         sizes: ``sizes[t][c]``, its stored bits; non-negative.
         capacity: Stored bits that all tensors may take together.
+        names: Of the tensors, for messages.
         operations: Bound on the work of the exact step.
 
     Returns:
@@ -56,7 +58,7 @@ def allocate(
         raise BudgetError(f"the smallest candidates take {smallest} bits of {capacity}")
     if not costs:
         return []
-    table = _Table.of(costs, sizes)
+    table = _Table.of(costs, sizes, names)
     choice, price, bound = _relaxed(table, capacity)
     best = table.cost(choice)
     # Rounding in the bound must not rule out what an exact bound would keep.
@@ -83,12 +85,17 @@ class _Table:
     origin: np.ndarray
 
     @classmethod
-    def of(cls, costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]]) -> "_Table":
+    def of(
+        cls,
+        costs: Sequence[Sequence[float]],
+        sizes: Sequence[Sequence[int]],
+        names: Sequence[str] = (),
+    ) -> "_Table":
         widths = [len(row) for row in costs]
         if widths != [len(row) for row in sizes]:
             raise ValueError("costs and sizes differ in shape")
         if min(widths) == 0:
-            raise InputError(f"tensor {widths.index(0)} has no candidate")
+            raise InputError(f"{_named(names, widths.index(0))} has no candidate")
         shape = (len(widths), max(widths))
         cost, size = np.full(shape, np.inf), np.zeros(shape, np.int64)
         present = np.arange(shape[1]) < np.array(widths)[:, None]
@@ -97,7 +104,10 @@ class _Table:
         wrong = np.argwhere(present & ~np.isfinite(cost))
         if len(wrong):
             t, c = wrong[0]
-            raise InputError(f"the cost of candidate {c} of tensor {t} is {cost[t, c]}")
+            raise InputError(
+                f"the sensitivity of {_named(names, t)} came out as {cost[t, c]} at candidate {c}: "
+                "its weights or its inputs are damaged, or too large to compute with"
+            )
         largest = np.abs(cost[present]).max()
         if largest > 1e150:
             cost /= largest  # sums and products of such costs would overflow
@@ -146,6 +156,10 @@ class _Table:
             found.append((rows, best, more[line, best], saving[line, best]))
             at = best
         return tuple(np.concatenate(part) for part in zip(*found, strict=True))
+
+
+def _named(names: Sequence[str], tensor: int) -> str:
+    return names[tensor] if names else f"tensor {tensor}"
 
 
 def _relaxed(table: _Table, capacity: int) -> tuple[np.ndarray, float, float]:

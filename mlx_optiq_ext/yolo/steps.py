@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import BudgetError
+from ..errors import BudgetError, InputError
 from ..planning.allocation import allocate
 from . import archive
 from .codes import RULES, channel_steps, encoded
@@ -112,7 +112,9 @@ def plan(detector: Detector, budget: float, rule: str) -> tuple[DetectionPlan, A
 
     Raises:
         BudgetError: Even the coarsest steps take more.
+        InputError: A weight or a sensitivity is no finite number; the message names the layer.
     """
+    _check_finite(detector)
     costs, sizes, factors = [], [], []
     for layer in detector.layers:
         rows = _candidates(detector, layer, rule)
@@ -128,7 +130,8 @@ def plan(detector: Detector, budget: float, rule: str) -> tuple[DetectionPlan, A
             f"a budget of {budget:g} bits per weight is too small for this network: its coarsest "
             f"file takes {least * 8 / detector.parameters:.2f}"
         )
-    picks = allocate(costs, sizes, capacity)
+    names = [layer.path for layer in detector.layers]
+    picks = allocate(costs, sizes, capacity, names=names)
     stored, choices = dict(rest), {}
     for layer, pick, cost, size, factor in zip(
         detector.layers, picks, costs, sizes, factors, strict=True
@@ -138,6 +141,18 @@ def plan(detector: Detector, budget: float, rule: str) -> tuple[DetectionPlan, A
         choices[layer.path] = Choice(factor[pick], size[pick] * 8 / elements, cost[pick])
     total = fixed + sum(size[pick] for size, pick in zip(sizes, picks, strict=True))
     return DetectionPlan(rule, choices, total, detector.parameters), stored
+
+
+def _check_finite(detector: Detector) -> None:
+    for name, array in detector.arrays.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{name} holds numbers that are not finite: get the checkpoint again")
+    for path, array in detector.measured.curvature.items():
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"the sensitivity of {path} is not finite: weights up to there are too large to "
+                "compute with"
+            )
 
 
 def _candidates(detector: Detector, layer: Layer, rule: str) -> list[tuple[float, float, int]]:

@@ -8,7 +8,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from mlx_optiq_ext.errors import BudgetError
+from mlx_optiq_ext.errors import BudgetError, InputError
 from mlx_optiq_ext.kv import read_plan
 from mlx_optiq_ext.kv.planning import pipeline as conversion
 from mlx_optiq_ext.kv.planning.kv_sensitivity import measure
@@ -49,6 +49,32 @@ def test_more_budget_loses_less(measured):
 def test_an_impossible_budget_names_the_range(measured):
     with pytest.raises(BudgetError, match=r"take from 2\.500 to 9\.000 bits per element"):
         choose(measured[1], 2.2)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_what_is_no_number_is_refused_naming_the_layer(measured, alike):
+    sensitivity = measured[1]
+    wrong = {**sensitivity.kl, (2, "v"): dict.fromkeys(sensitivity.kl[2, "v"], float("nan"))}
+    with pytest.raises(InputError, match=r"sensitivity of .*the values of layer 2 came out as nan"):
+        choose(replace(sensitivity, kl=wrong), 5.0, alike=alike)
+
+
+def test_what_was_measured_before_is_said_to_be_read(exact, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / "kept"))
+    text, sampling = tiny.parent / "calibration.jsonl", replace(conversion.LONG, length=32)
+    lines: list[str] = []
+    for budget in (4.0, 5.0):
+        conversion.plan_kv(
+            *(str(exact), budget),
+            calibration=text,
+            sampling=sampling,
+            progress=False,
+            say=lines.append,
+        )
+    first, second = lines
+    assert first.startswith("[optiq] Measuring keys and values at 32 tokens of context on 64 ")
+    assert second.startswith("[optiq] Reading the measurements of keys and values at 32 tokens")
+    assert second.endswith(f"(calibration.jsonl) from {tmp_path / 'kept'}")
 
 
 def test_the_files_are_read_back(measured, tmp_path):

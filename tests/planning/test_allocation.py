@@ -115,7 +115,7 @@ def test_a_cost_that_is_no_number_is_refused(problem, value, data):
     t = data.draw(st.integers(0, len(costs) - 1))
     c = data.draw(st.integers(0, len(costs[t]) - 1))
     costs[t][c] = value
-    with pytest.raises(InputError, match=f"candidate {c} of tensor {t} is {value}"):
+    with pytest.raises(InputError, match=f"of tensor {t} came out as {value} at candidate {c}:"):
         allocate(costs, sizes, capacity)
 
 

@@ -1,10 +1,12 @@
 """Measuring, choosing and judging on a network small enough to check by hand."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_optiq_ext.errors import BudgetError
+from mlx_optiq_ext.errors import BudgetError, InputError
 from mlx_optiq_ext.yolo import archive, hessian, network, steps
 from mlx_optiq_ext.yolo.divergence import divergence
 from mlx_optiq_ext.yolo.network import Outputs
@@ -124,6 +126,20 @@ def test_more_bytes_never_cost_more(study):
 def test_a_budget_below_the_coarsest_file_is_refused_with_the_least(study):
     with pytest.raises(BudgetError, match=r"1 bits per weight is too small .* takes \d+\.\d\d"):
         steps.plan(study[1], 1, "even")
+
+
+@pytest.mark.parametrize("damaged", ["curvature", "weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_is_refused_naming_the_layer(study, damaged, value):
+    _, detector = study
+    curvature = {path: each.copy() for path, each in detector.measured.curvature.items()}
+    arrays = {name: each.copy() for name, each in detector.arrays.items()}
+    changed = curvature["second.conv"] if damaged == "curvature" else arrays["second.conv.weight"]
+    changed.flat[7] = value
+    measured = replace(detector.measured, curvature=curvature)
+    named = r"second\.conv(\.weight holds numbers that are| is) not finite"
+    with pytest.raises(InputError, match=named):
+        steps.plan(replace(detector, arrays=arrays, measured=measured), 5.0, "even")
 
 
 def test_protected_layers_keep_fine_steps(study):

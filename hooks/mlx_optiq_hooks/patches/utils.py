@@ -24,15 +24,15 @@ def sharded_load(wrapped, instance, args, kwargs):
     loaded, running = wrapped(*args, **kwargs), session.running()
     if running is not None and running.options is None:
         return loaded
-    from mlx_optiq_compat import symbols
     from mlx_optiq_ext.adapters import Split, note_split
+    from mlx_optiq_ext.model.hub import find_folder
 
     call, utils = bind(wrapped, args, kwargs), sys.modules[wrapped.__module__]
     options = {k: v for k, v in call.items() if k == "trust_remote_code"}
     model = loaded[0]
 
     def whole():
-        folder = symbols.downloaded(call["repo"], ["*.json"])
+        folder = find_folder(call["repo"], ["*.json"])
         return utils.load_model(folder, lazy=True, strict=False, **options)[0]
 
     # As mlx-lm decides: by heads if it is not told.
@@ -126,7 +126,7 @@ PATCHES = (
         wrapper=sharded_load,
         uses=(
             *of("mlx_lm.models.pipeline", *(f"PipelineMixin.{name}" for name in PIPELINE)),
-            *of("mlx_lm.utils", "_download", "load_model", "mx"),
+            *of("mlx_lm.utils", "load_model", "mx"),
         ),
     ),
     Patch(

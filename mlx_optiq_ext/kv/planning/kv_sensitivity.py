@@ -32,6 +32,8 @@ ANCHOR = 3
 FINEST = 4
 #: Counted up when formats are measured in another way.
 VERSION = 2
+#: Under which a journal keeps that everything of a model is in it.
+COMPLETE = "complete"
 
 #: A decoder layer and whether it is its keys ("k") or values ("v").
 Side = tuple[int, str]

@@ -16,7 +16,7 @@ from ...model.loading import load, model_digest, to_compute
 from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spread
 from ..formats import to_json
 from ..plan import FILE, entries
-from .kv_sensitivity import KVSensitivity, journal_of, measure
+from .kv_sensitivity import COMPLETE, KVSensitivity, journal_of, measure
 from .plan_search import Found, search
 
 #: File beside the plan that holds what was measured.
@@ -65,15 +65,23 @@ def plan_kv(
     tokens, source = load_tokens(model, tokenizer, calibration, say)
     measured, held_out = sequences(tokens, sampling)
     check_outputs(model, mx.array(measured[:1, :256]))
-    say(
-        f"[optiq] Measuring keys and values at {measured.shape[1]} tokens of context on "
-        f"{measured.size} tokens ({source})"
-    )
     digest = model_digest(cached_folder(path_or_repo, revision))
     tokens_digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     distributed.compare(**{"model": digest, "calibration data": tokens_digest})
     journal = journal_of({"model": digest, "device": str(mx.default_device())}, measured)
-    found = measure(model, measured, held_out, journal=journal, progress=progress)
+    kept = journal.get(COMPLETE) is not None
+    doing, where = "Measuring", ""
+    if kept:
+        doing, where = "Reading the measurements of", f" from {files.cache_dir()}"
+    say(
+        f"[optiq] {doing} keys and values at {measured.shape[1]} tokens of context on "
+        f"{measured.size} tokens ({source}){where}"
+    )
+    bar = progress and not kept
+    found = measure(model, measured, held_out, journal=journal, progress=bar)
+    if not kept:
+        journal.add(COMPLETE, 1.0)
+        journal.exchange()
     return search(found, budget), found
 
 

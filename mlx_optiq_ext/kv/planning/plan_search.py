@@ -15,6 +15,9 @@ from ..formats import Affine, Format
 from ..plan import LayerFormat
 from .kv_sensitivity import KVSensitivity, Side, as_layers
 
+#: What a side's letter stands for.
+SIDES = {"k": "keys", "v": "values"}
+
 
 @dataclass(frozen=True)
 class Found:
@@ -106,6 +109,7 @@ def choose(
 
     Raises:
         BudgetError: No choice fits; the message names the range.
+        InputError: A measurement is no finite number.
     """
     groups: dict[Any, list[Side]] = {}
     for side in found.kl:
@@ -130,7 +134,8 @@ def choose(
             f"a KV budget of {budget:g} bits is too small: with scales and biases these layers "
             f"take from {least:.3f} to {most:.3f} bits per element"
         )
-    picked = allocate(costs, sizes, math.floor(budget * total))
+    names = [" and ".join(f"the {SIDES[which]} of layer {n}" for n, which in own) for own in sides]
+    picked = allocate(costs, sizes, math.floor(budget * total), names=names)
     return {side: options[i][picked[i]] for i, own in enumerate(sides) for side in own}
 
 

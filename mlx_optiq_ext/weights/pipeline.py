@@ -24,7 +24,7 @@ from .plan_file import read_plan
 from .plan_search import Study, search
 from .precision import AFFINE
 from .request import Request
-from .rounding.distillation import STEPS, distill
+from .rounding.distillation import distill, placed
 from .rounding.refinement import Refined, judge, refine
 from .sensitivity.problem import Problem
 from .sensitivity.taylor import differentiated
@@ -39,6 +39,7 @@ class Conversion:
     Attributes:
         plan: The precision of each tensor.
         refined: What to store instead of MLX's own rounding, by tensor path.
+        parameters: What to store of unquantized parameters, by parameter path.
         post_processing: Entries for the metadata.
         study: The measurements, if any were made.
         block_bytes: Stored bytes of the largest decoder layer, if the model is too large for memory
@@ -49,6 +50,7 @@ class Conversion:
 
     plan: Plan
     refined: Refined = field(default_factory=dict)
+    parameters: Mapping[str, mx.array] = field(default_factory=dict)
     post_processing: list[dict[str, Any]] = field(default_factory=list)
     study: Study | None = None
     block_bytes: int | None = None
@@ -208,17 +210,20 @@ def refined(conversion: Conversion, problem: Problem) -> Conversion:
 
 
 def distilled(conversion: Conversion, problem: Problem) -> Conversion:
-    """Tune a refined conversion's scales and biases; keep them if the held-out KL falls."""
+    """Tune what a refined conversion stores; keep it if the held-out KL falls."""
     plan = conversion.plan
-    values = distill(problem, plan.precisions, conversion.refined)
-    kl = judge(problem, plan.precisions, values)
+    found = distill(problem, plan.precisions, conversion.refined)
+    in_model = {path: value.astype(problem.dtype) for path, value in found.parameters.items()}
+    with placed(problem.model, in_model):
+        kl = judge(problem, plan.precisions, found.refined)
     kept = plan.kl is not None and kl < plan.kl
-    entry = {"op": "distill", "steps": STEPS, "kl_before": plan.kl, "kl": kl, "kept": kept}
+    entry = {"op": "distill", "steps": found.steps, "kl_before": plan.kl, "kl": kl, "kept": kept}
     conversion = replace(conversion, post_processing=[*conversion.post_processing, entry])
     if not kept:
         problem.say("[optiq] Distillation did not lower the KL on held-out sequences: left out")
         return conversion
-    return replace(conversion, plan=replace(plan, kl=kl), refined=values)
+    plan = replace(plan, kl=kl)
+    return replace(conversion, plan=plan, refined=found.refined, parameters=found.parameters)
 
 
 def ready(model: nn.Module, config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
@@ -238,25 +243,45 @@ def ready(model: nn.Module, config: dict[str, Any], conversion: Conversion) -> d
     return {key: value for key, value in config.items() if key not in stale}
 
 
-def put(model: nn.Module, refined: Mapping[str, tuple[mx.array, ...]]) -> None:
+def put(
+    model: nn.Module,
+    refined: Mapping[str, tuple[mx.array, ...]],
+    parameters: Mapping[str, mx.array] | None = None,
+) -> None:
     """Replace what ``quantize_model`` stored in a model by the refined values.
 
     Args:
         model: As ``quantize_model`` returns it.
         refined: Tensor path -> words, scales and biases.
+        parameters: Parameter path -> value of what is not quantized; stored in the model's dtype.
 
     Raises:
         OptiqError: A tensor is not there, or is quantized in another way.
     """
     modules = dict(model.named_modules())
     for path, quantized in refined.items():
-        module = modules.get(path)
         for name, value in zip(("weight", "scales", "biases"), quantized, strict=True):
-            stored = None if module is None else module.get(name)
-            if stored is None or (stored.shape, stored.dtype) != (value.shape, value.dtype):
-                raise OptiqError(
-                    f"{path}.{name} was refined as {value.dtype} {value.shape}, but mlx-lm made "
-                    f"{'nothing' if stored is None else f'{stored.dtype} {stored.shape}'} of it: "
-                    "please report this with your mlx-lm version"
-                )
-            setattr(module, name, value)
+            stored = _stored(modules, f"{path}.{name}", "refined", value)
+            if stored.dtype != value.dtype:
+                raise _differs(f"{path}.{name}", "refined", value, stored)
+            modules[path][name] = value
+    for path, value in (parameters or {}).items():
+        stored = _stored(modules, path, "tuned", value)
+        module, _, name = path.rpartition(".")
+        modules[module][name] = value.astype(stored.dtype)
+
+
+def _stored(modules: Mapping[str, nn.Module], path: str, done: str, value: mx.array) -> mx.array:
+    module, _, name = path.rpartition(".")
+    stored = modules[module].get(name) if module in modules else None
+    if stored is None or stored.shape != value.shape:
+        raise _differs(path, done, value, stored)
+    return stored
+
+
+def _differs(path: str, done: str, value: mx.array, stored: mx.array | None) -> OptiqError:
+    made = "nothing" if stored is None else f"{stored.dtype} {stored.shape}"
+    return OptiqError(
+        f"{path} was {done} as {value.dtype} {value.shape}, but mlx-lm made {made} of it: please "
+        "report this with your mlx-lm version"
+    )

@@ -66,7 +66,7 @@ def quantize_model(wrapped, instance, args, kwargs):
         from mlx_optiq_ext.weights import put
 
         model, _ = result
-        put(model, run.conversion.refined)
+        put(model, run.conversion.refined, run.conversion.parameters)
     return result
 
 

@@ -9,47 +9,53 @@ from mlx_lm.utils import compute_bits_per_weight
 from toy_fixtures import unmeasured
 from toy_qwen3 import moe
 
-from mlx_optiq_ext.errors import InputError
+from mlx_optiq_ext.errors import InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
-from mlx_optiq_ext.planning.calibration import Sampling
-from mlx_optiq_ext.weights import (
-    Precision,
-    distill,
-    refine,
-)
-from mlx_optiq_ext.weights import (
-    pipeline as conversion,
-)
+from mlx_optiq_ext.planning.calibration import Calibration, Sampling
+from mlx_optiq_ext.weights import Precision, distill, pipeline, put, refine
 from mlx_optiq_ext.weights.plan import Plan
 from mlx_optiq_ext.weights.precision import quantize
-from mlx_optiq_ext.weights.rounding import distillation
+from mlx_optiq_ext.weights.rounding.codes import unpack
+from mlx_optiq_ext.weights.rounding.distillation import Distilled, Settings, placed
+from mlx_optiq_ext.weights.rounding.distillation.sequences import divided, drawn, whole
 from mlx_optiq_ext.weights.rounding.refinement import judge
-from mlx_optiq_ext.weights.sensitivity.problem import batches
 
 pytestmark = pytest.mark.newest
+
+#: A few small steps.
+SMALL = Settings(steps=8, held_out=4, judged_every=4)
+#: Such that move codes and norms too.
+ALL = replace(SMALL, codes_rate=0.005, parameters_rate=1e-3)
 
 
 @pytest.fixture
 def problem(tiny):
-    """The tiny model on sequences of 64 tokens."""
+    """The tiny model on sequences of 32 tokens."""
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
-    text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=64, count=8, refining=48)
+    text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=32, count=8, refining=48)
     return unmeasured(model, tokenizer, calibration=text, sampling=sampling, refine=True)
 
 
 @pytest.fixture
 def rounded(problem):
-    """Its tensors in 2 bits, as MLX rounds them."""
-    precisions = {t.path: Precision(2, 64) for t in problem.tensors}
+    """Its tensors in 3 bits, as MLX rounds them."""
+    precisions = {t.path: Precision(3, 64) for t in problem.tensors}
     return precisions, {path: quantize(problem.weights[path], p) for path, p in precisions.items()}
+
+
+def judged(problem, precisions, found):
+    with placed(problem.model, found.parameters):
+        return judge(problem, precisions, found.refined)
 
 
 def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(problem, rounded):
     precisions, start = rounded
     before = {path: mx.array(module.weight) for path, module in quantizable(problem.model)}
-    tuned = distill(problem, precisions, start, steps=16)
-    assert judge(problem, precisions, tuned) < 0.95 * judge(problem, precisions, start)
-    for path, (codes, *grids) in tuned.items():
+    found = distill(problem, precisions, start, SMALL)
+    assert judged(problem, precisions, found) < 0.95 * judge(problem, precisions, start)
+    assert found.kl < 0.95 * found.kl_before
+    assert not found.parameters
+    for path, (codes, *grids) in found.refined.items():
         assert mx.array_equal(codes, start[path][0]), path
         for new, old in zip(grids, start[path][1:], strict=True):
             assert (new.shape, new.dtype) == (old.shape, old.dtype)
@@ -57,50 +63,113 @@ def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(problem, r
         assert mx.array_equal(module.weight, before[path]), path
 
 
-def test_a_step_of_no_size_changes_nothing_but_rounding(problem, rounded):
+@pytest.mark.parametrize("lever", [{"codes_rate": 0.005}, {"parameters_rate": 3e-3}])
+def test_each_lever_lowers_the_kl_further(problem, rounded, lever):
+    without, found = (
+        distill(problem, *rounded, settings) for settings in (SMALL, replace(SMALL, **lever))
+    )
+    assert found.kl < 0.98 * without.kl
+    assert without.kl_before == pytest.approx(found.kl_before, rel=1e-4)
+
+
+def test_codes_that_move_stay_codes_of_their_width(problem, rounded):
     precisions, start = rounded
-    tuned = distill(problem, precisions, start, steps=1, rate=1e-12)
-    for path, packed in tuned.items():
-        for new, old in zip(packed, start[path], strict=True):
-            assert mx.allclose(new, old, rtol=2**-7, atol=1e-3), path
+    found = distill(problem, precisions, start, replace(ALL, steps=4))
+    moved = 0
+    for path, new in found.refined.items():
+        shapes = [(a.shape, a.dtype) for a in new]
+        assert shapes == [(a.shape, a.dtype) for a in start[path]], path
+        codes = unpack(new[0], 3)
+        assert int(codes.max()) <= 7
+        moved += int((codes != unpack(start[path][0], 3)).sum())
+    assert moved > 20
+
+
+def test_one_seed_gives_one_result(problem, rounded):
+    once, again = (
+        distill(problem, *rounded, replace(ALL, steps=3, judged_every=1)) for _ in range(2)
+    )
+    for path, stored in once.refined.items():
+        assert all(
+            mx.array_equal(a, b) for a, b in zip(stored, again.refined[path], strict=True)
+        ), path
+    assert once.parameters
+    for path, value in once.parameters.items():
+        assert mx.array_equal(value, again.parameters[path]), path
+
+
+def test_what_is_worse_than_the_start_is_not_returned(problem, rounded):
+    found = distill(problem, *rounded, replace(ALL, steps=2, rate=5.0))
+    assert found.refined is rounded[1]
+    assert not found.parameters
+    assert found.kl == found.kl_before
+
+
+def test_the_best_judgement_is_kept_not_the_last(problem, rounded):
+    every, last = (
+        distill(problem, *rounded, replace(SMALL, rate=0.04, judged_every=n)) for n in (1, 8)
+    )
+    assert every.kl < last.kl
+    assert every.steps == last.steps == 8
 
 
 def test_recomputing_layers_changes_no_value(problem, rounded):
-    once = distill(problem, *rounded, steps=2)
-    whole = distill(problem, *rounded, steps=2, checkpoint=False)
-    for path, packed in once.items():
-        assert all(mx.allclose(a, b, rtol=2**-7) for a, b in zip(packed, whole[path], strict=True))
+    kept, once = (
+        distill(problem, *rounded, replace(ALL, steps=2, checkpoint=c)) for c in (False, True)
+    )
+    assert once.kl == pytest.approx(kept.kl, rel=1e-3)
+    for path, stored in once.refined.items():
+        pairs = zip(stored[1:], kept.refined[path][1:], strict=True)
+        assert all(mx.allclose(a, b, rtol=2**-7, atol=1e-4) for a, b in pairs), path
 
 
-def test_layers_that_cannot_be_recorded_are_tuned_in_one_piece(problem, rounded, monkeypatch):
-    start = rounded[1]
-    monkeypatch.setattr(distillation, "record", lambda model, tokens: (None, []))
-    tuned = distill(problem, *rounded, steps=2)
-    assert not any(mx.array_equal(tuned[path][1], start[path][1]) for path in start)
+def test_the_time_it_takes_is_said_and_can_be_bounded(problem, rounded):
+    said = []
+    problem = replace(problem, say=said.append)
+    found = distill(problem, *rounded, replace(SMALL, steps=10_000, epochs=10_000, seconds=0.5))
+    assert 3 <= found.steps < 100
+    once = distill(problem, *rounded, replace(SMALL, epochs=1, steps=10_000))
+    assert once.steps == -(-len(problem.calibration.refining) // SMALL.batch)
+    line = said[0]
+    assert f"{found.steps} steps, about " in line
 
 
 def test_stacked_experts_are_tuned_too(loaded, text):
     problem = unmeasured(moe(), loaded[1], calibration=text, refine=True)
     precisions = {t.path: Precision(2, 32) for t in problem.tensors}
     start = refine(problem, precisions)
-    tuned = distill(problem, precisions, start, steps=4)
-    moved = [p for p in tuned if "switch_mlp" in p and not mx.array_equal(tuned[p][1], start[p][1])]
+    settings = replace(ALL, steps=3, judged_every=1)
+    found = distill(problem, precisions, start, settings).refined
+    moved = [p for p in found if "switch_mlp" in p and not mx.array_equal(found[p][1], start[p][1])]
     assert len(moved) == 6
 
 
-def test_every_window_is_seen_before_any_comes_again(problem):
-    windows = problem.calibration.refining
-    drawn = distillation._drawn(windows)
-    count = len(batches(windows))
-    seen = [tuple(row) for _ in range(count) for row in np.array(next(drawn))]
-    whole = {tuple(row) for row in windows.tolist()}
-    assert len(set(seen[: len(windows)])) == len(whole)
+def test_more_sequences_are_cut_and_trained_on():
+    calibration = Calibration(np.arange(128, dtype=np.int32).reshape(16, 8), "text")
+    more = np.arange(1000, 1100, dtype=np.int32).reshape(10, 10)
+    training, held_out = divided(calibration, more, Settings(held_out=6))
+    assert training.shape == (12 + 12 - 2, 8)
+    assert (held_out[:4] == calibration.held_out).all()
+    assert (held_out[4] < 128).all()
+    assert (held_out[5] >= 1000).all()
+    kept = {tuple(row) for row in training.tolist()}
+    assert not kept & {tuple(row) for row in held_out.tolist()}
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"rate": 0.0}, {"rate": float("nan")}])
-def test_wrong_settings_are_refused(problem, rounded, wrong):
-    with pytest.raises(InputError, match="at least one step and a rate above 0"):
-        distill(problem, *rounded, **wrong)
+def test_every_sequence_is_seen_before_any_comes_again():
+    batches = drawn(10, 4, seed=0)
+    seen = np.concatenate([next(batches) for _ in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert [list(b) for b in whole(5, 3)] == [[0, 1, 2], [3, 4, 0]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"rate": -1.0}, {"codes_rate": float("nan")}, {"anchor": 2}, {"seconds": 0}],
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(InputError, match="cannot distill"):
+        Settings(**wrong)
 
 
 def test_a_stop_half_way_leaves_the_model_as_it_was(problem, rounded, monkeypatch):
@@ -110,34 +179,54 @@ def test_a_stop_half_way_leaves_the_model_as_it_was(problem, rounded, monkeypatc
 
     def stop(self, *args):
         calls.append(any(not mx.array_equal(m.weight, before[p]) for p, m in quantizable(self)))
-        if calls.count(True):
+        if calls.count(True) > 3:
             raise KeyboardInterrupt
         return forward(self, *args)
 
     monkeypatch.setattr(type(problem.model), "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
-        distill(problem, *rounded, checkpoint=False)
+        distill(problem, *rounded, replace(SMALL, checkpoint=False))
     for path, module in quantizable(problem.model):
         assert mx.array_equal(module.weight, before[path]), path
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_only_what_helps_on_held_out_windows_is_kept(problem, rounded, monkeypatch, factor):
+def test_only_what_helps_on_held_out_sequences_is_kept(problem, rounded, monkeypatch, factor):
     precisions, start = rounded
     plan = Plan(precisions, {}, "taylor", 3.0, 3.0, kl=1.0)
-    monkeypatch.setattr(conversion, "distill", lambda *args: {"tuned": None})
-    monkeypatch.setattr(conversion, "judge", lambda *args: factor)
+    norm = {"model.norm.weight": mx.ones((128,))}
+    found = Distilled({"tuned": None}, norm, steps=7)
+    monkeypatch.setattr(pipeline, "distill", lambda *args: found)
+    monkeypatch.setattr(pipeline, "judge", lambda *args: factor)
     said = []
     problem = replace(problem, say=said.append)
-    done = conversion.distilled(conversion.Conversion(plan, start), problem)
+    done = pipeline.distilled(pipeline.Conversion(plan, start), problem)
     assert done.post_processing[-1]["kept"] == (factor < 1)
+    assert done.post_processing[-1]["steps"] == 7
     assert (done.refined == {"tuned": None}) == (factor < 1)
+    assert (done.parameters == norm) == (factor < 1)
     assert done.plan.kl == min(1.0, factor)
     assert bool(said) == (factor > 1)
 
 
+def test_tuned_parameters_are_put_in_as_the_model_stores_them(loaded):
+    model, value = loaded[0], mx.full((64,), 2.0)
+    model.set_dtype(mx.bfloat16)
+    path = "model.layers.0.input_layernorm.weight"
+    norm = model.layers[0].input_layernorm
+    value = mx.full(norm.weight.shape, 2.0)
+    put(model, {}, {path: value})
+    assert norm.weight.dtype == mx.bfloat16
+    assert mx.array_equal(norm.weight, value)
+    with pytest.raises(OptiqError, match=r"input_layernorm\.weight was tuned as"):
+        put(model, {}, {path: mx.ones((3,))})
+    with pytest.raises(OptiqError, match="made nothing of it"):
+        put(model, {}, {"model.nowhere.weight": value})
+
+
 def test_the_command_distills_and_bare_mlx_lm_loads_it(run, toy, text, tmp_path):
     out = tmp_path / "out"
+    text.write_text(text.read_text()[:400])
     source = ("--hf-path", toy, "--optiq-calibration", text, "--optiq-budget", "4")
     run("mlx_lm.convert", *source, "--mlx-path", out, "--optiq-distill", check=True)
     steps = json.loads((out / "optiq_metadata.json").read_text())["post_processing"]

@@ -14,6 +14,7 @@ TYPES = {
     mx.float16: "_Float16",
     mx.bfloat16: "lockstep::bfloat16",
     mx.uint32: "uint32_t",
+    mx.uint8: "uint8_t",
     mx.bool_: "bool",
 }
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32}

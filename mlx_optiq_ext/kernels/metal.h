@@ -20,3 +20,4 @@ inline void read_words(thread uint* out, device const uint* in) {
 inline float sum_of_lanes(float x) { return simd_sum(x); }
 inline float min_of_lanes(float x) { return simd_min(x); }
 inline float max_of_lanes(float x) { return simd_max(x); }
+inline float of_lane(float x, int lane) { return simd_shuffle(x, ushort(lane)); }

@@ -61,3 +61,8 @@ inline float max_of_lanes(float x) {
   return of_lanes(x, [](float a, float b) { return max(a, b); });
 }
 inline float simd_sum(float x) { return sum_of_lanes(x); }
+inline float of_lane(float x, int other) {
+  return lockstep::exchange({lockstep::same_bits<uint32_t>(x)}, [=](uint32_t (*all)[8]) {
+    return lockstep::same_bits<float>(all[other][0]);
+  });
+}

@@ -5,169 +5,227 @@ of the inputs and ``G`` that of the loss's gradients at the outputs. Along the i
 feedback follows GPTQ (Frantar et al., arXiv 2210.17323) and the coordinate descent that polishes it
 QuantEase (Behdin et al., arXiv 2309.01885). Along the outputs, rows that are rounded already hand
 their error to those that follow, as in YAQA (Tseng et al., arXiv 2505.22988), in blocks of rows.
+
+The same lines run in numpy and on a GPU: ``steps`` has the arrays and what is done to one group.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..precision import Precision
 from .codes import pack
-from .grid import Format, Grid, feedback, sweep
+from .elimination import blocked
+from .grid import Format, Group
+from .metric import Metric, Ordered, damped
+from .steps import Steps
 
 #: A weight's words, scales and biases, as ``mx.quantize`` returns them.
 Quantized = tuple[mx.array, ...]
 
 #: Rows that are rounded at once at least, and how many such blocks a weight has at most.
 ROWS, BLOCKS = 16, 24
+#: Passes of coordinate descent after the error feedback, along each side.
+SWEEPS = 2
+#: Elements of a weight that are worked on at once where rows do not depend on each other.
+ELEMENTS = 1 << 26
+#: Share of the mean diagonal that is added to the diagonal of the outputs' moment.
+OUTPUT_DAMPING = 0.1
 
 
 def round_weight(
     weight: mx.array,
-    moment: mx.array,
+    metric: Metric,
     precision: Precision,
     dtype: mx.Dtype,
     *,
     outputs: mx.array | None = None,
-    sweeps: int = 2,
-    damping: float = 0.02,
-    output_damping: float = 0.1,
+    sweeps: int = SWEEPS,
+    blocks: int = BLOCKS,
+    share: float = 0.0,
+    steps: Steps,
 ) -> Quantized:
     """Quantize a weight to MLX's affine layout.
 
     Args:
-        weight: Target, (out, in).
-        moment: Second moment of the inputs, (in, in), of any positive scale.
+        weight: (out, in); (experts, out, in) for stacked experts.
+        metric: Of its inputs; of each expert's for stacked experts.
         precision: Bits and group size; the group size divides ``in``.
         dtype: In which scales and biases are stored; the search sees them rounded to it.
         outputs: Second moment of the gradients at the outputs, (out, out); None for the identity.
         sweeps: Coordinate-descent passes after the error feedback, along each side.
-        damping: Share of the mean diagonal that is added to ``moment``'s diagonal.
-        output_damping: The same for ``outputs``.
+        blocks: Blocks of rows at most, where ``outputs`` is given.
+        share: How far the target makes up for the error of the layers before, from 0 to 1; the
+            metric needs ``cross`` then.
+        steps: Where to compute.
 
     Returns:
         ``(words, scales, biases)`` as ``mx.quantize`` returns them.
     """
     form = Format(precision.bits, precision.group_size, dtype)
-    h = _damped(_array(moment), damping)
-    columns, groups = column_order(h, form.group_size)
-    target, h = _array(weight)[:, columns], np.ascontiguousarray(h[np.ix_(columns, columns)])
-    if outputs is None:
-        grid = _by_columns(target, h, _inverse_factor(h), form, sweeps)
-    else:
-        grid = _both(target, h, _damped(_array(outputs), output_damping), form, sweeps)
-    grid = grid.columns(np.argsort(columns), np.argsort(groups))
-    return (
-        pack(mx.array(grid.codes), precision.bits),
-        mx.array(grid.scales).astype(dtype),
-        mx.array(grid.biases).astype(dtype),
-    )
+    found = metric.ordered(form.group_size, steps)
+    rounder = _Rounder(steps, found, form, sweeps, weight.ndim == 3)
+    if outputs is not None:
+        return rounder.both(rounder.target(weight, metric, share), outputs, blocks)
+    rows = max(1, ELEMENTS * weight.shape[-2] // weight.size)
+    parts = [
+        rounder.stored(rounder.rows(rounder.target(weight[..., i : i + rows, :], metric, share)))
+        for i in range(0, weight.shape[-2], rows)
+    ]
+    return tuple(mx.concatenate(list(same), axis=-2) for same in zip(*parts, strict=True))
 
 
-def _array(values: mx.array) -> np.ndarray:
-    return np.array(values.astype(mx.float32))
+@dataclass(frozen=True)
+class _Rounded:
+    """Rows that are rounded.
 
-
-def _damped(moment: np.ndarray, damping: float) -> np.ndarray:
-    mean = max(float(np.diag(moment).mean()), 1e-30)
-    return (moment / mean + (damping + 1e-9) * np.eye(len(moment))).astype(np.float32)
-
-
-def column_order(moment: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order in which error feedback leaves least: what others can mend little comes first.
-
-    What is rounded last keeps its whole variance, what is rounded before keeps the part that later
-    columns do not explain. Taking the smallest from the back is the ordering of successive
-    interference cancellation (V-BLAST, Wolniansky et al., 1998), here group by group, since a group
-    shares its scale, and then within each group.
-
-    Args:
-        moment: Damped second moment of the inputs, (in, in).
-        size: Group size.
-
-    Returns:
-        Columns in the order of rounding, (in,), and groups, (in / size,).
+    Attributes:
+        groups: Codes, scales and biases, in the order of rounding.
+        error: The target minus what they stand for, (rows, in).
     """
-    left, unexplained = list(range(len(moment) // size)), moment.astype(np.float32)
-    columns: list[np.ndarray] = []
-    groups: list[int] = []
-    while left:
-        energy = np.diag(unexplained).reshape(-1, size).sum(axis=1)
-        group = min(left, key=lambda g: energy[g])
-        left.remove(group)
-        at = slice(group * size, (group + 1) * size)
-        groups.append(group)
-        columns.append(group * size + _by_variance(unexplained[at, at])[::-1])
-        if left:
-            own = unexplained[at]
-            unexplained = unexplained - own.T @ np.linalg.solve(own[:, at], own)
-    return np.concatenate(columns[::-1]), np.asarray(groups[::-1])
+
+    groups: list[Group]
+    error: Any
 
 
-def _by_variance(moment: np.ndarray) -> np.ndarray:
-    """Columns by what those before them leave unexplained, each time the smallest."""
-    left, order = moment.astype(np.float64), []
-    remaining = np.full(len(left), 0.0)
-    for _ in range(len(left)):
-        k = int(np.argmin(np.diag(left) + remaining))
-        order.append(k)
-        remaining[k] = np.inf
-        left -= np.outer(left[k], left[k]) / max(left[k, k], 1e-12)
-    return np.asarray(order)
+@dataclass(frozen=True)
+class _Rounder:
+    steps: Steps
+    found: Ordered
+    form: Format
+    sweeps: int
+    stacked: bool
 
+    def target(self, weight: mx.array, metric: Metric, share: float) -> Any:
+        """A weight's rows in the order of rounding, moved to make up for earlier layers' errors."""
+        plain = self.steps.array(weight if weight.ndim == 3 else weight[None])
+        target = self.steps.take(plain, self.found.columns, -1)
+        if not share:
+            return target
+        return target + share * metric.made_up(plain, self.found, self.steps)
 
-def _inverse_factor(moment: np.ndarray) -> np.ndarray:
-    """Upper Cholesky factor of the inverse."""
-    inverse = np.linalg.inv(moment.astype(np.float64))
-    upper = np.linalg.cholesky((inverse + inverse.T) / 2).T
-    return np.ascontiguousarray(upper, dtype=np.float32)
+    def rows(self, target: Any) -> _Rounded:
+        """Round rows that do not depend on each other."""
+        steps, found = self.steps, self.found
+        groups: list[Group] = []
+        errors: list[Any] = []
+        for number, at in enumerate(found.slices):
+            own = target[..., at]
+            shift = None
+            if errors:
+                earlier = found.coupling[..., : at.start, at]
+                shift = steps.product(steps.concatenate(errors), earlier)
+                shift = steps.product(shift, found.unmixed[number])
+            group, error = steps.feedback(
+                own, shift, found.shares[number], found.inside[number], self.form
+            )
+            groups.append(group)
+            errors.append(error)
+        done = _Rounded(groups, steps.concatenate(errors))
+        for _ in range(self.sweeps):
+            done, _change = self.swept(done, steps.product(done.error, found.moment))
+        return done
 
+    def swept(self, done: _Rounded, slope: Any, across: Any = None) -> tuple[_Rounded, Any]:
+        """One pass of coordinate descent over all groups.
 
-def _by_columns(
-    weight: np.ndarray, h: np.ndarray, factor: np.ndarray, form: Format, sweeps: int
-) -> Grid:
-    grid = feedback(weight, h, factor, form)
-    for _ in range(sweeps):
-        grid, _ = sweep((weight - grid.weight()) @ h, h, grid, form)
-    return grid
+        Args:
+            done: Where to start.
+            slope: Error times curvature, (rows, in), per row in units of the row's own curvature.
+            across: How a change of one row moves the slope of the others, (rows, rows).
 
+        Returns:
+            The rows anew, and the change of their error.
+        """
+        steps, found = self.steps, self.found
+        groups: list[Group] = []
+        changes: list[Any] = []
+        pushes: list[Any] = []
+        for number, at in enumerate(found.slices):
+            own = slope[..., at]
+            if pushes:
+                moment = found.moment[..., : at.start, at]
+                own = own + steps.product(steps.concatenate(pushes), moment)
+            group, change = steps.sweep(own, done.groups[number], found.own[number], self.form)
+            groups.append(group)
+            changes.append(change)
+            pushes.append(change if across is None else steps.product(across, steps.factor(change)))
+        change = steps.concatenate(changes)
+        return _Rounded(groups, done.error + change), change
 
-def _both(weight: np.ndarray, h: np.ndarray, g: np.ndarray, form: Format, sweeps: int) -> Grid:
-    """Blocks of rows in turn, each against what the blocks before it left to mend."""
-    order, blocks = _blocks(len(weight))
-    weight, g = weight[order], np.ascontiguousarray(g[np.ix_(order, order)])
-    factor, upper, target = _inverse_factor(h), _inverse_factor(g), weight.copy()
-    parts = []
-    for at in blocks:
-        parts.append(_by_columns(target[at], h, factor, form, sweeps))
-        error = target[at] - parts[-1].weight()
-        rest = slice(at.stop, None)
-        target[rest] -= upper[at, rest].T @ np.linalg.solve(upper[at, at].T, error)
-    grid = Grid(
-        np.concatenate([p.codes for p in parts]),
-        np.concatenate([p.scales for p in parts]),
-        np.concatenate([p.biases for p in parts]),
-    )
-    error = weight - grid.weight()
-    for _ in range(sweeps):
+    def both(self, weight: Any, outputs: mx.array, most: int) -> Quantized:
+        """Blocks of rows in turn, each against what the blocks before it left to mend."""
+        steps = self.steps
+        order, blocks = _blocks(weight.shape[-2], most)
+        g = damped(np.array(outputs.astype(mx.float32)), OUTPUT_DAMPING)[np.ix_(order, order)]
+        coupling = steps.array(np.ascontiguousarray(blocked(g, blocks).T))
+        weight, parts, errors = steps.take(weight, order, -2), [], []
         for at in blocks:
-            own = np.diag(g)[at, None]
-            slope = (g[at] @ error) @ h
-            part, change = sweep(slope / own, h, grid.rows(at), form, g[at, at] / own)
-            # Rows of a block move at once and may overshoot together: keep only what helps.
-            if (change * (2 * slope + (g[at, at] @ change) @ h)).sum() < 0:
-                grid.put(at, part)
-                error[at] += change
-    return grid.rows(np.argsort(order))
+            target = own = weight[..., at, :]
+            if errors:
+                before = steps.factor(steps.concatenate(errors, axis=-2))
+                target = own + steps.product(coupling[at, : at.start], before)
+            part = self.rows(target)
+            errors.append(part.error + (own - target))
+            parts.append(_Rounded(part.groups, errors[-1]))
+            steps.start(errors[-1])
+        curvature = steps.array(np.ascontiguousarray(g))
+        for _ in range(self.sweeps):
+            for number, at in enumerate(blocks):
+                parts[number] = self.improved(parts, number, at, curvature)
+                steps.start(parts[number].error)
+        groups = [
+            Group(*(steps.concatenate(same, axis=-2) for same in zip(*each, strict=True)))
+            for each in zip(*(part.groups for part in parts), strict=True)
+        ]
+        return self.stored(_Rounded(groups, None), np.argsort(order))
+
+    def improved(self, parts: list[_Rounded], number: int, at: slice, g: Any) -> _Rounded:
+        """One block swept against the whole error, if that helps.
+
+        Its rows move at once and may overshoot together.
+        """
+        steps, found, done = self.steps, self.found, parts[number]
+        error = steps.factor(steps.concatenate([part.error for part in parts], axis=-2))
+        slope = steps.product(steps.product(g[at], error), found.moment)
+        inside = g[at, at]
+        own = steps.array(inside.diagonal())[:, None]
+        part, change = self.swept(done, slope / own, inside / own)
+        again = steps.product(steps.product(inside, steps.factor(change)), found.moment)
+        helps = (change * (2 * slope + again)).sum() < 0
+        chosen = [
+            Group(*(steps.choose(helps, new, old) for new, old in zip(n, o, strict=True)))
+            for n, o in zip(part.groups, done.groups, strict=True)
+        ]
+        return _Rounded(chosen, steps.choose(helps, part.error, done.error))
+
+    def stored(self, done: _Rounded, rows: np.ndarray | None = None) -> Quantized:
+        """Words, scales and biases in the order that the weight has them."""
+        steps, found = self.steps, self.found
+        codes, scales, biases = (steps.concatenate(same) for same in zip(*done.groups, strict=True))
+        columns, places = (np.argsort(a, axis=-1) for a in (found.columns, found.groups))
+        parts = [
+            steps.take(a, at, -1)
+            for a, at in ((codes, columns), (scales, places), (biases, places))
+        ]
+        if rows is not None:
+            parts = [steps.take(part, rows, -2) for part in parts]
+        codes, scales, biases = (mx.array(part) for part in parts)
+        words = pack(codes, self.form.bits)
+        quantized = words, scales.astype(self.form.dtype), biases.astype(self.form.dtype)
+        mx.eval(quantized)
+        return quantized if self.stacked else tuple(a[0] for a in quantized)
 
 
-def _blocks(rows: int) -> tuple[np.ndarray, list[slice]]:
+def _blocks(rows: int, most: int) -> tuple[np.ndarray, list[slice]]:
     """An order of the rows, and blocks of it.
 
     Neighbours go together most, so a block takes rows from all over the weight.
     """
-    count = min(BLOCKS, max(1, rows // ROWS))
+    count = min(most, max(1, rows // ROWS))
     strides = [np.arange(start, rows, count) for start in range(count)]
     ends = np.cumsum([0, *(len(stride) for stride in strides)])
     return np.concatenate(strides), [slice(int(a), int(b)) for a, b in pairwise(ends)]

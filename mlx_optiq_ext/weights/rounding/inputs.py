@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...model.taps import Use, tapped
+from .metric import Metric
 
 #: Weight of the pooled moment beside an expert's own, as tokens per input.
 PRIOR = 0.25
@@ -85,14 +86,17 @@ class Moments:
         """For evaluation."""
         return [part for part in (self.own, self.cross, self.uses) if part is not None]
 
-    def expert(self, index: int) -> mx.array:
-        """Moment of one expert with the pooled one beside it, (in, in).
+    @property
+    def metric(self) -> Metric:
+        """What rounding measures errors with.
 
-        An expert that saw few tokens takes most of it from the others, one that saw none all.
+        Each expert's moment has the pooled one beside it: an expert that saw few tokens takes most
+        of it from the others, one that saw none all.
         """
-        assert self.uses is not None
+        if self.uses is None:
+            return Metric(self.own, self.cross)
         pooled = self.own.sum(axis=0) / mx.maximum(self.uses.sum(), 1)
-        return self.own[index] + PRIOR * self.own.shape[-1] * pooled
+        return Metric(self.own + PRIOR * self.own.shape[-1] * pooled)
 
 
 def inputs(

@@ -21,32 +21,41 @@ from ...model.spill import SpilledPacked
 from ...planning.divergence import Reference
 from ..precision import Precision, quantize
 from ..sensitivity.moments import Factors
-from ..sensitivity.problem import Problem, batches
+from ..sensitivity.problem import Problem, batches, layer_batches
 from ..sensitivity.taylor import differentiated
-from .feedback import Quantized, round_weight
+from .feedback import BLOCKS, SWEEPS, Quantized, round_weight
 from .inputs import Fed, Moments, inputs, stages
+from .metric import Metric
+from .selection import current
 
 #: How far targets make up for the error of the layers before, from 0 to 1.
 SHARE = 0.5
-#: Ridge of that solution, as a share of the mean diagonal.
-RIDGE = 0.05
 
 #: Tensor path -> (words, scales, biases).
 Refined = Mapping[str, Quantized]
 
 
-def refine(problem: Problem, precisions: dict[str, Precision]) -> Refined:
+def refine(
+    problem: Problem,
+    precisions: dict[str, Precision],
+    *,
+    blocks: int = BLOCKS,
+    sweeps: int = SWEEPS,
+) -> Refined:
     """Round every planned tensor anew.
 
     Args:
         problem: The problem that was planned; its model is left as it was.
         precisions: The plan's precision of each tensor.
+        blocks: Blocks of rows of a weight at most, where its outputs' gradients are known.
+        sweeps: Passes of coordinate descent.
 
     Returns:
         What to store for each quantized tensor. Models whose layers do not pass a hidden state on
         plainly, and stacks of one matrix per head, are rounded as MLX does it.
     """
-    refiner, index = _Refiner(problem, precisions), layer_index(problem.model)
+    refiner = _Refiner(problem, precisions, {"blocks": blocks, "sweeps": sweeps})
+    index = layer_index(problem.model)
     with refiner.originals([path for path in refiner.modules if path not in index]):
         refiner.run()
     return refiner.result
@@ -79,18 +88,21 @@ def restored(quantized: Quantized, precision: Precision, dtype: mx.Dtype) -> mx.
 
 
 class _Refiner:
-    def __init__(self, problem: Problem, precisions: dict[str, Precision]):
-        self.problem = problem
+    def __init__(
+        self, problem: Problem, precisions: dict[str, Precision], thoroughness: dict[str, int]
+    ):
+        self.problem, self.thoroughness = problem, thoroughness
         self.modules = dict(quantizable(problem.model))
         self.plan = {path: p for path, p in precisions.items() if p.quantized}
         self.result: dict[str, Quantized] | SpilledPacked = {}
         if problem.stream is not None:
             self.result = SpilledPacked(problem.stream.spill)
         self.block: dict[str, Quantized] = {}
+        self.steps = current(problem.note)
         self.factors: Mapping[str, Factors] = {}
 
     def run(self) -> None:
-        model, data = self.problem.model, batches(self.problem.calibration.refining)
+        model, data = self.problem.model, layer_batches(self.problem.calibration.refining)
         layers = decoder_layers(model)
         inside = {id(m): i for i, layer in enumerate(layers) for m in layer.modules()}
         own: list[list[str]] = [[] for _ in layers]
@@ -153,24 +165,16 @@ class _Refiner:
         """MLX's own rounding."""
         return quantize(self.problem.weights[path], self.plan[path])
 
-    def rounded(self, path: str, moment: mx.array, cross: mx.array | None = None) -> Quantized:
-        """Error-feedback rounding against a second moment."""
+    def rounded(self, path: str, metric: Metric) -> Quantized:
+        """A weight rounded against its inputs, and its outputs where those are known."""
         weight = self.problem.weights[path]
-        target = weight.astype(mx.float32)
-        if cross is not None:
-            target = compensated(target, moment, cross)
-        across = self.factors[path].across
-        return round_weight(target, moment, self.plan[path], weight.dtype, outputs=across)
-
-    def experts(self, path: str, moments: Moments) -> Quantized:
-        """Each expert of a stack rounded against the tokens routed to it."""
-        weight = self.problem.weights[path]
-        parts = [
-            round_weight(w.astype(mx.float32), moments.expert(e), self.plan[path], weight.dtype)
-            for e, w in enumerate(weight)
-        ]
-        words, scales, biases = (mx.stack(list(same)) for same in zip(*parts, strict=True))
-        return words, scales, biases
+        across = self.factors[path].across if weight.ndim == 2 else None
+        share = SHARE if metric.cross is not None else 0.0
+        precision = self.plan[path]
+        return round_weight(
+            weight, metric, precision, weight.dtype, outputs=across, share=share, steps=self.steps,
+            **self.thoroughness,
+        )  # fmt: skip
 
     def embedding(self, path: str, found: Factors) -> Quantized:
         """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
@@ -179,7 +183,7 @@ class _Refiner:
         moment = found.columns * mx.mean(found.lookups)
         if found.inputs is not None and found.outputs is not None:
             moment = moment + found.inputs * mx.mean(found.outputs)
-        return self.rounded(path, moment)
+        return self.rounded(path, Metric(moment))
 
     def layer(
         self, layer: nn.Module, paths: list[str], calls: list[Call], hidden: list[mx.array]
@@ -196,12 +200,9 @@ class _Refiner:
         for path in set(paths) - {path for group in groups for path in group}:
             self.store(path, self.plain(path))
         for group in groups:
-            moments = self.moments(group[0], reference, calls, hidden, run)
+            metric = self.moments(group[0], reference, calls, hidden, run).metric
             for path in group:
-                if moments.uses is not None:
-                    self.store(path, self.experts(path, moments))
-                else:
-                    self.store(path, self.rounded(path, moments.own, moments.cross))
+                self.store(path, self.rounded(path, metric))
         result = [run(c, h) for c, h in zip(calls, hidden, strict=True)]
         mx.eval(result)
         return result
@@ -246,19 +247,7 @@ class _Refiner:
                 totals[path] = totals[path] + moment if path in totals else moment
             mx.eval(totals)
         for path in paths:
-            quantized = self.rounded(path, totals[path]) if path in totals else self.plain(path)
-            self.store(path, quantized)
-
-
-def compensated(weight: mx.array, moment: mx.array, cross: mx.array) -> mx.array:
-    """A target that maps the quantized prefix's inputs nearer to the reference's outputs.
-
-    Args:
-        weight: (out, in) float32.
-        moment: Sum of ``x_q x_q^T``, (in, in).
-        cross: Sum of ``x_ref x_q^T``, (in, in).
-    """
-    ridge = RIDGE * mx.mean(mx.diag(moment)) * mx.eye(moment.shape[0])
-    with mx.stream(mx.cpu):  # MLX factorises on the CPU only
-        inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(moment + ridge))
-    return weight + SHARE * (weight @ ((cross - moment) @ inverse))
+            known = path in totals
+            self.store(
+                path, self.rounded(path, Metric(totals[path])) if known else self.plain(path)
+            )

@@ -79,13 +79,15 @@ def gather(
     seen = [use.inputs for use in uses if not use.lookup]
     zeros = [mx.zeros(i.shape, i.dtype) for i in seen]
     values, gradients = mx.vjp(probed, [*inputs, *offsets], [*cotangents, *zeros])
-    products = iter(values[len(cotangents) :])
-    for use, gradient in zip(uses, gradients[len(inputs) :], strict=True):
+    products, pulled = iter(values[len(cotangents) :]), gradients[len(inputs) :]
+    sums = [mx.abs(gradient.astype(mx.float32)).sum() for gradient in pulled]
+    mx.eval(sums, gradients[: len(inputs)])
+    for use, gradient, total in zip(uses, pulled, sums, strict=True):
         met = use if use.lookup else Use(use.path, next(products), use.indices, gradient)
         # A layer that also runs elsewhere, out of this stretch's reach, shows no gradient here;
         # where gradients overflow, the tensor is better measured directly.
-        if 0 < float(mx.abs(gradient.astype(mx.float32)).sum()) < math.inf:
+        if 0 < float(total) < math.inf:
             shape = tuple(modules[use.path]["weight"].shape)
             found[use.path].add(met, gradient, shape, across=use.path in across)
-    mx.eval(gradients[: len(inputs)])
+    mx.eval([found[use.path].arrays() for use in uses])
     return gradients[: len(inputs)]

@@ -13,7 +13,7 @@ from ...model.layerwise import recordings
 from ...model.replay import Recording, joined
 from ...model.stream import Stream
 from .backward import GradientError, gather, told_apart
-from .draws import Drawn, score, sequences
+from .draws import Drawn, rows_together, score, sequences
 from .moments import Factors
 from .relay import Block, once, relayed
 
@@ -57,7 +57,8 @@ def factors(
             and cannot be replayed.
     """
     modules = dict(quantizable(model))
-    every, tokens = sequences(batches), draws * sum(batch.size for batch in batches)
+    together = rows_together(model, batches)
+    every, tokens = sequences(batches, together), draws * sum(batch.size for batch in batches)
     own = distributed.span(every)
     parted = 0 < min(distributed.gathered(len(own))) < len(every)
     training = getattr(model, "training", False)  # recurrent_gemma skips nn.Module's set-up

@@ -80,7 +80,8 @@ class Factors:
     ) -> None:
         """Add one use of a weight of this shape, with the gradient at its outputs.
 
-        Stacked weights that take no expert indices (one matrix per head) are not factored.
+        Nothing is evaluated. Stacked weights that take no expert indices (one matrix per head) are
+        not factored.
         """
         gradients = gradient.astype(mx.float32).reshape(-1, gradient.shape[-1])
         squares = mx.square(gradients)
@@ -102,7 +103,6 @@ class Factors:
             self.outputs = _plus(self.outputs, squares.sum(axis=0))
             if across:
                 self.across = _plus(self.across, gradients.T @ gradients)
-        mx.eval(self.arrays())
 
 
 def _plus(total: mx.array | None, more: mx.array) -> mx.array:

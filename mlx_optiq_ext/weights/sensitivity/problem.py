@@ -22,8 +22,8 @@ from .moments import Factors
 #: Tensor path -> precision -> expected KL in nats per token when only that tensor is quantized.
 Sensitivity = dict[str, dict[Precision, float]]
 
-#: Calibration sequences run at once.
-BATCH = 4
+#: Calibration sequences run at once; and on a GPU, where no logits are wanted.
+BATCH, GPU_BATCH = 4, 32
 
 
 @dataclass
@@ -152,9 +152,15 @@ def journal_key(path: str, precision: Precision) -> list[Any]:
     return [path, precision.bits, precision.group_size, *mode]
 
 
-def batches(tokens: np.ndarray) -> list[mx.array]:
-    """Calibration sequences (n, length) as batches of at most `BATCH`."""
-    return [mx.array(tokens[i : i + BATCH]) for i in range(0, len(tokens), BATCH)]
+def batches(tokens: np.ndarray, size: int = BATCH) -> list[mx.array]:
+    """Calibration sequences (n, length) as batches of at most so many."""
+    return [mx.array(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+
+
+def layer_batches(tokens: np.ndarray) -> list[mx.array]:
+    """Calibration sequences (n, length) as batches to run single layers on."""
+    cpu = mx.default_device() == mx.Device(mx.cpu)
+    return batches(tokens, BATCH if cpu else GPU_BATCH)
 
 
 def end_to_end(problem: Problem, choices: list[dict[str, Precision]]) -> list[float]:

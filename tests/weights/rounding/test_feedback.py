@@ -5,11 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_optiq_ext.weights.precision import BITS, GROUP_SIZES, Precision, dequantized, quantize
-from mlx_optiq_ext.weights.rounding import feedback as rounding
 from mlx_optiq_ext.weights.rounding.codes import pack, unpack
-from mlx_optiq_ext.weights.rounding.feedback import column_order, round_weight
-from mlx_optiq_ext.weights.rounding.grid import Format, fit
-from mlx_optiq_ext.weights.rounding.refinement import compensated, restored
+from mlx_optiq_ext.weights.rounding.feedback import round_weight
+from mlx_optiq_ext.weights.rounding.grid import Format
+from mlx_optiq_ext.weights.rounding.host import fit
+from mlx_optiq_ext.weights.rounding.metric import Metric
+from mlx_optiq_ext.weights.rounding.refinement import restored
+from mlx_optiq_ext.weights.rounding.selection import HOST
 
 
 def correlated(size: int, seed: int) -> mx.array:
@@ -17,6 +19,11 @@ def correlated(size: int, seed: int) -> mx.array:
     mix = mx.random.normal((size, size), key=mx.random.key(seed)) / size**0.5
     rows = mx.random.normal((4 * size, size), key=mx.random.key(seed + 1)) @ (mix + mx.eye(size))
     return rows.T @ rows / (4 * size)
+
+
+def rounded(weight, moment, precision, **options):
+    """A weight rounded in numpy, with scales and biases in float32."""
+    return round_weight(weight, Metric(moment), precision, mx.float32, steps=HOST, **options)
 
 
 def loss(weight, left, moment) -> float:
@@ -57,7 +64,7 @@ def test_codes_that_fill_no_word_are_refused():
 def test_feedback_loses_less_than_plain_rounding(precision):
     weight = mx.random.normal((24, 128), key=mx.random.key(3))
     moment = correlated(128, 5)
-    packed = round_weight(weight, moment, precision, mx.float32)
+    packed = rounded(weight, moment, precision)
     reference = quantize(weight, precision)
     assert [a.shape for a in packed] == [a.shape for a in reference]
     assert [a.dtype for a in packed] == [a.dtype for a in reference]
@@ -73,9 +80,7 @@ def test_sweeps_never_make_it_worse():
     losses = [
         loss(
             weight,
-            restored(
-                round_weight(weight, moment, precision, mx.float32, sweeps=n), precision, mx.float32
-            ),
+            restored(rounded(weight, moment, precision, sweeps=n), precision, mx.float32),
             damped,
         )
         for n in range(4)
@@ -88,7 +93,9 @@ def test_sweeps_never_make_it_worse():
 def test_scales_are_searched_as_they_are_stored(dtype):
     weight = mx.random.normal((8, 64), key=mx.random.key(11))
     form = Format(3, 64, dtype)
-    scales, biases = (mx.array(a) for a in fit(np.array(weight), np.ones(64), form))
+    scales, biases = (
+        mx.array(a) for a in fit(np.array(weight), np.full(64, 1 / 64, np.float32), form)
+    )
     assert mx.array_equal(scales, scales.astype(dtype).astype(mx.float32))
     assert mx.array_equal(biases, biases.astype(dtype).astype(mx.float32))
     codes = mx.clip(mx.round((weight - biases) / scales), 0, 7)
@@ -113,68 +120,58 @@ def test_knowing_the_outputs_side_loses_less_there():
         left = weight - restored(packed, precision, mx.float32)
         return float(((outputs @ left @ moment) * left).sum())
 
-    one = both(round_weight(weight, moment, precision, mx.float32))
-    two = both(round_weight(weight, moment, precision, mx.float32, outputs=outputs))
+    one = both(rounded(weight, moment, precision))
+    two = both(rounded(weight, moment, precision, outputs=outputs))
     assert two < 0.95 * one
-
-
-@given(st.integers(1, 4), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
-def test_the_order_of_rounding_keeps_groups_together(count, seed):
-    moment = np.array(correlated(32 * count, seed))
-    columns, groups = column_order(moment, 32)
-    assert sorted(columns.tolist()) == list(range(32 * count))
-    assert (columns.reshape(-1, 32) // 32 == groups[:, None]).all()
-
-
-def test_the_order_of_rounding_ends_with_the_smallest_variance():
-    variances = np.arange(1.0, 65.0, dtype=np.float32)
-    columns, groups = column_order(np.diag(variances), 32)
-    assert columns.tolist() == list(range(63, -1, -1))
-    assert groups.tolist() == [1, 0]
-
-
-def test_the_order_of_rounding_loses_less_than_the_order_stored(monkeypatch):
-    variances = mx.exp(1.5 * mx.random.normal((128,), key=mx.random.key(1)))
-    moment = correlated(128, 5) * mx.sqrt(variances * variances[:, None])
-    weight, precision = mx.random.normal((64, 128), key=mx.random.key(3)), Precision(4, 32)
-
-    def left() -> float:
-        return loss(weight, dequantized_from(weight, moment, precision), moment)
-
-    ordered = left()
-    stored = np.arange(128), np.arange(4)
-    monkeypatch.setattr(rounding, "column_order", lambda moment, size: stored)
-    assert ordered < 0.97 * left()
-
-
-def dequantized_from(weight, moment, precision) -> mx.array:
-    packed = round_weight(weight, moment, precision, mx.float32)
-    return restored(packed, precision, mx.float32)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_a_constant_weight_is_kept(value):
     weight = mx.full((4, 64), value)
-    packed = round_weight(weight, mx.eye(64), Precision(3, 64), mx.float32)
+    packed = rounded(weight, mx.eye(64), Precision(3, 64))
     left = restored(packed, Precision(3, 64), mx.float32)
     assert float(mx.abs(left - weight).max()) < 1e-4
 
 
 def test_inputs_that_are_never_used_do_no_harm():
     weight = mx.random.normal((8, 64), key=mx.random.key(13))
-    packed = round_weight(weight, mx.zeros((64, 64)), Precision(4, 64), mx.float32)
+    packed = rounded(weight, mx.zeros((64, 64)), Precision(4, 64))
     assert np.isfinite(np.array(restored(packed, Precision(4, 64), mx.float32))).all()
 
 
-def test_a_compensated_target_maps_shifted_inputs_back():
-    weight = mx.random.normal((6, 32), key=mx.random.key(17))
-    plain = mx.random.normal((400, 32), key=mx.random.key(18))
+def test_a_target_maps_shifted_inputs_back():
+    weight = mx.random.normal((6, 64), key=mx.random.key(17))
+    plain = mx.random.normal((400, 64), key=mx.random.key(18))
     shifted = plain * 1.2
-    target = compensated(weight, shifted.T @ shifted, plain.T @ shifted)
+    metric = Metric(shifted.T @ shifted, plain.T @ shifted)
     expected = plain @ weight.T
-    before = float(mx.square(shifted @ weight.T - expected).sum())
-    after = float(mx.square(shifted @ target.T - expected).sum())
-    assert after < 0.5 * before
-    unchanged = compensated(weight, plain.T @ plain, plain.T @ plain)
-    assert mx.allclose(unchanged, weight, atol=1e-5)
+
+    def left(share: float) -> float:
+        packed = round_weight(weight, metric, Precision(8, 64), mx.float32, share=share, steps=HOST)
+        found = shifted @ restored(packed, Precision(8, 64), mx.float32).T
+        return float(mx.square(found - expected).sum())
+
+    assert left(0.5) < 0.5 * left(0.0)
+    assert left(1.0) < 0.1 * left(0.0)
+
+
+def test_what_moves_a_target_solves_the_least_squares_problem():
+    weight, damping = mx.random.normal((6, 96), key=mx.random.key(27)), 0.02
+    own, cross = correlated(96, 29), correlated(96, 31)
+    metric = Metric(own, cross)
+    found = metric.ordered(32, HOST)
+    moved = metric.made_up(HOST.array(weight[None]), found, HOST)[0]
+    ridge = (damping + 1e-9) * np.diag(np.array(own)).mean() * np.eye(96)
+    inverse = np.linalg.inv(np.array(own, np.float64) + ridge)
+    expected = np.array(weight) @ (np.array(cross) - np.array(own)) @ inverse
+    assert np.allclose(moved, expected[:, found.columns[0]], atol=1e-3 * np.abs(expected).max())
+
+
+def test_experts_of_a_stack_are_rounded_as_each_alone():
+    weights = mx.random.normal((3, 16, 64), key=mx.random.key(33))
+    moments = mx.stack([correlated(64, seed) for seed in (35, 37, 39)])
+    together = rounded(weights, moments, Precision(3, 32))
+    for number in range(3):
+        alone = rounded(weights[number], moments[number], Precision(3, 32))
+        for one, part in zip(alone, together, strict=True):
+            assert mx.array_equal(one, part[number])

@@ -97,8 +97,8 @@ def test_an_expert_that_saw_no_token_is_rounded_against_the_others():
     use = Use("experts", mx.ones((3, 1, 2)), mx.array([1, 1, 1]), mx.zeros((3, 1, 5)))
     moments = Moments.of(Fed(use.inputs, use.indices, use.outputs.shape[:-1]), 2)
     assert np.allclose(moments.own, [np.zeros((2, 2)), 3 * np.ones((2, 2))])
-    assert np.allclose(moments.expert(0), 2 * PRIOR * np.ones((2, 2)))
-    assert np.allclose(moments.expert(1), (3 + 2 * PRIOR) * np.ones((2, 2)))
+    assert np.allclose(moments.metric.moment[0], 2 * PRIOR * np.ones((2, 2)))
+    assert np.allclose(moments.metric.moment[1], (3 + 2 * PRIOR) * np.ones((2, 2)))
 
 
 PLAN = {"model.layers.0.mlp.up_proj": {"bits": 3, "group_size": 64}}

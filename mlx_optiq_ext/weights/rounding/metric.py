@@ -1,0 +1,151 @@
+"""The second moment of a layer's inputs, prepared once for all tensors that share them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .elimination import Elimination, eliminated
+
+#: Share of the mean diagonal that is added to the diagonal.
+DAMPING = 0.02
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A damped moment in the order of rounding, in the arrays of some steps.
+
+    Attributes:
+        columns: Columns in the order of rounding, (in,); (experts, in) for stacked experts.
+        groups: Groups in that order.
+        moment: A factor for products with the moment, (in, in).
+        own: The moment of each group's columns, (group size, group size).
+        coupling: A factor for products with the coupling, (in, in).
+        inside: By how much what is rounded away of a column moves the later ones of its group,
+            (group size, group size), strictly upper triangular.
+        unmixed: A factor that turns what earlier groups' errors move a group's targets by, one
+            column after the other, into where they move all of them at once.
+        shares: Each column's share of its group's diagonal, (group size,).
+        variances: What other columns leave unexplained of each when it is rounded, (in,).
+        size: Group size.
+    """
+
+    columns: np.ndarray
+    groups: np.ndarray
+    moment: Any
+    own: list[Any]
+    coupling: Any
+    inside: list[Any]
+    unmixed: list[Any]
+    shares: list[Any]
+    variances: Any
+    size: int
+
+    @property
+    def slices(self) -> list[slice]:
+        """The columns of each group."""
+        return [slice(k * self.size, (k + 1) * self.size) for k in range(self.groups.shape[-1])]
+
+
+@dataclass
+class Metric:
+    """What the error of a layer's weight is measured with.
+
+    Attributes:
+        moment: Second moment of the inputs, (in, in) of any positive scale; (experts, in, in) for
+            stacked experts.
+        cross: Moment of the reference's inputs with these; None without compensation.
+    """
+
+    moment: mx.array
+    cross: mx.array | None = None
+    _ordered: dict[tuple[int, int], Ordered] = field(default_factory=dict)
+
+    def ordered(self, size: int, steps: Any) -> Ordered:
+        """The moment for a group size; computed once."""
+        key = (size, id(steps))
+        if key not in self._ordered:
+            moment = np.array(self.moment.astype(mx.float32))
+            if moment.ndim == 2:
+                self._ordered[key] = _ordered([eliminated(damped(moment), size)], size, steps)
+            else:
+                every = [eliminated(damped(one), size) for one in moment]
+                self._ordered[key] = _ordered(every, size, steps)
+        return self._ordered[key]
+
+    def made_up(self, weight: Any, found: Ordered, steps: Any) -> Any:
+        """The change of a weight that brings these inputs' outputs to the reference's.
+
+        Args:
+            weight: (batch, out, in) in the arrays of ``steps``.
+            found: From `ordered`.
+            steps: Where to compute.
+
+        Returns:
+            (batch, out, in) in the order of rounding.
+        """
+        assert self.cross is not None
+        own, cross = (np.array(a.astype(mx.float32)) for a in (self.moment, self.cross))
+        difference = ((cross - own) / max(float(np.diagonal(own).mean()), 1e-30)).astype(np.float32)
+        right = steps.factor(
+            steps.array(np.ascontiguousarray(difference[None][..., found.columns[0]]))
+        )
+        return _solved(steps.product(weight, right), found, steps)
+
+
+def _solved(rows: Any, found: Ordered, steps: Any) -> Any:
+    """``rows`` times the inverse of the moment, by its factors, a group of columns at a time."""
+    done: list[Any] = []
+    slices = list(zip(found.slices, found.unmixed, strict=True))
+    for at, unmixed in reversed(slices):
+        left = rows[..., at]
+        if done:
+            later = found.coupling[..., at, at.stop :].swapaxes(-1, -2)
+            left = left - steps.product(steps.concatenate(done), later)
+        done.insert(0, steps.product(left, unmixed.swapaxes(-1, -2)))
+    rows, done = steps.concatenate(done) / found.variances[..., None, :], []
+    for at, unmixed in slices:
+        left = rows[..., at]
+        if done:
+            earlier = found.coupling[..., : at.start, at]
+            left = left - steps.product(steps.concatenate(done), earlier)
+        done.append(steps.product(left, unmixed))
+    return steps.concatenate(done)
+
+
+def damped(moment: np.ndarray, damping: float = DAMPING) -> np.ndarray:
+    """A moment of mean diagonal 1, with some more on it."""
+    mean = max(float(np.diagonal(moment).mean()), 1e-30)
+    scaled = (moment / mean).astype(np.float32)
+    scaled[np.diag_indices(len(scaled))] += damping + 1e-9
+    return scaled
+
+
+def _ordered(every: list[Elimination], size: int, steps: Any) -> Ordered:
+    def together(part: Callable[[Elimination], np.ndarray]) -> Any:
+        return steps.array(np.stack([part(one) for one in every]))
+
+    count = len(every[0].groups)
+    slices = [slice(k * size, (k + 1) * size) for k in range(count)]
+
+    def share(one: Elimination, at: slice) -> np.ndarray:
+        diagonal = np.diagonal(one.moment)[at]
+        return diagonal / diagonal.sum()
+
+    def unmixed(one: Elimination, at: slice) -> np.ndarray:
+        return np.linalg.inv(np.eye(size) + one.coupling[at, at])
+
+    return Ordered(
+        columns=np.stack([one.columns for one in every]),
+        groups=np.stack([one.groups for one in every]),
+        moment=steps.factor(together(lambda one: one.moment)),
+        own=[together(lambda one, at=at: one.moment[at, at]) for at in slices],
+        coupling=steps.factor(together(lambda one: one.coupling)),
+        inside=[together(lambda one, at=at: np.eye(size) - unmixed(one, at)) for at in slices],
+        unmixed=[steps.factor(together(lambda one, at=at: unmixed(one, at))) for at in slices],
+        shares=[together(lambda one, at=at: share(one, at)) for at in slices],
+        variances=together(lambda one: one.variances),
+        size=size,
+    )

@@ -1,0 +1,106 @@
+"""What rounding costs and brings on a real model, step by step, in one process.
+
+    python tests/benchmarks/weights/efforts.py MODEL --texts FOLDER [--calibration FILE]
+        [--budgets 4.5 3.5] [--sequences N] [--length N] [--blocks N ...] [--sweeps N ...]
+        [--distill] [--tokens N] [--report FILE.jsonl]
+
+Plans each budget, refines it, and distills it if asked. After each step a JSON line has the seconds
+that it took and the KL from the original on four kinds of text (see kinds.py). Several ``--blocks``
+and ``--sweeps`` refine the same plan in each of these ways: the curve of quality over seconds.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+from kinds import Judge
+
+from mlx_optiq_ext.model.loading import load_unquantized
+from mlx_optiq_ext.planning.calibration import Sampling
+from mlx_optiq_ext.weights import Request
+from mlx_optiq_ext.weights.plan_search import search
+from mlx_optiq_ext.weights.precision import dequantized
+from mlx_optiq_ext.weights.rounding.distillation import distill
+from mlx_optiq_ext.weights.rounding.refinement import refine, restored
+from mlx_optiq_ext.weights.study import study_model
+
+
+def main() -> None:
+    """Print one line a step."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[4.5, 3.5])
+    parser.add_argument("--sequences", type=int, default=256, help="to refine on")
+    parser.add_argument("--length", type=int, default=256, help="tokens of one")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[24])
+    parser.add_argument("--sweeps", type=int, nargs="+", default=[2])
+    parser.add_argument("--distill", action="store_true")
+    parser.add_argument("--tokens", type=int, default=16384, help="judged, of each kind")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--report", type=Path)
+    args = parser.parse_args()
+
+    def say(**row) -> None:
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+        print(line, flush=True)
+        if args.report:
+            with args.report.open("a") as stream:
+                stream.write(line + "\n")
+
+    say(command=" ".join(sys.argv), machine=platform.node(), mlx=mx.__version__)
+    model, tokenizer, _ = load_unquantized(args.model)
+    judge = Judge(model, tokenizer, args.texts, args.tokens, args.window)
+    sampling = Sampling(length=args.length, refining=args.sequences)
+    request = Request(
+        budget=min(args.budgets), calibration=args.calibration, sampling=sampling, refine=True
+    )
+    started = time.perf_counter()
+    study = study_model(model, tokenizer, request)
+    say(step="measured", seconds=time.perf_counter() - started)
+    problem = study.problem
+
+    def judged(step, seconds, weight, paths, **more) -> None:
+        with problem.replaced(paths, weight):
+            found = judge.divergences(problem.model)
+        say(step=step, seconds=seconds, peak=mx.get_peak_memory() / 2**30, **found, **more)
+
+    for budget in args.budgets:
+        started = time.perf_counter()
+        plan = search(study, budget)
+        spent = time.perf_counter() - started
+        chosen = {path: p for path, p in plan.precisions.items() if p.quantized}
+
+        def plain(path, chosen=chosen):
+            return dequantized(problem.weights[path], chosen[path], problem.dtype)
+
+        judged("planned", spent, plain, chosen, budget=budget, bits=plan.achieved_bpw)
+        for blocks in args.blocks:
+            for sweeps in args.sweeps:
+                how = {"blocks": blocks, "sweeps": sweeps}
+                started = time.perf_counter()
+                values = refine(problem, plan.precisions, **how)
+                spent = time.perf_counter() - started
+
+                def stored(path, values=None, chosen=chosen):
+                    return restored(values[path], chosen[path], problem.dtype)
+
+                judged(
+                    "refined", spent, lambda p, v=values, s=stored: s(p, v), chosen,
+                    budget=budget, **how,
+                )  # fmt: skip
+        if args.distill:
+            started = time.perf_counter()
+            values = distill(replace(problem, progress=False), plan.precisions, values)
+            spent = time.perf_counter() - started
+            judged("distilled", spent, lambda p, v=values, s=stored: s(p, v), chosen, budget=budget)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,7 @@ NEWEST = (
     "kv/test_pack_kernel.py",
     "kv/test_plan.py",
     "kv/test_plan_source.py",
+    "latency/test_calibration.py",
     "latency/test_chips.py",
     "latency/test_layout.py",
     "latency/test_published.py",

@@ -12,9 +12,11 @@ Only headers are read, so the model need not fit this machine::
 
 from ..model.headers import Header, read_headers
 from .chips import Chip, detect, find_chip, known_chips, read_chip, write_chip
+from .demands import Demand, demand
 from .efficiency import FITTED, Efficiency, fit
 from .layout import Layout, Operator, layout_of, read_layout
-from .roofline import Demand, Prediction, Workload, demand, predict
+from .measured import Layers, Measured, Products
+from .roofline import Prediction, Workload, predict
 
 __all__ = [
     "FITTED",
@@ -22,9 +24,12 @@ __all__ = [
     "Demand",
     "Efficiency",
     "Header",
+    "Layers",
     "Layout",
+    "Measured",
     "Operator",
     "Prediction",
+    "Products",
     "Workload",
     "demand",
     "detect",

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
+from .measured import AGAIN, VERSION, Measured, read_measured
 
 TABLE = Path(__file__).with_name("chips.json")
 #: The file that `calibrate` writes and ``auto`` prefers.
@@ -33,13 +34,10 @@ class Chip:
         generation: 3 for M3; an NVIDIA architecture's major compute capability.
         dies: 2 for an Ultra.
         gpu_cores: Of Apple's chips.
-        launch_us: Measured microseconds that a kernel takes beside its memory traffic; None for the
-            family's. Where it is given, ``bandwidth_gbs`` and ``tflops`` are what was measured.
-        rates_gbs: Measured pairs of stored bits per weight and the 1e9 bytes a second that products
-            with such weights read: unpacking may take longer than reading.
-        overlapped: Whether kernels are launched while others run, so that only what outlasts them
-            counts.
+        launch_us: Microseconds that a kernel takes beside its memory traffic; None for the
+            family's. Where it is given, ``bandwidth_gbs`` is what kernels reach.
         source: Where the numbers come from.
+        measured: What `calibrate` measured; predictions then take nothing from the family.
     """
 
     id: str
@@ -51,14 +49,8 @@ class Chip:
     dies: int = 1
     gpu_cores: int | None = None
     launch_us: float | None = None
-    rates_gbs: tuple[tuple[float, float], ...] = ()
-    overlapped: bool = False
     source: str = ""
-
-    @property
-    def measured(self) -> bool:
-        """Whether its numbers were measured rather than looked up."""
-        return self.launch_us is not None
+    measured: Measured | None = None
 
 
 @functools.cache
@@ -97,12 +89,15 @@ def read_chip(path: Path) -> Chip:
     """A chip described by a JSON object with the attributes of `Chip`.
 
     Raises:
-        InputError: The file is missing or wrong; the message names the field.
+        InputError: The file is missing or wrong, and the message names the field; or what was
+            measured is of another version.
     """
     value = files.read_json(path)
     known = {field.name for field in fields(Chip)}
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold one JSON object with bandwidth_gbs and tflops")
+    if "rates_gbs" in value:
+        raise InputError(f"{path} was measured by an earlier release: {AGAIN}")
     if unknown := set(value) - known:
         raise InputError(f"{path} has unknown fields: {', '.join(sorted(unknown))[:80]}")
     value = {"id": path.stem, "name": path.stem, "family": "apple", **value}
@@ -114,11 +109,8 @@ def read_chip(path: Path) -> Chip:
         _check_positive(path, name, value.get(name))
     if value.get("launch_us") is not None:
         _check_positive(path, "launch_us", value["launch_us"])
-    value["rates_gbs"] = _read_rates(path, value.get("rates_gbs", []))
-    if not isinstance(value.get("overlapped", False), bool):
-        raise InputError(
-            f"{path}: overlapped {files.shown(value['overlapped'])} is neither true nor false"
-        )
+    if value.get("measured") is not None:
+        value["measured"] = read_measured(value["measured"], f"{path}: measured")
     for name in ("generation", "dies"):
         if type(value.get(name, 1)) is not int:
             raise InputError(f"{path}: {name} {files.shown(value[name])} is not a whole number")
@@ -130,19 +122,13 @@ def _check_positive(path: Path, name: str, value: Any) -> None:
         raise InputError(f"{path}: {name} {files.shown(value)} is not a number above 0")
 
 
-def _read_rates(path: Path, value: Any) -> tuple[tuple[float, float], ...]:
-    if not isinstance(value, list) or not all(isinstance(v, list) and len(v) == 2 for v in value):
-        raise InputError(f"{path}: rates_gbs must be a list of pairs, bits per weight and GB/s")
-    for pair in value:
-        for number in pair:
-            _check_positive(path, "rates_gbs", number)
-    return tuple(sorted((float(bits), float(rate)) for bits, rate in value))
-
-
 def write_chip(path: Path, chip: Chip) -> None:
     """Write a chip as the JSON that `read_chip` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, asdict(chip))
+    value = asdict(chip)
+    if chip.measured is not None:
+        value["measured"] = {"version": VERSION, **value["measured"]}
+    files.write_json(path, value)
 
 
 def calibrated_path() -> Path:

@@ -41,13 +41,10 @@ class Efficiency:
     recurrent_launches: float
     nvidia_recurrent_launches: float
 
-    def bytes_per_second(self, chip: Chip, bits: float | None = None) -> float:
-        """What a chip's kernels read per second, of weights with so many stored bits each."""
+    def bytes_per_second(self, chip: Chip) -> float:
+        """What a chip's kernels read per second."""
         peak = chip.bandwidth_gbs * 1e9
-        if bits is not None and chip.rates_gbs:
-            widths, rates = np.array(chip.rates_gbs).T
-            return 1e9 * float(np.interp(bits, widths, rates))
-        if chip.measured:
+        if chip.launch_us is not None:
             return peak
         factor = self.two_dies if chip.dies > 1 else 1.0
         return peak * self.bandwidth * factor * (self.nvidia if chip.family == "nvidia" else 1.0)

@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from .caches import LayerCache, layer_caches
 
 _HEADS = ("lm_head", "output", "embed_out", "head")
 _PARTS = ("weight", "scales", "biases", "bias", "weight_scale_inv", "blocks")
+#: Floating-point dtypes as safetensors and MLX name them.
+_DTYPES = {
+    **{"F32": "float32", "BF16": "bfloat16", "F16": "float16"},
+    **{f"mlx.core.{name}": name for name in ("float32", "bfloat16", "float16")},
+}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
 _EXPERT = re.compile(r"(experts)\.\d+\.")
 #: Models whose RMSNorm adds one to its weight in a kernel of its own.
@@ -44,6 +49,7 @@ class Operator:
         experts: How many it stacks; 0 if none.
         launches: Kernels per token.
         rows: Output rows, of one expert.
+        quantized: Whether its products unpack it.
     """
 
     path: str
@@ -53,6 +59,7 @@ class Operator:
     experts: int = 0
     launches: int = 1
     rows: int = 0
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,14 @@ class Layout:
         caches: What each layer keeps of the past.
         config: Of the text model.
         nbytes: Bytes of all tensors that are loaded.
+        dtype: Of activations and unquantized caches, such as ``"bfloat16"``.
     """
 
     operators: tuple[Operator, ...]
     caches: tuple[LayerCache, ...]
     config: Mapping[str, Any]
     nbytes: int
+    dtype: str = "bfloat16"
 
     @property
     def active_experts(self) -> int:
@@ -85,8 +94,7 @@ class Layout:
     @property
     def element_bytes(self) -> int:
         """Bytes of an activation or an unquantized cache element."""
-        dtype = self.config.get("dtype") or self.config.get("torch_dtype")
-        return 4 if dtype == "float32" else 2
+        return 4 if self.dtype == "float32" else 2
 
 
 def read_layout(
@@ -113,7 +121,7 @@ def read_layout(
         for name, h in low_rank.items()
     )
     nbytes = layout.nbytes + sum(o.nbytes for o in extra)
-    return Layout((*layout.operators, *extra), layout.caches, layout.config, nbytes)
+    return replace(layout, operators=(*layout.operators, *extra), nbytes=nbytes)
 
 
 def layout_of(config: Mapping[str, Any], headers: Headers) -> Layout:
@@ -141,7 +149,25 @@ def layout_of(config: Mapping[str, Any], headers: Headers) -> Layout:
         if index is not None and index < (layer_count(text) or math.inf):
             rows[index][_LAYER.split(operator.path, maxsplit=1)[-1]] = operator.rows
     used = sum(o.nbytes for o in operators)
-    return Layout(operators, layer_caches(text, rows), text, used)
+    return Layout(operators, layer_caches(text, rows), text, used, _dtype(modules, text))
+
+
+def _dtype(modules: Mapping[str, Mapping[str, list[Header]]], config: Mapping[str, Any]) -> str:
+    """Of the activations: what the embedding yields, widened by the layers' own norms.
+
+    The config is asked last, since converters leave the original's dtype in it.
+    """
+    found = set()
+    for path, parts in modules.items():
+        own = _LAYER.split(f"{path}.", maxsplit=1)[-1]
+        if is_embedding(path) or (path.endswith("norm") and own.count(".") == 1):
+            headers = parts.get("scales") or parts.get("weight") or []
+            found |= {_DTYPES[h.dtype] for h in headers if h.dtype in _DTYPES}
+    if not found:
+        found = {str(config.get("dtype") or config.get("torch_dtype"))}
+    if "float32" in found or {"bfloat16", "float16"} <= found:
+        return "float32"
+    return "float16" if "float16" in found else "bfloat16"
 
 
 def _check_fields(text: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -185,14 +211,15 @@ def _operator(
     if len(shape) < 2 or "conv" in path:
         launches = 1 + (shifted and name.endswith("norm"))
         return Operator(path, "vector", nbytes, sum(map(_size, weights)), 0, launches)
-    elements = _elements(path, parts, weights, config)
+    elements, packed = _elements(path, parts, weights, config), "scales" in parts
     if is_embedding(path) and tied:
-        return Operator(path, "matmul", nbytes, elements, 0, 2, shape[0])  # a row, and the head
+        # A row, and the head.
+        return Operator(path, "matmul", nbytes, elements, 0, 2, shape[0], packed)
     if is_embedding(path) or ("per_layer" in name and "embed" in name):
-        return Operator(path, "embedding", nbytes, elements, 0, 1, shape[0])
+        return Operator(path, "embedding", nbytes, elements, 0, 1, shape[0], packed)
     launches = 2 if "bias" in parts else 1
     kind = "expert" if experts else "matmul"
-    return Operator(path, kind, nbytes, elements, experts, launches, shape[-2])
+    return Operator(path, kind, nbytes, elements, experts, launches, shape[-2], packed)
 
 
 def _size(header: Header) -> int:

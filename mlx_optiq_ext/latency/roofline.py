@@ -1,37 +1,26 @@
 """Predicted speed and memory of a model on a chip.
 
 Each operator takes as long as its bytes at the bandwidth a chip reaches or its arithmetic at the
-FLOP/s it reaches, whichever is longer, and each kernel a launch, which some machines hide behind
-other kernels' work. Source: Williams, Waterman, Patterson, "Roofline" (2009), with the launch term
-of `efficiency`.
+FLOP/s it reaches, whichever is longer, and each kernel a launch. Source: Williams, Waterman,
+Patterson, "Roofline" (2009), with the launch term of `efficiency`. A machine that was measured has
+rates of its own for each dtype, for quantized weights, and for attention, and launches kernels
+while others run: the slower of the two counts.
 """
 
-import functools
-from collections import Counter
 from dataclasses import dataclass
 
 from ..errors import InputError
 from ..model.config import layer_count
 from .caches import LayerCache, formats_of
 from .chips import Chip
+from .demands import MATMUL, demand, is_head, read_bytes, used_weights
 from .efficiency import FITTED, Efficiency
-from .layout import Layout, Operator
+from .layout import Layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # weights plans for a speed, and kv looks into weights
     from ..kv.plan import KVPlan
 
-#: Share of the peak FLOP/s that a prompt's matrix products reach.
-MATMUL = {"apple": 0.76, "nvidia": 0.2}
-#: Kernels of an attention layer beside its products and norms: rotary embeddings, cache updates,
-#: attention, residual sums, activation.
-ATTENTION_LAUNCHES = 9
-#: More of them where the KV cache is quantized: quantizing, and products for a fused kernel.
-PACKED_LAUNCHES = 4
-#: More of them where the scores are capped: attention without the fused kernel.
-CAPPED_LAUNCHES = 8
-#: Sampling and the end of a step.
-STEP_LAUNCHES = 20
 #: Copies of a layer's activations that are alive at once while a prompt is read.
 WORKSPACE = 4
 
@@ -121,109 +110,14 @@ def predict(
     )
 
 
-@dataclass(frozen=True)
-class Demand:
-    """What one decode step asks of a chip.
-
-    Attributes:
-        products: Bytes read, FLOP done, stored bits of a weight, and how many operators of the
-            model are alike in these.
-        cache_bytes: Bytes of caches that are read.
-        launches: Kernels that every family has.
-        expert_layers: Layers with routed experts.
-        recurrent_layers: Layers with a recurrent state.
-    """
-
-    products: tuple[tuple[float, float, float, int], ...]
-    cache_bytes: float
-    launches: int
-    expert_layers: int
-    recurrent_layers: int
-
-    @property
-    def nbytes(self) -> float:
-        """All bytes read."""
-        return self.cache_bytes + sum(nbytes * count for nbytes, _, _, count in self.products)
-
-    def seconds(self, chip: Chip, efficiency: Efficiency = FITTED) -> dict[str, float]:
-        """Seconds for ``weights``, ``cache`` and ``launches`` (what outlasts the others' work)."""
-        rate = functools.partial(efficiency.bytes_per_second, chip)
-        flops = chip.tflops * 1e12 * MATMUL[chip.family]
-        launches = (
-            self.launches
-            + self.expert_layers * efficiency.expert_launches
-            + self.recurrent_layers * efficiency.recurrent(chip)
-        )
-        found = {
-            "weights": sum(
-                count * max(nbytes / rate(bits), work / flops)
-                for nbytes, work, bits, count in self.products
-            ),
-            "cache": self.cache_bytes / rate(),
-        }
-        spent = launches * efficiency.seconds_per_launch(chip)
-        hidden = sum(found.values()) if chip.overlapped else 0.0
-        return {**found, "launches": max(spent - hidden, 0.0)}
-
-
-def demand(
-    layout: Layout, context: float, batch: int = 1, kv_plan: "KVPlan | None" = None
-) -> Demand:
-    """What one decode step of a model asks of a chip.
-
-    Args:
-        layout: The model.
-        context: Positions before the token.
-        batch: Sequences at once, which share the weights that are read.
-        kv_plan: Precision of keys and values.
-    """
-    alike = Counter(
-        (read_bytes(o, layout, batch), 2.0 * _used(o, layout) * batch, 8 * o.nbytes / o.elements)
-        for o in layout.operators
-    )
-    launches = STEP_LAUNCHES + sum(o.launches for o in layout.operators)
-    cache_bytes = 0.0
-    for cache in layout.caches:
-        formats = formats_of(kv_plan, cache)
-        cache_bytes += batch * cache.nbytes(context, formats, layout.element_bytes)
-        if cache.kind == "recurrent":
-            continue
-        launches += ATTENTION_LAUNCHES
-        launches += CAPPED_LAUNCHES if layout.config.get("attn_logit_softcapping") else 0
-        launches += PACKED_LAUNCHES if formats is not None else 0
-    return Demand(
-        tuple((*kind, count) for kind, count in alike.items()),
-        cache_bytes,
-        launches,
-        layout.expert_layers,
-        sum(cache.kind == "recurrent" for cache in layout.caches),
-    )
-
-
-def read_bytes(operator: Operator, layout: Layout, batch: int = 1) -> float:
-    """Bytes of an operator that one decode step reads."""
-    if operator.kind == "embedding":
-        return batch * operator.nbytes / max(operator.rows, 1)
-    if operator.kind == "expert":
-        # Distinct experts of independent draws.
-        missed = (1 - min(1.0, layout.active_experts / operator.experts)) ** batch
-        return operator.nbytes * (1 - missed)
-    return operator.nbytes
-
-
-def _used(operator: Operator, layout: Layout) -> float:
-    """Weights that one token is multiplied with."""
-    if operator.kind == "expert":
-        return operator.elements * min(1.0, layout.active_experts / operator.experts)
-    return operator.elements if operator.kind == "matmul" else 0.0
-
-
 def _prefill_tps(layout: Layout, chip: Chip, workload: Workload, efficiency: Efficiency) -> float:
+    if chip.measured is not None:
+        return _measured_prefill_tps(layout, chip, workload, efficiency)
     rate = efficiency.bytes_per_second(chip)
     flops = chip.tflops * 1e12 * MATMUL[chip.family]
     # The head is only run for the last token of a prompt.
-    body = [o for o in layout.operators if not _is_head(o)]
-    per_token = 2 * sum(_used(o, layout) for o in body)
+    body = [o for o in layout.operators if not is_head(o)]
+    per_token = 2 * sum(used_weights(o, layout) for o in body)
     total = 0.0
     launches = demand(layout, 0).seconds(chip, efficiency)["launches"]
     for start in range(0, workload.prompt, workload.step):
@@ -236,9 +130,18 @@ def _prefill_tps(layout: Layout, chip: Chip, workload: Workload, efficiency: Eff
     return workload.batch * workload.prompt / total
 
 
-def _is_head(operator: Operator) -> bool:
-    name = operator.path.rpartition(".")[2]
-    return "layers." not in operator.path and name != "norm" and operator.kind != "vector"
+def _measured_prefill_tps(
+    layout: Layout, chip: Chip, workload: Workload, efficiency: Efficiency
+) -> float:
+    # As mlx-lm counts it: a step reads the last token, and the next one is queued before the clock
+    # stops.
+    body = workload.prompt - 1
+    total = 2 * sum(demand(layout, body, workload.batch).seconds(chip, efficiency).values())
+    for start in range(0, body, workload.step):
+        tokens = min(workload.step, body - start)
+        step = demand(layout, start + tokens / 2, workload.batch, prompt=tokens)
+        total += sum(step.seconds(chip, efficiency).values())
+    return workload.batch * workload.prompt / total
 
 
 def _stored(cache: LayerCache, context: int, plan: "KVPlan | None", layout: Layout) -> float:

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from .chips import Chip, known_chips
+from .demands import demand
 from .efficiency import FITTED, Efficiency
 from .layout import Layout
 from .plot import plot
-from .roofline import Prediction, Workload, demand
+from .roofline import Prediction, Workload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # weights plans for a speed, and kv looks into weights
@@ -29,8 +30,10 @@ def summary(prediction: Prediction, chip: Chip, workload: Workload, name: str) -
         )
     }
     batch = f", batch {workload.batch}" if workload.batch > 1 else ""
+    missing = chip.measured.failed if chip.measured else ()
     return "\n".join(
         [
+            *(f"[optiq] Not measured on {chip.name}: {what}" for what in missing),
             f"[optiq] Predicted for {name} on {chip.name} ({chip.bandwidth_gbs:g} GB/s), "
             f"{workload.prompt} + {workload.generated} tokens{batch}:",
             f"[optiq] prompt_tps={prediction.prefill_tps:.1f}, "

@@ -55,7 +55,9 @@ class Target:
         for path, precision in precisions.items():
             if precision.quantized:
                 settings[path] = precision.settings
-                headers |= _packed(tensors[path], precision)
+                source = self.headers.get(f"{path}.weight")
+                dtype = source.dtype if source is not None else "scale"
+                headers |= _packed(tensors[path], precision, dtype)
         layout = layout_of({**self.config, "quantization": settings}, headers)
         return predict(layout, self.chip, Workload()).decode_tps
 
@@ -73,13 +75,13 @@ def target(path_or_repo: str, model: nn.Module, tps: float, chip: str) -> Target
     return Target(tps, find_chip(chip), config, headers)
 
 
-def _packed(tensor: Tensor, precision: Precision) -> dict[str, Header]:
+def _packed(tensor: Tensor, precision: Precision, dtype: str) -> dict[str, Header]:
     *outer, inner = tensor.shape
     words, groups = inner * precision.bits // 32, inner // precision.group_size
     rows = math.prod(outer)
     mode = MODES[precision.mode]
     width = mode.scale_bits or tensor.dtype_bits
-    scale = Header("scale", (*outer, groups), rows * groups * width // 8)
+    scale = Header("U8" if mode.scale_bits else dtype, (*outer, groups), rows * groups * width // 8)
     headers = {
         f"{tensor.path}.weight": Header("U32", (*outer, words), 4 * rows * words),
         f"{tensor.path}.scales": scale,

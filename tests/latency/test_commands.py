@@ -10,7 +10,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from toy_qwen3 import TEXT, write_toy
 
-from mlx_optiq_ext.latency import Chip, Workload, calibration, find_chip, predict, read_layout
+from mlx_optiq_ext.latency import (
+    Chip,
+    Layers,
+    Measured,
+    Products,
+    Workload,
+    calibration,
+    find_chip,
+    predict,
+    read_layout,
+)
 
 TOY_CHIP = {"name": "toy", "bandwidth_gbs": 1, "tflops": 1, "launch_us": 0.01}
 
@@ -51,13 +61,18 @@ def test_a_plan_a_plot_and_the_list(command, tiny, tmp_path):
 
 
 def test_calibrating_writes_the_chip_that_auto_reads(command, tiny, monkeypatch):
-    measured = Chip("this-machine", "Test", "apple", 7.0, 1.0, launch_us=2.0)
+    rates = tuple(Products("bfloat16", bits, bits < 16, 7.0, 1.0) for bits in (4.5, 16))
+    layers, failed = (Layers("bfloat16", 7.0, 1.0, 0.1),), ("float16 products: no memory",)
+    numbers = Measured(2.0, 1.0, rates, layers, failed)
+    measured = Chip("this-machine", "Test", "apple", 7.0, 1.0, launch_us=2.0, measured=numbers)
     monkeypatch.setattr(calibration, "calibrate", lambda: measured)
     done = command(
         "benchmark", "--model", tiny, "--optiq-calibrate-chip", "--optiq-predict", "auto"
     )
     assert done.status == 0, done.err
-    assert "7.0 GB/s" in done.out
+    assert "Measuring this machine: launches" in done.out
+    assert "bfloat16, generation and prompt: 7 GB/s and 1 TFLOP/s at 4.5 bits" in done.out
+    assert "Not measured on Test: float16 products: no memory" in done.out
     assert "on Test (7 GB/s)" in done.out
     assert find_chip("auto") == measured
 

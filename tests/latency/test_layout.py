@@ -10,7 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model, save_model
-from toy_qwen3 import moe, toy_config, write_toy
+from toy_qwen3 import moe, toy_config
 
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.kv import KVPlan, LayerFormat, parse_spec
@@ -181,8 +181,3 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path):
 
 def test_layers_without_tensors_have_no_cache():
     assert layer_caches({"num_hidden_layers": 2, "num_attention_heads": 2}, {0: {}, 1: {}}) == ()
-
-
-def test_a_toy_of_another_dtype(tmp_path):
-    folder = write_toy(tmp_path, dtype="float32")
-    assert read_layout(str(folder)).element_bytes == 4

@@ -38,8 +38,8 @@ def add_arguments(group):
         "--optiq-calibrate-chip",
         action="store_true",
         default=None,
-        help="Measure this machine's bandwidth, launch overhead and arithmetic, for "
-        "--optiq-predict auto.",
+        help="Measure this machine for --optiq-predict auto: products by dtype and quantization, "
+        "attention, norms and launch overhead. About a minute.",
     )
 
 
@@ -80,6 +80,7 @@ def run(options: Options, args) -> None:
     from mlx_optiq_ext.latency.chips import calibrated_path
 
     if options.calibrate_chip:
+        print(f"[optiq] Measuring this machine: {calibration.MEASURES}", flush=True)
         measured = calibration.calibrate()
         latency.write_chip(calibrated_path(), measured)
         print(calibration.summary(measured))

@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.models import cache as stock_caches
 
 from mlx_optiq_ext import kv
+from mlx_optiq_ext.latency.measured import VERSION
 
 #: Names of quantizable layers.
 LAYERS = [f"model.layers.{n}.{m}" for n in range(2) for m in ("self_attn.q_proj", "mlp.up_proj")]
@@ -31,8 +32,26 @@ CHIP = {
     "bandwidth_gbs": 400.0,
     "tflops": 14.2,
     "launch_us": 3.5,
-    "rates_gbs": [[4.5, 300.0], [16.0, 380.0]],
-    "overlapped": True,
+    "measured": {
+        "version": VERSION,
+        "launch_us": 3.5,
+        "gap_us": 1.5,
+        "products": [
+            {
+                "dtype": "bfloat16",
+                "bits": 4.5,
+                "quantized": True,
+                "gbs": 300.0,
+                "tflops": 9.5,
+                "setup_ps": 0.5,
+            },
+            {"dtype": "bfloat16", "bits": 16, "quantized": False, "gbs": 380.0, "tflops": 11.0},
+        ],
+        "layers": [
+            {"dtype": "bfloat16", "cache_gbs": 300, "attention_tflops": 5, "element_ns": 0.1}
+        ],
+        "failed": ["float16 products: out of memory"],
+    },
     "generation": 3,
     "dies": 1,
 }

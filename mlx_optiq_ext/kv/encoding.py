@@ -75,9 +75,9 @@ def rows_of(
         formats: Fitted to the dimensions.
         planes: How many there are.
     """
-    sides = formats.keys, formats.values
-    zeros = (_zeros(*side, getattr(mx, dtype)) for side in zip(dims, sides, strict=True))
-    return arrange(*zeros, formats, planes)
+    stored: mx.Dtype = getattr(mx, dtype)
+    keys, values = _zeros(dims[0], formats.keys, stored), _zeros(dims[1], formats.values, stored)
+    return arrange(keys, values, formats, planes)
 
 
 def _zeros(dim: int, format: Format | None, dtype: mx.Dtype) -> Parts:

@@ -47,6 +47,22 @@ def write_fp8(name: str, folder: Path) -> Path:
     return folder
 
 
+def wrap(folder: Path, wrapper: str) -> Path:
+    """Make a checkpoint into that of a vision-language model around it."""
+    path, settings = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    stored = mx.load(str(path))
+    assert isinstance(stored, dict)
+    mx.eval(stored)
+    stored = {f"language_model.{name}": array for name, array in stored.items()}
+    stored["vision_tower.patch_conv.weight"] = mx.ones((8, 16), mx.bfloat16)
+    mx.save_safetensors(str(path), stored)
+    _rename(path, "U8", "F8_E4M3")
+    outer = {"model_type": wrapper, "vision_config": {}, "tie_word_embeddings": False}
+    outer["quantization_config"] = settings.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps({**outer, "text_config": settings}))
+    return folder
+
+
 def _experts(path: str, array: mx.array) -> list[tuple[str, mx.array]]:
     """The experts of a stack one by one; anything else as it is."""
     found = re.fullmatch(r"(.*)\.switch_mlp\.(\w+)\.weight", path)
@@ -63,7 +79,7 @@ def _packed(name: str, path: str, array: mx.array) -> dict[str, mx.array]:
         return {path: array}
     scale = f"{path}_scale_inv"
     if name == "minimax_m3_vl":
-        words, scales = mx.quantize(array, group_size=32, bits=8, mode="mxfp8")
+        words, scales = tuple(mx.quantize(array, group_size=32, bits=8, mode="mxfp8"))
         return {path: words.view(mx.uint8), scale: scales}
     blocks = [-(-side // 128) for side in array.shape]
     scales = mx.full(blocks, 0.001, mx.float32)

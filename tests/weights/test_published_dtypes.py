@@ -1,6 +1,7 @@
 """Checkpoints in 8-bit floating point or in several dtypes, and configs that say too much."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -12,7 +13,7 @@ from toy_qwen3 import TEXT, write_toy
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.files import write_json
 from mlx_optiq_ext.model.loading import load_unquantized, to_compute
-from weights.published import FP8, write_fp8
+from weights.published import FP8, wrap, write_fp8
 
 PUBLISHED = [name for name in FP8 if name in FAMILIES]
 
@@ -28,7 +29,8 @@ def words(tmp_path):
 def check(out, done):
     """A converted folder has the size that was printed, and works."""
     assert done.status == 0, done.err
-    model, _, config = mlx_lm.load(str(out), return_config=True)
+    loaded: Any = mlx_lm.load(str(out), return_config=True)
+    model, _, config = loaded
     (printed,) = [line for line in done.out.splitlines() if "of a budget of" in line]
     assert f"{compute_bits_per_weight(model):.3f} bits per weight" in printed
     assert config["quantization"] == config["quantization_config"]
@@ -48,7 +50,7 @@ def test_a_checkpoint_in_fp8_is_converted(command, tmp_path, words, name):
     plain = to_compute(load_unquantized(str(source))[0])
     tokens = mx.array([[3, 1, 2, 9]])
     error = mx.abs(model(tokens) - plain(tokens)).mean() / mx.abs(plain(tokens)).mean()
-    assert error.item() < 0.5, "the plan was made for other weights than stock quantized"
+    assert float(error) < 0.5, "the plan was made for other weights than stock quantized"
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("minimax")])
@@ -64,6 +66,27 @@ def test_a_checkpoint_in_fp8_is_converted_layer_by_layer(
     check(tmp_path / "out", done)
     found = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("whole", "out"))
     assert next(found)["quantization"] == next(found)["quantization"], whole.err
+
+
+@pytest.mark.newest  # mistral4 is as new as that
+def test_the_text_model_of_a_checkpoint_in_fp8_is_converted(command, tmp_path, words):
+    source = wrap(write_fp8("mistral4", tmp_path / "source"), "mistral3")
+    given = ("--hf-path", source, "--mlx-path", tmp_path / "out", "--optiq-budget", 6, *words)
+    done = command("convert", *given)
+    check(tmp_path / "out", done)
+    assert "Text only, as mistral4: left out 1 vision" in done.out
+
+
+@pytest.mark.newest  # as minimax_m3_vl is
+def test_a_dtype_is_taken_of_weights_that_mlx_lm_leaves_packed(command, tmp_path, words):
+    source = write_fp8("minimax_m3_vl", tmp_path / "source")
+    given = ("--hf-path", source, "--mlx-path", tmp_path / "out", "--optiq-budget", 6, *words)
+    check(tmp_path / "out", command("convert", *given, "--dtype", "float16"))
+    stored = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert isinstance(stored, dict)
+    # Its cast_predicate keeps a router's corrections.
+    other = {name for name, a in stored.items() if a.dtype not in (mx.float16, mx.uint32)}
+    assert all(name.endswith("e_score_correction_bias") for name in other)
 
 
 def test_refinement_meets_what_stock_loads_of_fp8(command, tmp_path, words):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 from quality import divergence, load, log_probs
 
 from mlx_optiq_ext.model.layers import quantizable
@@ -55,11 +56,10 @@ def start(args, model, tokenizer, request):
         if args.start:
             return problem, *converted(args.start)
         precisions = {t.path: Precision(args.bits, args.group_size) for t in problem.tensors}
-        return (
-            problem,
-            precisions,
-            {p: quantize(problem.weights[p], q) for p, q in precisions.items()},
-        )
+        if args.refine:
+            return problem, precisions, refine(problem, precisions)
+        plain = {path: quantize(problem.weights[path], p) for path, p in precisions.items()}
+        return problem, precisions, plain
     study = study_model(model, tokenizer, request)
     plan = search(study, args.budget)
     return study.problem, plan.precisions, refine(study.problem, plan.precisions)
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, help="bits per weight to plan and refine for")
     parser.add_argument("--bits", type=int, help="width to round all tensors to")
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--refine", action="store_true", help="refine what --bits rounds")
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--refining", type=int, default=256, help="calibration sequences at most")
     parser.add_argument("--length", type=int, default=256, help="tokens of one")
@@ -109,7 +110,8 @@ def main() -> None:
         with placed(judge, {**weights, **others}):
             return divergence(reference, log_probs(judge, windows))
 
-    before, drawn = kl(stored, {}), {0: None}
+    before = kl(stored, {})
+    drawn: dict[int, np.ndarray | None] = {0: None}
     for text, (chosen, count) in zip(args.tries or [""], tries, strict=True):
         began = time.perf_counter()
         if count not in drawn:

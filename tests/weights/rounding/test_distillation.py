@@ -66,7 +66,8 @@ def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(problem, r
 @pytest.mark.parametrize("lever", [{"codes_rate": 0.005}, {"parameters_rate": 3e-3}])
 def test_each_lever_lowers_the_kl_further(problem, rounded, lever):
     without, found = (
-        distill(problem, *rounded, settings) for settings in (SMALL, replace(SMALL, **lever))
+        distill(problem, *rounded, settings=settings)
+        for settings in (SMALL, replace(SMALL, **lever))
     )
     assert found.kl < 0.98 * without.kl
     assert without.kl_before == pytest.approx(found.kl_before, rel=1e-4)
@@ -87,7 +88,7 @@ def test_codes_that_move_stay_codes_of_their_width(problem, rounded):
 
 def test_one_seed_gives_one_result(problem, rounded):
     once, again = (
-        distill(problem, *rounded, replace(ALL, steps=3, judged_every=1)) for _ in range(2)
+        distill(problem, *rounded, settings=replace(ALL, steps=3, judged_every=1)) for _ in range(2)
     )
     for path, stored in once.refined.items():
         assert all(
@@ -99,7 +100,7 @@ def test_one_seed_gives_one_result(problem, rounded):
 
 
 def test_what_is_worse_than_the_start_is_not_returned(problem, rounded):
-    found = distill(problem, *rounded, replace(ALL, steps=2, rate=5.0))
+    found = distill(problem, *rounded, settings=replace(ALL, steps=2, rate=5.0))
     assert found.refined is rounded[1]
     assert not found.parameters
     assert found.kl == found.kl_before
@@ -107,7 +108,8 @@ def test_what_is_worse_than_the_start_is_not_returned(problem, rounded):
 
 def test_the_best_judgement_is_kept_not_the_last(problem, rounded):
     every, last = (
-        distill(problem, *rounded, replace(SMALL, rate=0.04, judged_every=n)) for n in (1, 8)
+        distill(problem, *rounded, settings=replace(SMALL, rate=0.04, judged_every=n))
+        for n in (1, 8)
     )
     assert every.kl < last.kl
     assert every.steps == last.steps == 8
@@ -115,7 +117,8 @@ def test_the_best_judgement_is_kept_not_the_last(problem, rounded):
 
 def test_recomputing_layers_changes_no_value(problem, rounded):
     kept, once = (
-        distill(problem, *rounded, replace(ALL, steps=2, checkpoint=c)) for c in (False, True)
+        distill(problem, *rounded, settings=replace(ALL, steps=2, checkpoint=c))
+        for c in (False, True)
     )
     assert once.kl == pytest.approx(kept.kl, rel=1e-3)
     for path, stored in once.refined.items():
@@ -126,9 +129,11 @@ def test_recomputing_layers_changes_no_value(problem, rounded):
 def test_the_time_it_takes_is_said_and_can_be_bounded(problem, rounded):
     said = []
     problem = replace(problem, say=said.append)
-    found = distill(problem, *rounded, replace(SMALL, steps=10_000, epochs=10_000, seconds=0.5))
+    found = distill(
+        problem, *rounded, settings=replace(SMALL, steps=10_000, epochs=10_000, seconds=0.5)
+    )
     assert 3 <= found.steps < 100
-    once = distill(problem, *rounded, replace(SMALL, epochs=1, steps=10_000))
+    once = distill(problem, *rounded, settings=replace(SMALL, epochs=1, steps=10_000))
     assert once.steps == -(-len(problem.calibration.refining) // SMALL.batch)
     line = said[0]
     assert f"{found.steps} steps, about " in line
@@ -185,7 +190,7 @@ def test_a_stop_half_way_leaves_the_model_as_it_was(problem, rounded, monkeypatc
 
     monkeypatch.setattr(type(problem.model), "__call__", stop)
     with pytest.raises(KeyboardInterrupt):
-        distill(problem, *rounded, replace(SMALL, checkpoint=False))
+        distill(problem, *rounded, settings=replace(SMALL, checkpoint=False))
     for path, module in quantizable(problem.model):
         assert mx.array_equal(module.weight, before[path]), path
 
@@ -195,7 +200,7 @@ def test_only_what_helps_on_held_out_sequences_is_kept(problem, rounded, monkeyp
     precisions, start = rounded
     plan = Plan(precisions, {}, "taylor", 3.0, 3.0, kl=1.0)
     norm = {"model.norm.weight": mx.ones((128,))}
-    found = Distilled({"tuned": None}, norm, steps=7)
+    found = Distilled({"tuned": ()}, norm, steps=7)
     monkeypatch.setattr(pipeline, "distill", lambda *args: found)
     monkeypatch.setattr(pipeline, "judge", lambda *args: factor)
     said = []
@@ -203,7 +208,7 @@ def test_only_what_helps_on_held_out_sequences_is_kept(problem, rounded, monkeyp
     done = pipeline.distilled(pipeline.Conversion(plan, start), problem)
     assert done.post_processing[-1]["kept"] == (factor < 1)
     assert done.post_processing[-1]["steps"] == 7
-    assert (done.refined == {"tuned": None}) == (factor < 1)
+    assert (done.refined == {"tuned": ()}) == (factor < 1)
     assert (done.parameters == norm) == (factor < 1)
     assert done.plan.kl == min(1.0, factor)
     assert bool(said) == (factor > 1)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +31,7 @@ class Student:
     """
 
     parts: Parts
-    movable: Mapping[str, Grid | Parameter]
+    movable: dict[str, Grid | Parameter]
     checkpoint: bool
 
     def weights(self, states: States, paths: list[str]) -> dict[str, mx.array]:
@@ -199,7 +199,7 @@ class Student:
         def tap(use: Use) -> mx.array:
             if not use.lookup:
                 return use.outputs
-            return looked_up(modules[use.path].weight, use.inputs)
+            return cast(mx.array, looked_up(modules[use.path].weight, use.inputs))
 
         with tapped(modules, tap):
             yield

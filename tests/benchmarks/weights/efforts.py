@@ -25,7 +25,7 @@ from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Request
 from mlx_optiq_ext.weights.plan_search import search
 from mlx_optiq_ext.weights.precision import dequantized
-from mlx_optiq_ext.weights.rounding.distillation import distill
+from mlx_optiq_ext.weights.rounding.distillation import distill, placed
 from mlx_optiq_ext.weights.rounding.refinement import refine, restored
 from mlx_optiq_ext.weights.study import study_model
 
@@ -97,9 +97,14 @@ def main() -> None:
                 )  # fmt: skip
         if args.distill:
             started = time.perf_counter()
-            values = distill(replace(problem, progress=False), plan.precisions, values)
-            spent = time.perf_counter() - started
-            judged("distilled", spent, lambda p, v=values, s=stored: s(p, v), chosen, budget=budget)
+            found = distill(replace(problem, progress=False), plan.precisions, values)
+            spent, values = time.perf_counter() - started, found.refined
+            others = {path: a.astype(problem.dtype) for path, a in found.parameters.items()}
+            with placed(problem.model, others):
+                judged(
+                    "distilled", spent, lambda p, v=values, s=stored: s(p, v), chosen,
+                    budget=budget, steps=found.steps, seconds_a_step=found.seconds,
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

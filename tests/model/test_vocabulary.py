@@ -1,5 +1,7 @@
 """Tokens that a model has no embedding of are refused before it looks them up."""
 
+import importlib
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from toy_qwen3 import TEXT, write_toy
 
-from mlx_optiq_ext import evaluation
+from mlx_optiq_ext import evaluation, kv
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.evaluation import token_divergence
 from mlx_optiq_ext.evaluation.harness import generated
@@ -48,6 +50,17 @@ def test_text_to_evaluate_on_is_refused(narrow):
     model, tokenizer = mlx_lm.load(str(narrow))[:2]
     with pytest.raises(InputError, match=REFUSED):
         generated(model, tokenizer, [TEXT], 4, special=False)
+
+
+def test_text_of_perplexity_is_refused(narrow):
+    model = mlx_lm.load(str(narrow))[0]
+    perplexity = importlib.import_module("mlx_lm.perplexity")
+    plan = kv.parse_spec("8")
+    assert plan is not None
+    kv.mount(model, plan)
+    assert perplexity.eval_ppl(model, mx.zeros((2, 8), mx.int32))
+    with pytest.raises(InputError, match=REFUSED):
+        perplexity.eval_ppl(model, mx.full((2, 8), 900))
 
 
 def test_text_that_weights_a_residual_is_refused(narrow, tmp_path):

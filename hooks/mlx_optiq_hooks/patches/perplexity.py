@@ -10,7 +10,9 @@ def eval_ppl(wrapped, instance, args, kwargs):
     if not command.mounted(model):
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext import kv
+    from mlx_optiq_ext.model.vocabulary import check_tokens
 
+    check_tokens(model, call["data"])
     call["model"] = lambda tokens: model(tokens, cache=kv.make_caches(model))
     return wrapped(**call)
 

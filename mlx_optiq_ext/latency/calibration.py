@@ -65,7 +65,7 @@ def calibrate(
         OptiqError: The launches could not be measured, or nothing else could.
     """
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    sizes = sizes or (probes.CPU if on_cpu else probes.GPU)
+    own = sizes or (probes.CPU if on_cpu else probes.GPU)
     failed: list[str] = []
 
     def attempt(what: str, run: Callable[[], T]) -> T | None:
@@ -80,14 +80,14 @@ def calibrate(
 
     timing = _Timing(seconds, clock)
     main = "float32" if on_cpu else "bfloat16"
-    launches = attempt("kernel launches", lambda: _launches(sizes, getattr(mx, main), timing))
+    launches = attempt("kernel launches", lambda: _launches(own, getattr(mx, main), timing))
     found = [
-        attempt(_named(dtype, bits), lambda d=dtype, b=bits: _products(sizes, d, b, timing))
+        attempt(_named(dtype, bits), lambda d=dtype, b=bits: _products(own, d, b, timing))
         for dtype in dtypes
         for bits in (None, *BITS)
     ]
     beside = [
-        attempt(f"attention and norms in {dtype}", lambda d=dtype: _layers(sizes, d, timing))
+        attempt(f"attention and norms in {dtype}", lambda d=dtype: _layers(own, d, timing))
         for dtype in dtypes
     ]
     products = tuple(each for each in found if each is not None)
@@ -100,15 +100,16 @@ def calibrate(
     best = next((p for p in dense if p.dtype == main), dense[0])
     family = "apple" if on_cpu or mx.metal.is_available() else "nvidia"
     layers = tuple(each for each in beside if each is not None)
+    launch, gap = map(_rounded, launches)
     return Chip(
         id="this-machine",
         name=_device_name(),
         family=family,
         bandwidth_gbs=_rounded(best.gbs),
         tflops=_rounded(best.tflops / MATMUL[family]),
-        launch_us=_rounded(launches[0]),
+        launch_us=launch,
         source="measured by --optiq-calibrate-chip",
-        measured=Measured(*map(_rounded, launches), products, layers, tuple(failed)),
+        measured=Measured(launch, gap, products, layers, tuple(failed)),
     )
 
 

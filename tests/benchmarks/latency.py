@@ -12,6 +12,7 @@ it was measured, the last one the errors.
 """
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import shlex
@@ -125,6 +126,7 @@ def cases(
         }
     for context in args.contexts:
         cache = filled_cache(model, layout, context)
+        mx.clear_cache()
         best = min(generate(model, cache, args.tokens, clock) for _ in range(runs))
         step = demand(layout, context + args.tokens)
         yield {
@@ -192,7 +194,7 @@ def main() -> None:
         {
             "machine": own.name,
             "processor": platform.processor() or platform.machine(),
-            "mlx": mx.__version__,
+            "mlx": importlib.metadata.version("mlx"),
             "command": command,
             "chip": own,
         }

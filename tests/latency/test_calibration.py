@@ -239,10 +239,10 @@ def test_the_small_model_is_counted_as_the_roofline_counts_it():
 
 def test_this_machine_is_predicted_from_its_own_numbers():
     sizes = replace(
-        probes.CPU, rows=256, packed_rows=64, columns=256, read_bytes=1 << 20, prompt=16, layers=2,
-        context=64, steps=6,
+        probes.CPU, rows=512, packed_rows=64, columns=512, read_bytes=1 << 21, layers=2,
+        context=256, steps=6,
     )  # fmt: skip
-    chip = calibrate(sizes=sizes, dtypes=("float32",), seconds=0.02, clock=time.process_time)
+    chip = calibrate(sizes=sizes, dtypes=("float32",), seconds=0.05, clock=time.process_time)
     assert chip.measured is not None
     assert chip.measured.launch_us >= chip.measured.gap_us >= 0
     plain, packed = (predict(layout("F32", bits), chip) for bits in (None, 4))

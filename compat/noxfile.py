@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "compat" / "constraints"
 MATRIX = nox.project.load_toml(ROOT / "compat" / "mlx_optiq_compat" / "matrix.toml")
 ROWS = [row for row in MATRIX["row"] if row["verdict"] != "outside"]
-#: A worker a core; each takes whole files, whose fixtures cost most. Once xdist has replaced a
-#: worker that crashed it may wait for ever, so it replaces none.
+#: One worker for each core; each takes whole files, because fixtures take the most time. After
+#: xdist has replaced a crashed worker it may wait forever, so it replaces none.
 WORKERS = ("-n", "auto", "--dist", "loadfile", "--max-worker-restart", "0")
 #: Workers fill the cores, so that each computes on one.
 ONE_CORE = {"OPENBLAS_NUM_THREADS": "1"}

@@ -18,7 +18,7 @@ armed = False
 
 
 class _Trigger:
-    """A meta path finder that finds nothing; it only notices the first look-up of mlx_lm."""
+    """A meta path finder that finds no module; it only notices the first look-up of mlx_lm."""
 
     def find_spec(self, name, path=None, target=None):
         if name == TARGET:
@@ -44,9 +44,9 @@ def install(source: str = "site") -> None:
 
 
 def await_ctrl_c() -> None:
-    """End a command of mlx-lm with our options on Ctrl-C while it is still being loaded.
+    """End a command with our options on Ctrl-C while mlx-lm is still being imported.
 
-    That takes seconds, of which Python would print a page.
+    The import takes seconds, and Python would print a long traceback.
     """
     name = sys.argv[0].rpartition("/")[2] if sys.argv else ""
     if name == "-m" and any("mlx_lm" in word for word in sys.orig_argv):
@@ -60,7 +60,7 @@ def await_ctrl_c() -> None:
 
 
 def end(*_: object) -> None:
-    """End this process, in which nothing was done yet."""
+    """End this process before it has done anything."""
     import os
 
     os.write(2, b"mlx_lm: interrupted: nothing was done yet\n")

@@ -8,7 +8,7 @@ from . import _activation
 from ._version import __version__
 
 _reports: list[Callable[[bool, bool], list[str]]] = []
-#: What ran otherwise than usual in this process.
+#: Fallbacks and other unusual events of this process, one line each.
 _notes: list[str] = []
 
 
@@ -23,7 +23,7 @@ def register(lines: Callable[[bool, bool], list[str]]) -> None:
 
 
 def note(what: str, why: Exception | None = None) -> None:
-    """Say once on stderr what runs otherwise than usual, and keep it for `status`.
+    """Print a fallback or another unusual event on stderr, once, and keep it for `status`.
 
     Args:
         what: One line.

@@ -1,4 +1,4 @@
-"""The version of this package, and those of what computes with it."""
+"""Versions of this package, MLX and mlx-lm."""
 
 __version__ = "0.1.0"
 

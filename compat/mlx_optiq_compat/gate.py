@@ -1,4 +1,4 @@
-"""Whether mlx-lm's release is one we run on, and what each feature does there."""
+"""Decides whether a release of mlx-lm is supported, and which features work on it."""
 
 from __future__ import annotations
 

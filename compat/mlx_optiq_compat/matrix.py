@@ -26,7 +26,7 @@ class Row:
         tested_mlx: The mlx that ``compat/constraints`` pins for it.
         tested_transformers: The transformers pinned for it.
         ci: Whether its tests run on every push.
-        beyond: What happens with an mlx that is newer than the range; empty if nobody knows.
+        beyond: What happens with an mlx that is newer than the range; empty if unknown.
     """
 
     mlx_lm: str
@@ -47,8 +47,8 @@ class Feature:
         name: The key, for example ``"kv_batched"``.
         title: The heading of its README column.
         since: The first mlx-lm release it works on.
-        lacks: What older releases have not got; empty when the feature is on in every row.
-        below: What happens on older releases instead; empty likewise.
+        lacks: What older releases lack; empty when the feature is on in every row.
+        below: What happens on older releases instead; empty when the feature is on in every row.
         planned: Whether it is known to fit but not built yet.
     """
 

@@ -1,7 +1,7 @@
 """What mlx-lm's source files define, read by ast and never imported.
 
-A name is ``"module:qualname"``, for example ``"mlx_lm.server:APIHandler.do_POST"``. What it is, is
-its signature, as text:
+A name is ``"module:qualname"``, for example ``"mlx_lm.server:APIHandler.do_POST"``. Its signature
+is a text:
 
 - a function's parameters with their kinds and defaults, without annotations, which change without
   meaning;
@@ -188,7 +188,7 @@ def _imports(node: ast.Import | ast.ImportFrom, package: str) -> Iterator[tuple[
 
 
 def _references(tree: ast.Module, module: str) -> Iterator[str]:
-    """Those of `REFERENCES` that stand in a module."""
+    """The entries of `REFERENCES` that occur in a module."""
     wanted = [name for each in REFERENCES for at, _, name in [each.partition(":")] if at == module]
     if not wanted:
         return

@@ -1,4 +1,4 @@
-"""What moved between the releases of mlx-lm and MLX, each behind one function that stays.
+"""One stable function for each symbol that moved between releases of mlx-lm or MLX.
 
 The only place outside the verdicts that asks which release is installed. mlx-lm and MLX are
 imported inside the functions.
@@ -23,9 +23,9 @@ def load(
 
     Args:
         path_or_repo: A folder or a Hub repository.
-        revision: Of the repository.
+        revision: Revision of the repository.
         trust_remote_code: Whether code that comes with model or tokenizer may run.
-        options: As ``mlx_lm.load``.
+        options: Other options of ``mlx_lm.load``.
 
     Returns:
         Model and tokenizer, and the config with ``return_config=True``.
@@ -54,7 +54,7 @@ def generation_stream(call: Mapping[str, Any]) -> Any:
 
 
 def device_info() -> dict[str, Any]:
-    """What MLX says of the default device; older releases have the function in ``mx.metal``.
+    """MLX's description of the default device; older releases have the function in ``mx.metal``.
 
     Raises:
         RuntimeError: Such an older release runs without Metal.

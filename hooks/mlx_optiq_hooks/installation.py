@@ -1,4 +1,4 @@
-"""What of ours is on in this process: the patches, the verdict on mlx-lm, the plugins."""
+"""What is active in this process: the patches, the verdict on mlx-lm, the plugins."""
 
 import functools
 import sys
@@ -58,7 +58,7 @@ def gate() -> Gate:
 
 @functools.cache
 def patch_engine() -> Engine:
-    """The engine over the patches of the features that the installed mlx-lm carries."""
+    """The engine with the patches of the features that the installed mlx-lm supports."""
     return Engine(tuple(patch for patch in tables() if gate().states[patch.feature].on))
 
 

@@ -1,6 +1,6 @@
 """Many LoRA adapters on one base model, chosen by call, by thread or by row of a batch.
 
-The base is never changed, and answers as itself outside of the block::
+The base model is never changed; outside of the block it runs without an adapter::
 
     import mlx_lm
     from mlx_optiq_ext import adapters

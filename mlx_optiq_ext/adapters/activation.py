@@ -17,7 +17,7 @@ class MountedAdapter:
     """An adapter on a model. Every mount is an object of its own, compared by identity.
 
     Attributes:
-        name: What it is selected by.
+        name: The name that selects it.
         version: Digest of its tensors: two mounts of the same weights have the same one.
         source: The folder or Hub repository it came from.
         nbytes: Bytes of its tensors.
@@ -47,10 +47,10 @@ class Route:
         return self.slots.size
 
     def by_row(self, x: mx.array) -> mx.array:
-        """``x``, (..., in), as (rows, tokens, in): whatever was flattened, rows come first.
+        """Reshape ``x``, (..., in), to (rows, tokens, in).
 
         Raises:
-            UnsupportedError: ``x`` cannot be of this batch.
+            UnsupportedError: The leading dimensions of ``x`` do not fit the batch's rows.
         """
         if x.ndim == 3 and x.shape[0] == self.rows:
             return x
@@ -65,7 +65,7 @@ class Route:
         """``z``, (rows, ...), with zeros where a row's adapter is elsewhere."""
         if self.keep is None:
             return z
-        # Not a product: what another adapter made of this row may be infinite.
+        # Not a product with zero: another adapter's result for this row may be infinite.
         return mx.where(self.keep.reshape(-1, *[1] * (z.ndim - 1)), z, 0)
 
 
@@ -81,7 +81,7 @@ class Rows:
     _routes: dict[tuple[MountedAdapter, ...], Route | None] = field(default_factory=dict)
 
     def route(self, members: tuple[MountedAdapter, ...]) -> Route | None:
-        """Where the rows' adapters are among a stack's members; None if no row's is there.
+        """Route the rows to a stack's slots; None if the stack has no row's adapter.
 
         Most layers hold the same adapters in the same order, and share one route.
         """
@@ -100,7 +100,7 @@ class Rows:
         return self._routes[members]
 
 
-#: What the running code uses: nothing, a name, one mounted adapter, or one for each row.
+#: The adapter of the running code: None, a name, one mounted adapter, or one for each row.
 Selection = str | MountedAdapter | Rows | None
 
 
@@ -113,7 +113,7 @@ def select(adapters: Sequence[MountedAdapter | None]) -> MountedAdapter | Rows |
 
 
 class Registry(Protocol):
-    """What knows adapters by name: see ``mounting.Mounts``."""
+    """Adapters by name; ``mounting.Mounts`` implements it."""
 
     @property
     def names(self) -> Mapping[str, MountedAdapter]:
@@ -126,12 +126,12 @@ registries: "weakref.WeakSet[Registry]" = weakref.WeakSet()
 
 
 def active() -> Selection:
-    """What the running code uses."""
+    """The selection of the running thread or task."""
     return _active.get()
 
 
 def activate(selection: Selection) -> Token[Selection]:
-    """Set what the running thread or task uses from here on; see `AdapterActivation`."""
+    """Select an adapter for the running thread or task from here on; see `AdapterActivation`."""
     return _active.set(selection)
 
 

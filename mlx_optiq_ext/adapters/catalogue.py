@@ -36,9 +36,9 @@ class Offer:
     """An adapter that a server offers.
 
     Attributes:
-        name: What requests select it by.
-        source: What the user named: a folder or a Hub repository.
-        folder: Where its files are.
+        name: The name by which requests select it.
+        source: The folder or Hub repository that the user named.
+        folder: The folder with its files.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Catalogue:
     off by the thread that generates, through `jobs`.
 
     Args:
-        offers: What is offered from the start.
+        offers: Adapters that are offered from the start.
         limit: How many adapters are mounted at most; None for all.
         patience: Seconds that a request waits while all that may be mounted are in use.
 
     Attributes:
-        jobs: To be worked on by the thread that generates.
+        jobs: Work for the generation thread.
         routable: Whether rows of different adapters may share a batch of this model.
     """
 
@@ -85,15 +85,15 @@ class Catalogue:
         self._changed = threading.Condition()
 
     def offers(self) -> list[Offer]:
-        """What is offered, in the order it came."""
+        """The offered adapters, in the order in which they were added."""
         with self._changed:
             return [each.offer for each in self._entries.values() if not each.closing]
 
     def attach(self, model: nn.Module) -> None:
-        """Mount what is offered, as far as the limit allows, on the model that was loaded.
+        """Mount the offered adapters, up to the limit, on the model that was loaded.
 
-        For the thread that generates. A model that was loaded anew starts anew. Ranks attach
-        together, and to the same weights.
+        Called by the generation thread; a reloaded model starts without adapters. All ranks attach
+        together and must have the same weights.
 
         Raises:
             InputError: An adapter is damaged or for another model.
@@ -105,7 +105,7 @@ class Catalogue:
         with distributed.together():
             for entry in list(self._entries.values())[: self._limit]:
                 entry.adapter = mounts.mount(entry.offer.name, read_adapter(entry.offer.folder))
-            distributed.gathered(None)  # nobody goes on before all have read theirs
+            distributed.gathered(None)  # no rank continues before all have read their files
         mounted = [each.adapter for each in self._entries.values() if each.adapter]
         distributed.agree(**{f"weights of adapter {each.name}": each.version for each in mounted})
         for adapter in mounted:
@@ -116,12 +116,12 @@ class Catalogue:
             self._changed.notify_all()
 
     def acquire(self, name: str) -> MountedAdapter:
-        """The adapter for one request, mounted until `release`; waits while it is being mounted.
+        """The adapter for one request, which stays mounted until `release`.
 
         Raises:
-            UnknownAdapterError: It is not offered.
+            UnknownAdapterError: The adapter is not offered.
             AdaptersBusyError: All that may be mounted stayed in use.
-            InputError: Its files are gone or damaged.
+            InputError: The adapter's files are missing or damaged.
         """
         while True:
             with self._changed:
@@ -161,8 +161,8 @@ class Catalogue:
 
         Args:
             offer: The adapter.
-            replace: Whether it may take the place of one of its name: requests from now on get the
-                new weights, those in flight keep the old ones, and this call waits for them.
+            replace: Whether it may replace an adapter of the same name. New requests then get the
+                new weights; running ones keep the old weights, and this call waits for them.
 
         Raises:
             AdapterConflictError: Its name is taken, or just being loaded or unloaded.
@@ -197,7 +197,7 @@ class Catalogue:
         """Stop offering an adapter; waits for the requests that use it.
 
         Raises:
-            UnknownAdapterError: It is not offered.
+            UnknownAdapterError: The adapter is not offered.
         """
         with self._changed:
             entry = self._entries.get(name)
@@ -214,7 +214,7 @@ class Catalogue:
             self._changed.notify_all()
 
     def _await(self, ready: Callable[[], _Entry | None]) -> _Entry:
-        """What ``ready`` finds in the end; holds the lock, but while it waits."""
+        """Wait until ``ready`` returns something; the lock is released while waiting."""
         end = time.monotonic() + self._patience
         while (entry := ready()) is None:
             if time.monotonic() > end:
@@ -222,7 +222,7 @@ class Catalogue:
                     f"all {self._limit or ''} adapters that may be mounted are in use: try again, "
                     "or raise --optiq-max-adapters"
                 )
-            # Rows that let an adapter go notify nobody here, so look every now and then.
+            # Rows release adapters without a notification, so look from time to time.
             self._changed.wait(0.05)
         return entry
 
@@ -235,7 +235,7 @@ class Catalogue:
         return entry if entry.adapter is not None or self._room(entry) else None
 
     def _room(self, entry: _Entry) -> bool:
-        """Whether an adapter may be mounted, now or in an idle one's place."""
+        """Whether an adapter may be mounted, if need be after evicting an idle one."""
         return not self._full(entry) or bool(self._idle())
 
     def _full(self, entry: _Entry) -> bool:
@@ -252,7 +252,7 @@ class Catalogue:
         ]
 
     def _victim(self, entry: _Entry) -> MountedAdapter | None:
-        """The adapter that makes room for another: the least recently used of the idle ones."""
+        """The adapter to evict: the least recently used of the idle ones."""
         if not self._full(entry):
             return None
         oldest = min(self._idle(), key=lambda each: each.used)
@@ -280,13 +280,13 @@ class Catalogue:
         return adapter
 
     def _prove(self, mounts: Mounts, adapter: MountedAdapter) -> None:
-        """Find out whether rows stay apart, once new layers have adapters."""
+        """Test whether rows stay independent, after adapters came to new layers."""
         if not mounts.paths <= self._proven:
             self._proven |= mounts.paths
             self.routable = self.routable and rows_apart(mounts, adapter)
 
     def _retire(self, adapter: MountedAdapter) -> None:
-        """Take an adapter off after its last use."""
+        """Unmount an adapter after its last use."""
         mounts = self._mounts
         assert mounts is not None
         with mounts.changed:

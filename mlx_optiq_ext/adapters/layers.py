@@ -1,7 +1,7 @@
 """Layers with adapters on top. The base layer inside is never changed.
 
-``y + (x @ a) @ b`` with the scale in ``b``, in the order of mlx-lm's LoRA layers; the sum has the
-dtype that the base layer gives.
+``y + (x @ a) @ b`` with the scale in ``b``, in the order of mlx-lm's LoRA layers. The sum has the
+dtype of the base layer's output.
 """
 
 from contextvars import ContextVar
@@ -15,7 +15,7 @@ from ..lora.geometry import EMBEDDING, EXPERTS
 from .activation import Route
 from .stack import Stack, Stacks, gather
 
-#: Linear layers that add up what the ranks have of their inputs, and all that are split.
+#: Linear layers that sum over the ranks, and all linear layers that are split over ranks.
 REDUCED = (nn.ShardedToAllLinear, nn.QuantizedShardedToAllLinear)
 SPLIT = (*REDUCED, nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
 
@@ -24,7 +24,7 @@ _routed: ContextVar[mx.array | None] = ContextVar("mlx_optiq_ext_experts", defau
 
 
 class _Mounted(nn.Module):
-    """A module in another's place, which answers for it wherever it adds nothing."""
+    """A module that replaces another and forwards to it all that it does not change."""
 
     _base: str
 
@@ -52,11 +52,11 @@ class MountedLoRALinear(_Mounted):
         self.mounted = mounted
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(..., in) to (..., out)."""
+        """Map (..., in) to (..., out)."""
         return self.adapted(x, self.linear(x))
 
     def adapted(self, x: mx.array, y: mx.array) -> mx.array:
-        """What the base layer made of ``x``, with the adapters' updates."""
+        """The base layer's output for ``x`` with the adapters' updates."""
         for stack, at in self.mounted.chosen():
             if isinstance(at, int):
                 z = (x @ stack.a[at]) @ stack.b[at]
@@ -69,11 +69,11 @@ class MountedLoRALinear(_Mounted):
 class ReducedLoRALinear(MountedLoRALinear):
     """A linear layer whose inputs are split over ranks, with adapters split the same way.
 
-    Base and updates are added up over the ranks at once.
+    The base layer's output and the updates are summed over the ranks together.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        """This rank's part of (..., in) to the whole (..., out)."""
+        """Map this rank's part of (..., in) to the whole (..., out)."""
         base: Any = self.linear
         y = mx.distributed.all_sum(self.adapted(x, _product(base, x)), group=base.group)
         return y + base["bias"] if "bias" in base else y
@@ -95,7 +95,7 @@ class MountedLoRASwitchLinear(_Mounted):
         self.mounted = mounted
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """(..., 1, in) to (..., 1, out), where ``indices``, (...), name the experts."""
+        """Map (..., 1, in) to (..., 1, out); ``indices``, (...), are the experts."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         for stack, at in self.mounted.chosen():
             y = y + _experts(x, stack, at, indices, sorted_indices).astype(y.dtype)
@@ -118,7 +118,7 @@ class MountedLoRAEmbedding(_Mounted):
         self.mounted = mounted
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Tokens, (...), to (..., dims)."""
+        """Map tokens, (...), to (..., dims)."""
         y = self.embedding(x)
         for stack, at in self.mounted.chosen():
             if isinstance(at, int):
@@ -146,9 +146,9 @@ class MountedLoRAEmbedding(_Mounted):
 
 
 class MountedExperts(_Mounted):
-    """A block of experts that tells its layers which row each token is of.
+    """A block of experts that tells its layers to which row each token belongs.
 
-    The block sorts many tokens by expert before its layers see them.
+    For many tokens the block sorts them by expert before it calls its layers.
 
     Attributes:
         experts: The block.
@@ -161,7 +161,7 @@ class MountedExperts(_Mounted):
         self.experts = experts
 
     def __call__(self, x: mx.array, indices: mx.array, *args: Any, **kwargs: Any) -> Any:
-        """What the block computes of ``x`` with the experts that ``indices`` name."""
+        """The block's output for ``x``, with the experts in ``indices``."""
         token = _routed.set(indices)
         try:
             return self.experts(x, indices, *args, **kwargs)
@@ -181,7 +181,7 @@ def mounted_layer(module: nn.Module, kind: str, mounted: Stacks) -> nn.Module:
 
 
 def _product(base: Any, x: mx.array) -> mx.array:
-    """What a layer of `REDUCED` adds up over the ranks."""
+    """The product that a layer of `REDUCED` sums over the ranks."""
     if "scales" not in base:
         return x @ base["weight"].T
     return mx.quantized_matmul(

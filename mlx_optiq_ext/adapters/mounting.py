@@ -1,4 +1,4 @@
-"""Mounting adapters on a model, and taking them off."""
+"""Mounting adapters on a model, and unmounting them."""
 
 import hashlib
 import threading
@@ -53,14 +53,14 @@ class Mounts:
         return frozenset(self._layers)
 
     def mount(self, name: str, adapter: Adapter) -> MountedAdapter:
-        """Put an adapter on the model; one of that name makes way for new rows, not for old ones.
+        """Mount an adapter. It replaces one of the same name for new rows; old rows keep theirs.
 
         Args:
-            name: What it is selected by.
+            name: The name that selects it.
             adapter: From `lora.read_adapter`.
 
         Returns:
-            The mounted adapter. If the same weights are mounted under that name: what is there.
+            The mounted adapter; the existing one if the same weights are mounted under that name.
 
         Raises:
             InputError: It is for another model.
@@ -88,17 +88,17 @@ class Mounts:
         return mounted
 
     def sweep(self) -> None:
-        """Take replaced adapters off that no row uses any more."""
+        """Unmount replaced adapters that no row uses any more."""
         with self.changed:
             for replaced in self._placed - set(self.names.values()):
                 if not self._uses[replaced]:
                     self._take_off(replaced)
 
     def unmount(self, adapter: MountedAdapter) -> None:
-        """Take an adapter off; layers without any other are the original modules again.
+        """Unmount an adapter; layers without another one are the original modules again.
 
         Raises:
-            InputError: It is not on the model, or rows use it.
+            InputError: The adapter is not mounted, or rows use it.
         """
         with self.changed:
             if adapter not in self._placed:
@@ -108,14 +108,14 @@ class Mounts:
             self.discard(adapter)
 
     def discard(self, adapter: MountedAdapter) -> None:
-        """Forget an adapter's name, and take it off as soon as `sweep` finds it unused."""
+        """Forget an adapter's name; `sweep` unmounts it once it is unused."""
         with self.changed:
             if self.names.get(adapter.name) is adapter:
                 del self.names[adapter.name]
             self.sweep()
 
     def resolve(self, selection: Selection) -> MountedAdapter | None:
-        """The adapter of this model that a selection means for one new row."""
+        """The adapter of this model that a selection names for a new row."""
         if isinstance(selection, str):
             return self.names.get(selection)
         if isinstance(selection, MountedAdapter) and selection in self._placed:
@@ -136,16 +136,16 @@ class Mounts:
             self.changed.notify_all()
 
     def uses(self, adapter: MountedAdapter) -> int:
-        """How many uses there are."""
+        """How many rows and requests use an adapter."""
         return self._uses[adapter]
 
     def _place(self, new: Mapping[str, Stack]) -> None:
-        """Add one adapter's layers; whatever fails here leaves the model as it was."""
+        """Add one adapter's layers; if it fails, the model stays as it was."""
         grown: dict[str, tuple[Stack, ...]] = {}
         for path, stack in new.items():
             layer = self._layers.get(path)
             grown[path] = stacking.added(() if layer is None else layer.stacks, stack)
-            # One layer at a time: the old and the new stack are both held meanwhile.
+            # One layer at a time, because the old and the new stack are both in memory.
             mx.eval([(each.a, each.b) for each in grown[path]])
         for path, stacks in grown.items():
             layer = self._layers.get(path)
@@ -162,7 +162,7 @@ class Mounts:
         if self._split is not None:
             return self._split.geometry(path).kind
         shape = geometry(self._modules[path])
-        assert shape is not None  # fit_modules refuses such layers
+        assert shape is not None  # fit_modules has refused layers without geometry
         return shape.kind
 
     def _take_off(self, adapter: MountedAdapter) -> None:
@@ -227,7 +227,7 @@ def mount_adapter_on_model(
 
     Args:
         model: An mlx-lm model.
-        adapter_id: What `AdapterActivation` selects it by.
+        adapter_id: The name for `AdapterActivation`.
         path_or_repo: A folder, or a repository on the Hub.
 
     Raises:

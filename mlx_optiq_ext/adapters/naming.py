@@ -9,22 +9,22 @@ DEFAULT_MODEL = "default_model"
 
 
 def shortened(text: str, length: int = 64) -> str:
-    """A text for a message, whatever a client sent."""
+    """A client's text, shortened for a message."""
     return repr(text if len(text) <= length else f"{text[:length]}...")
 
 
 def base_names(model: str) -> set[str]:
-    """What requests may call the base model: a folder also by its whole path.
+    """Names by which requests may select the base model; for a folder also its whole path.
 
     Args:
-        model: Its folder or name.
+        model: The base model's folder or name.
     """
     path = Path(model)
     return {DEFAULT_MODEL, model, *([str(path.resolve())] if path.exists() else [])}
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that requests could not carry.
+    """Refuse a name that requests cannot use.
 
     Raises:
         InputError: It is empty, too long, or has characters beyond those of a file name.

@@ -21,7 +21,7 @@ def read_offers(
     Args:
         texts: One for each adapter.
         base: The base model's folder or name, which no adapter may bear.
-        resolve: What to read in place of a path or repository.
+        resolve: Maps a path or repository to the one to read.
 
     Raises:
         InputError: A text or name is wrong, a name is taken, or there is no such adapter.

@@ -6,7 +6,7 @@ from .activation import MountedAdapter
 
 
 class SignedCache(list):
-    """The caches of one row, with the adapter that they were made with.
+    """The caches of one row, with the adapter that made them.
 
     Attributes:
         adapter: The adapter; None for the base model.
@@ -25,8 +25,7 @@ def signed(caches: list[Any], adapter: MountedAdapter | None) -> SignedCache:
 class AdapterPromptCache:
     """mlx-lm's ``LRUPromptCache`` with adapters in its keys: their names and versions.
 
-    Another version of an adapter finds nothing that an earlier one left; the LRU drops that in its
-    time.
+    A new version of an adapter does not find the entries of an old one; they age out of the LRU.
 
     Args:
         cache: An ``LRUPromptCache``.

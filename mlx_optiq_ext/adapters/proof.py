@@ -1,4 +1,4 @@
-"""Whether a model keeps the rows of a batch apart, found out by running it."""
+"""Tests by running a model whether it keeps the rows of a batch independent."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,13 +13,13 @@ TOKENS = 65
 
 
 def rows_apart(mounts: Mounts, adapter: MountedAdapter) -> bool:
-    """Whether a row of the base model stays what it was beside a row with the adapter.
+    """Whether a row of the base model is unchanged beside a row with the adapter.
 
-    Architectures that flatten, sort or transpose their batch in their own way may not.
+    It may not be in architectures that flatten, sort or transpose their batch.
     """
     tokens = mx.stack([mx.arange(TOKENS) % 7 + shift for shift in (1, 3)])
     try:
-        # A rank with layers of its own finds out about those.
+        # A rank of a pipeline tests its own layers.
         with distributed.apart(mounts.model):
             return _apart(mounts.model, adapter, tokens)
     except OptiqError:

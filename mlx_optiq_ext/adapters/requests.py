@@ -1,4 +1,4 @@
-"""What a request says about adapters, and answers in OpenAI's form when it cannot be served."""
+"""Selects a request's adapter, and answers in OpenAI's form if it cannot be served."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,13 +61,13 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request for a completion names.
+    """The fields of a completion request that select a model.
 
     Attributes:
-        model: Its ``model``.
-        adapters: Its ``adapters``, a name or a source; None if it has none.
-        header: Its header `HEADER`; None if it has none.
-        draft_model: Its ``draft_model``.
+        model: The field ``model``.
+        adapters: The field ``adapters``, a name or a source; None if absent.
+        header: The header `HEADER`; None if absent.
+        draft_model: The field ``draft_model``.
     """
 
     model: str = DEFAULT_MODEL
@@ -80,12 +80,12 @@ def select(catalogue: Catalogue, base: str, wanted: Wanted) -> str | None:
     """The adapter that a request selects; None for the base model.
 
     Args:
-        catalogue: What is served.
+        catalogue: The served adapters.
         base: The base model's folder or name.
-        wanted: What the request names.
+        wanted: The request's fields.
 
     Raises:
-        Refusal: It names something that is not served, or two adapters.
+        Refusal: The request names something that is not served, or two adapters.
     """
     offers = {offer.name: offer for offer in catalogue.offers()}
     sources = {offer.source: offer.name for offer in offers.values()}
@@ -114,7 +114,7 @@ def listing(catalogue: Catalogue, base: str, created: int) -> list[dict[str, Any
     """OpenAI's model objects of the base model and its adapters.
 
     Args:
-        catalogue: What is served.
+        catalogue: The served adapters.
         base: The base model's folder or name.
         created: Unix time.
     """
@@ -136,7 +136,7 @@ def update(
     """Load or unload an adapter for a client; waits until it is done.
 
     Args:
-        catalogue: What is served. It is changed.
+        catalogue: The served adapters; changed.
         base: The base model's folder or name.
         folder: Clients load adapters from folders in it only.
         path: `LOAD` or `UNLOAD`.
@@ -147,7 +147,7 @@ def update(
 
     Raises:
         Refusal: The request is wrong.
-        OptiqError: The adapter is.
+        OptiqError: The adapter is unusable.
     """
     name = _text(body, "lora_name")
     if path == UNLOAD:
@@ -161,7 +161,7 @@ def update(
     try:
         found = (root / wanted).resolve()
         inside = found.is_relative_to(root) and found.is_dir()
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have
+    except (OSError, ValueError, RuntimeError):  # such as a name with a null byte
         inside = False
     if not inside:
         message = "lora_path must name a folder in the server's --optiq-adapter-dir"
@@ -175,11 +175,11 @@ def read_body(length: str | None, stream: BinaryIO) -> dict[str, Any]:
     """The JSON object that a request carries.
 
     Args:
-        length: Its header Content-Length; None if it has none.
-        stream: What follows its headers.
+        length: The header Content-Length; None if absent.
+        stream: The body.
 
     Raises:
-        Refusal: It carries none, or more than `LIMIT` bytes.
+        Refusal: There is no JSON object, or more than `LIMIT` bytes.
     """
     length = length or ""
     if not length.isdecimal():

@@ -9,7 +9,7 @@ from .prompt_cache import SignedCache, signed
 
 
 class Routes:
-    """Rows and their adapters. A row's adapter stays mounted as long as the row is here."""
+    """The adapters of a batch generator's rows; each stays mounted while its row is here."""
 
     def __init__(self, mounts: Mounts):
         self._mounts = mounts
@@ -18,16 +18,16 @@ class Routes:
         self._selections: dict[tuple[int, ...], MountedAdapter | Rows | None] = {}
 
     def __del__(self):
-        self.drop(list(self._adapters))  # a generator that was given up
+        self.drop(list(self._adapters))  # the generator was dropped
 
     def add(self, uids: Iterable[int], adapter: MountedAdapter) -> None:
-        """Note the adapter of new rows."""
+        """Add rows with their adapter."""
         for uid in uids:
             self._mounts.use(adapter)
             self._adapters[uid] = adapter
 
     def drop(self, uids: Iterable[int]) -> None:
-        """Forget rows that have left."""
+        """Drop finished rows, and release their adapters."""
         for uid in uids:
             adapter = self._adapters.pop(uid, None)
             if adapter is not None:
@@ -40,7 +40,7 @@ class Routes:
         return signed(caches, self._adapters.get(uid))
 
     def selection(self, uids: Sequence[int]) -> MountedAdapter | Rows | None:
-        """What a batch with these rows, in this order, uses."""
+        """The selection for a batch of these rows, in this order."""
         order = tuple(uids)
         if order not in self._selections:
             if len(self._selections) >= 4:

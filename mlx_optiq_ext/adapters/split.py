@@ -1,9 +1,9 @@
-"""A model that mlx-lm split over ranks, and the part of an adapter that belongs on this one.
+"""The part of an adapter that belongs on this rank of a model that mlx-lm has split.
 
 Every architecture splits itself in its own way: by heads, by segments of a fused projection, by
-experts. So a layer's part is not guessed. The whole model is built again without reading its
-weights, numbers that count rows or columns take the place of weights, and it is split once more:
-what is left says which rows and columns this rank has.
+experts. To find a layer's part, the whole model is built again without its weights. Each weight is
+replaced by the numbers of its rows or columns, and the model is split once more. The numbers that
+remain are the rows and columns of this rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -23,12 +23,12 @@ _NAME = "_optiq_split"
 
 @dataclass(frozen=True)
 class Share:
-    """What this rank has of one layer; None for all of it.
+    """This rank's part of one layer; None stands for the whole axis.
 
     Attributes:
-        inputs: Numbers of its inputs.
-        outputs: Numbers of its outputs.
-        experts: Numbers of its experts.
+        inputs: Indices of its inputs.
+        outputs: Indices of its outputs.
+        experts: Indices of its experts.
     """
 
     inputs: mx.array | None = None
@@ -53,8 +53,8 @@ class Split:
     """How a model was split.
 
     Args:
-        whole: Builds the model as it was before, with weights that nobody has read.
-        split: Splits such a model by heads, as mlx-lm split the one that runs; None if that was
+        whole: Builds the unsplit model, with weights that are not read.
+        split: Splits such a model by heads, as mlx-lm split the running one; None if that was
             split by layers.
     """
 
@@ -103,7 +103,7 @@ class Split:
         for path, shape in shapes.items():
             rows = _part(outputs[path], shape.outputs, path)
             columns = _part(inputs[path], shape.inputs, path)
-            # Outputs may be there twice, such as heads that are too few for the ranks.
+            # Outputs may occur twice, if there are fewer heads than ranks.
             if len(set(inputs[path])) != len(inputs[path]):
                 raise _not_followed(path)
             if shape.kind == EMBEDDING:
@@ -118,7 +118,7 @@ class Split:
             self._shares[path] = Share(columns, rows, kept)
 
     def _kept(self, shapes: Mapping[str, Geometry], axis: int) -> dict[str, list[int]]:
-        """Numbers along an axis of each layer's weights that are left on this rank."""
+        """Indices along an axis of each layer's weights that remain on this rank."""
         assert self._split is not None
         model = self._whole()
         modules = dict(model.named_modules())
@@ -149,7 +149,7 @@ def _numbers(module: Any, axis: int) -> list[int]:
 
 
 def _part(numbers: list[int], count: int, path: str) -> mx.array | None:
-    """The numbers as an index, or None if they are all of ``count`` in order."""
+    """The indices, or None if they are all of ``count`` in order."""
     if numbers == list(range(count)):
         return None
     if not all(0 <= number < count for number in numbers):
@@ -165,10 +165,10 @@ def _not_followed(path: str) -> UnsupportedError:
 
 
 def note_split(model: nn.Module, split: Split) -> None:
-    """Keep with a model how it was split."""
+    """Store on a model how it was split."""
     object.__setattr__(model, _NAME, split)
 
 
 def split_of(model: nn.Module) -> Split | None:
-    """How a model was split; None if it is whole, or nobody noted it."""
+    """How a model was split; None if it is whole, or was split without `note_split`."""
     return getattr(model, "__dict__", {}).get(_NAME)

@@ -16,7 +16,7 @@ PADDING = 1.1
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Adapters of one layer and about one rank, padded to the largest.
+    """Adapters of one layer with similar ranks, padded to the largest.
 
     Attributes:
         a: (slots, in, rank); (slots, experts, in, rank); for an embedding (slots, rows, rank).
@@ -31,17 +31,17 @@ class Stack:
 
     @cached_property
     def slots(self) -> Mapping[MountedAdapter, int]:
-        """Adapter -> slot."""
+        """The slot of each adapter."""
         return {adapter: slot for slot, adapter in enumerate(self.members)}
 
     @property
     def rank(self) -> int:
-        """Rank of its factors, the largest of its adapters'."""
+        """LoRA rank of the stack: the largest of its adapters'."""
         return self.a.shape[-1]
 
     @property
     def dtypes(self) -> tuple[mx.Dtype, mx.Dtype]:
-        """Dtypes of its two factors."""
+        """Dtypes of ``a`` and ``b``."""
         return self.a.dtype, self.b.dtype
 
 
@@ -55,7 +55,7 @@ def single(adapter: MountedAdapter, layer: LayerAdapter) -> Stack:
 
 
 def added(stacks: tuple[Stack, ...], new: Stack) -> tuple[Stack, ...]:
-    """Stacks with one more adapter, in a stack of about its rank if there is one. Not evaluated."""
+    """Stacks with one more adapter, added to a stack of similar rank if there is one. Lazy."""
     for index, stack in enumerate(stacks):
         low, high = sorted((stack.rank, new.rank))
         if stack.dtypes == new.dtypes and high <= PADDING * low:
@@ -70,7 +70,7 @@ def added(stacks: tuple[Stack, ...], new: Stack) -> tuple[Stack, ...]:
 
 
 def removed(stacks: tuple[Stack, ...], adapter: MountedAdapter) -> tuple[Stack, ...]:
-    """Stacks without an adapter. Not evaluated."""
+    """Stacks without an adapter. Lazy."""
     rest = []
     for stack in stacks:
         if adapter not in stack.slots:
@@ -97,7 +97,7 @@ class Stacks:
 
     Attributes:
         names: The model's adapters by name.
-        stacks: One for each rank.
+        stacks: Stacks of different LoRA ranks.
     """
 
     def __init__(self, names: Mapping[str, MountedAdapter]):
@@ -138,6 +138,6 @@ def gather(x: mx.array, stack: mx.array, slots: mx.array, *, transpose: bool = F
     if everywhere or (stack.dtype == x.dtype and mx.default_device() == mx.gpu):
         x = x.astype(stack.dtype)
         return mx.gather_mm(x, stack.swapaxes(-1, -2) if transpose else stack, rhs_indices=slots)
-    # MLX gathers half precision on a GPU only, and would convert a whole stack of another dtype.
+    # MLX gathers half precision on GPUs only, and would convert the whole stack otherwise.
     taken = stack[slots]
     return x @ (taken.swapaxes(-1, -2) if transpose else taken)

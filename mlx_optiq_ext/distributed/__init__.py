@@ -1,6 +1,6 @@
 """The processes that ``mlx.launch`` started, which work on one task together.
 
-Alone, everything here is free and hands back what it is given::
+In a single process everything here is free and returns its argument::
 
     from mlx_optiq_ext import distributed
 

@@ -1,4 +1,4 @@
-"""Processes start from the same facts and end with the same error."""
+"""Makes sure that all processes start from the same facts and end with the same error."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ def agree(limit: float = LIMIT, /, **facts: Any) -> None:
 
     Args:
         limit: Seconds that the others have to answer.
-        facts: What to compare, by the name it is called in the message.
+        facts: Values to compare, by their names in messages.
 
     Raises:
         Mismatch: In every process, naming the first fact that differs and who has which.
@@ -28,7 +28,7 @@ def agree(limit: float = LIMIT, /, **facts: Any) -> None:
 
 
 def compare(**facts: str | None) -> None:
-    """Check that all processes have the same facts, however late the others come to it.
+    """Check that all processes have the same facts, without a time limit.
 
     Raises:
         Mismatch: In every process, naming the first fact that differs and who has which.
@@ -45,7 +45,7 @@ def compare(**facts: str | None) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What ends one process with an error ends all of them.
+    """An error inside that ends one process ends all of them.
 
     A process that fails inside tells the others at their next exchange, and they raise the same.
 
@@ -55,7 +55,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except RankError:
-        raise  # the others have it already, or are gone
+        raise  # the others know it already, or are gone
     except Exception as error:
         if not started() or size() == 1:
             raise
@@ -66,7 +66,7 @@ def together() -> Iterator[None]:
         except Failed as failed:
             if own or (not leads() and set(failed.texts) == {text}):
                 raise failed from error
-        raise  # a fault of its own keeps its traceback
+        raise  # an unexpected error keeps its traceback
 
 
 def started() -> bool:

@@ -15,11 +15,11 @@ def share(items: Sequence[T]) -> list[T]:
 
 
 def span(items: Sequence[T], weights: Sequence[float] | None = None) -> list[T]:
-    """This process's part of a sequence: what follows the part of the rank before.
+    """This process's part of a sequence; it starts where the part of the rank before ends.
 
     Args:
-        items: To divide.
-        weights: How much work each is beside the others; None for all the same.
+        items: The items to divide.
+        weights: Relative work of each item; None if all are equal.
     """
     costs = [1.0] * len(items) if weights is None else list(weights)
     ends = list(accumulate(costs))
@@ -30,11 +30,11 @@ def span(items: Sequence[T], weights: Sequence[float] | None = None) -> list[T]:
 
 
 def silent(message: str) -> None:
-    """Say nothing: in place of ``print`` in all processes but the first one."""
+    """Print nothing; replaces ``print`` in all processes but the first one."""
 
 
 def led(work: Callable[[], T]) -> T | None:
-    """What rank 0 does by itself while the others wait for it to end; None on the others."""
+    """Run a function on rank 0 while the others wait; returns None on the others."""
     found = None
     if leads():
         with alone():

@@ -1,7 +1,7 @@
-"""What the ranks hand each other.
+"""Data exchanged between ranks.
 
-Each exchange starts with a header of fixed size. So a rank that failed can tell the others wherever
-they are, and one that runs something else is found out.
+Each exchange starts with a header of fixed size. So a rank that failed can tell the others at any
+exchange, and a rank that runs something else is detected.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ T = TypeVar("T")
 #: A note and arrays.
 Sent = tuple[Any, list[mx.array]]
 
-#: Starts every header; counts up when what follows changes.
+#: Starts every header; its number is raised when the format changes.
 MARK = 0x6F7074697101
 #: Kinds of exchange.
 GATHER, SUM, FAILED = range(3)
-#: Bytes of the first message of an exchange, and of what it starts with.
+#: Bytes of the first message of an exchange, and of its header.
 FRAME, HEAD = 1024, 24
 #: Bytes up to which arrays are summed together: each sum waits for all ranks.
 JOINED = 2**20
-#: Bytes of each rank that are handed on at once.
+#: Bytes of each rank that are sent at once.
 PIECE = 2**26
 
 REMEDY = (
@@ -51,7 +51,7 @@ def group(limit: float = LIMIT) -> mx.distributed.Group:
         RankError: MLX cannot reach the others. If they do not answer, this process ends instead.
     """
     text = f"the other ranks did not start within {limit:.0f} s: {REMEDY}"
-    # Every backend of mlx.launch but MPI says so in the environment.
+    # Every backend of mlx.launch but MPI sets one of these variables.
     waits = guarded(limit, text) if "MLX_RANK" in os.environ else nullcontext()
     with waits:
         try:
@@ -111,7 +111,7 @@ def broadcast(value: T, owner: int = 0) -> T:
 
 
 def first(compute: Callable[[], T]) -> T:
-    """What rank 0 computes, which can be pickled, in every process."""
+    """Compute a value, which can be pickled, on rank 0 and return it in every process."""
     found: Any = compute() if leads() else None
     return broadcast(found)
 
@@ -153,10 +153,10 @@ def handed(tree: T, owner: int) -> T:
 
 
 def passed(note: Any, given: Sequence[mx.array]) -> tuple[Sent, Sent]:
-    """Hand something to the next rank, and the last rank's to all.
+    """Send data to the next rank, and the last rank's data to all.
 
     Args:
-        note: What can be pickled.
+        note: A value that can be pickled.
         given: Arrays, not empty.
 
     Returns:
@@ -184,7 +184,7 @@ def _octets(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def _pieces(own: mx.array | None, lengths: list[int], wanted: list[int]) -> dict[int, mx.array]:
-    """The bytes of some ranks' arrays, uint8, handed on a piece at a time; all ranks give one."""
+    """The bytes of some ranks' arrays, uint8, in pieces; all ranks take part."""
     octets = mx.zeros(0, mx.uint8)
     if own is not None:
         octets = mx.contiguous(own).reshape(-1).view(mx.uint8)
@@ -201,7 +201,7 @@ def _pieces(own: mx.array | None, lengths: list[int], wanted: list[int]) -> dict
 
 
 def announce(message: str) -> NoReturn:
-    """Tell the other processes that this one failed, at whatever exchange they are next.
+    """Tell the other processes, at their next exchange, that this one failed.
 
     Raises:
         Failed: In all processes, with the messages of all that failed.
@@ -212,7 +212,7 @@ def announce(message: str) -> NoReturn:
 
 
 def _exchanged(kind: int, data: bytes) -> list[bytes]:
-    """What each process gives, all in an exchange of the same kind.
+    """Each process's data, in an exchange of the same kind.
 
     Raises:
         RankError: Another rank failed, is gone, or runs something else.

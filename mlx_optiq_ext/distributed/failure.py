@@ -1,4 +1,4 @@
-"""What goes wrong between processes."""
+"""Errors between processes."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,10 @@ class RankError(OptiqError):
 
 
 class Failed(RankError):
-    """What some processes failed with, raised in all of them.
+    """Errors of some processes, raised in all of them.
 
     Attributes:
-        texts: Message of each process's own error; empty for those that have none.
+        texts: Each process's own error message; empty if it has none.
     """
 
     shared = True
@@ -30,13 +30,13 @@ class Failed(RankError):
 
 
 class Mismatch(RankError):
-    """The processes do not agree."""
+    """The processes have different facts."""
 
     shared = True
 
 
 def told_apart(texts: Sequence[str]) -> str:
-    """One text if all ranks have the same, else each with the ranks that have it; not the empty."""
+    """One text if all ranks have the same; else each text with its ranks, without empty ones."""
     if len(set(texts)) == 1:
         return texts[0]
     ranks: dict[str, list[int]] = {}

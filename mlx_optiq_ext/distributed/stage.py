@@ -14,7 +14,7 @@ class Stage:
 
     Attributes:
         start: The first one.
-        end: The one behind the last.
+        end: One past the last one.
     """
 
     start: int
@@ -33,8 +33,8 @@ def stage_of(model: nn.Module) -> Stage | None:
 def apart(model: nn.Module) -> Iterator[None]:
     """Run the block's calls of a pipelined model on this process's layers only.
 
-    Nothing is sent or received, so that what fails here leaves no other process waiting. The layers
-    are handed the embeddings in place of another stage's hidden states.
+    Nothing is sent or received, so that an error here leaves no other process waiting. The layers
+    get the embeddings in place of another stage's hidden states.
     """
     inner: Any = getattr(model, "model", None)
     if stage_of(model) is None:

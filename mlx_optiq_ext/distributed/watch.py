@@ -1,7 +1,7 @@
 """Ends this process when the other processes cannot be waited for any longer.
 
-A collective that waits inside MLX cannot be interrupted from Python: all that is left is to say why
-and to leave. ``mlx.launch`` then ends the others.
+A collective that waits inside MLX cannot be interrupted from Python, so the process prints the
+reason and exits. ``mlx.launch`` then ends the others.
 """
 
 import os
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
-#: Seconds that the other processes have to answer where they should be there at once.
+#: Seconds that the other processes have to answer when they should answer at once.
 LIMIT = 25.0
 
 
@@ -31,7 +31,7 @@ def within(seconds: float, message: Callable[[], str]) -> Iterator[None]:
         timer.cancel()
 
 
-#: Waits for the end of its input, which comes with that of its parent at the latest.
+#: Waits for the end of its input, which comes when its parent ends at the latest.
 GUARD = """
 import os, select, signal, sys, time
 seconds, message, parent = sys.argv[1:]
@@ -50,21 +50,21 @@ def guarded(seconds: float, message: str) -> Iterator[None]:
     """
     python = [sys.executable, "-I", "-S", "-c", GUARD]
     words = [*python, str(seconds), message, str(os.getpid())]
-    # In a session of its own: Ctrl-C in the terminal is not for it.
+    # In its own session, so that Ctrl-C in the terminal does not end it.
     start = partial(subprocess.Popen, words, start_new_session=True)
     with start(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL):
         yield
 
 
 def leave(message: str, status: int = 2) -> None:
-    """End this process at once, whatever its other threads wait for."""
+    """End this process at once, even if other threads are waiting."""
     print(f"[optiq] error: {message}", file=sys.stderr, flush=True)
-    time.sleep(0.3)  # older launchers do not read what a process says last
+    time.sleep(0.3)  # older launchers do not read the last output of a process
     os._exit(status)
 
 
 def explain_termination(message: str) -> None:
-    """Print a message when SIGTERM ends this process, unless somebody handles that signal already.
+    """Print a message when SIGTERM ends this process, unless that signal has a handler already.
 
     ``mlx.launch`` sends it to all processes as soon as one fails, also to those inside MLX, which a
     handler in Python would keep waiting. So a thread listens for it.
@@ -83,7 +83,7 @@ def explain_termination(message: str) -> None:
                 if received[0] == signal.SIGTERM:
                     leave(message, 128 + signal.SIGTERM)
                 if previous != -1:
-                    with suppress(OSError):  # whoever listened may be gone
+                    with suppress(OSError):  # the reader may be gone
                         os.write(previous, received)
 
     threading.Thread(target=listen, name="optiq-sigterm", daemon=True).start()

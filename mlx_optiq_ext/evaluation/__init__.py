@@ -12,6 +12,7 @@ The tasks of ``mlx_lm.evaluate --optiq-task`` as functions::
 
 from .models import Subject, subject
 from .report import Report
-from .tasks import TASKS, Settings
+from .settings import Settings
+from .tasks import TASKS
 
 __all__ = ["TASKS", "Report", "Settings", "Subject", "subject"]

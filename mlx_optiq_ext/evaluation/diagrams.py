@@ -28,9 +28,9 @@ class Item:
     """One question.
 
     Attributes:
-        question: Its text.
-        options: What to choose from.
-        answer: The right option's letter.
+        question: The question's text.
+        options: The answers to choose from.
+        answer: The correct option's letter.
         image: The diagram's file.
     """
 
@@ -41,7 +41,7 @@ class Item:
 
     @property
     def prompt(self) -> str:
-        """What the model is asked beside the image."""
+        """The prompt that goes with the image."""
         letters = string.ascii_uppercase
         choices = "\n".join(f"{letters[n]}. {text}" for n, text in enumerate(self.options))
         return f"{self.question}\n{choices}{INSTRUCTION}"
@@ -74,7 +74,7 @@ def download(folder: Path) -> list[Item]:
     """The test set of lmms-lab/ai2d from the Hub, its images written into a folder.
 
     Raises:
-        InputError: It cannot be downloaded.
+        InputError: The test set cannot be downloaded.
     """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
@@ -111,7 +111,7 @@ def answers(
     Args:
         model: A vision-language model.
         items: The questions.
-        answer: Gives a model's text for an item; None for mlx-vlm.
+        answer: Returns a model's text for an item; None uses mlx-vlm.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -174,7 +174,7 @@ def through_mlx_vlm(model: Subject) -> Answer:
 
 
 def items_of(path: Path | None) -> tuple[list[Item], str]:
-    """The items of a file, or the Hub's test set, and what to call them."""
+    """The items of a file, or of the Hub's test set, and the name of the data."""
     if path is not None:
         return read_items(path), path.name
     return download(Path(tempfile.mkdtemp(prefix="ai2d-"))), "lmms-lab/ai2d"

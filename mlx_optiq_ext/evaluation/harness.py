@@ -1,6 +1,6 @@
 """lm-evaluation-harness with our models: its tasks, prompts, filters and metrics.
 
-Answers are kept as they come, so that an interrupted run goes on where it stopped.
+Each answer is stored at once, so that an interrupted run goes on where it stopped.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tqdm import tqdm
 
@@ -17,9 +17,13 @@ from ..kv import make_caches
 from ..model.vocabulary import check_tokens
 from .journal import Journal
 from .models import Subject
+from .settings import Settings
 
 #: Tokens of an answer at most, unless told otherwise.
 MAX_TOKENS = 512
+
+#: Continues texts: model, tokenizer, texts, tokens of a continuation at most.
+Generate: TypeAlias = Callable[..., list[str]]
 
 
 def require() -> None:
@@ -44,33 +48,15 @@ def task_config(name: str) -> dict[str, Any]:
 
 
 def evaluate(
-    model: Subject,
-    config: dict[str, Any],
-    *,
-    shots: int | None = None,
-    limit: int | None = None,
-    max_tokens: int | None = None,
-    batch_size: int = 8,
-    chat_template: bool | None = None,
-    fewshot_as_multiturn: bool = False,
-    seed: int = 123,
-    progress: bool = True,
-    generate: Callable[..., list[str]] | None = None,
+    model: Subject, config: dict[str, Any], settings: Settings, generate: Generate
 ) -> list[dict[str, Any]]:
     """Run one generating task of lm-eval on a model.
 
     Args:
         model: The model.
         config: The task's definition, as lm-eval's YAML files have it.
-        shots: Examples before each question; None for the task's own.
-        limit: Items at most.
-        max_tokens: Tokens of an answer at most.
-        batch_size: Answers generated at once.
-        chat_template: Whether to use the tokenizer's; None for where there is one.
-        fewshot_as_multiturn: Whether the examples are turns of a chat.
-        seed: For drawing examples.
-        progress: Whether to show a progress bar.
-        generate: Continues texts, called as `generated`; None for that.
+        settings: Those of the task; ``shots`` is None for the definition's own number.
+        generate: Continues texts, as `generated` does.
 
     Returns:
         lm-eval's samples: one dict per item and filter, with ``doc_id``, ``filter``, ``doc``,
@@ -79,10 +65,11 @@ def evaluate(
     import lm_eval  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 
-    journal = Journal.open({"task": config, "model": model.key(), "max_tokens": max_tokens})
+    journal = Journal.open(
+        {"task": config, "model": model.key(), "max_tokens": settings.max_tokens}
+    )
     loaded, tokenizer = model.load()
-    generate = generate or generated
-    templated = chat_template
+    templated = settings.chat_template
     if templated is None:
         templated = getattr(tokenizer, "chat_template", None) is not None
 
@@ -105,15 +92,13 @@ def evaluate(
             known = journal.items()
             wanted = {each.args[0]: each.args[1] for each in requests}
             missing = [text for text in wanted if text not in known]
-            with tqdm(
-                total=len(wanted), initial=len(wanted) - len(missing), disable=not progress,
-                desc=model.label[-40:],
-            ) as bar:  # fmt: skip
-                for start in range(0, len(missing), batch_size):
-                    batch = missing[start : start + batch_size]
-                    answers = generate(
-                        loaded, tokenizer, batch, max_tokens or MAX_TOKENS, special=not templated
-                    )
+            done = len(wanted) - len(missing)
+            quiet, name = not settings.progress, model.label[-40:]
+            with tqdm(total=len(wanted), initial=done, disable=quiet, desc=name) as bar:
+                limit = settings.max_tokens or MAX_TOKENS
+                for start in range(0, len(missing), settings.batch_size):
+                    batch = missing[start : start + settings.batch_size]
+                    answers = generate(loaded, tokenizer, batch, limit, special=not templated)
                     for text, answer in zip(batch, answers, strict=True):
                         known[text] = _cut(answer, wanted[text].get("until") or [], tokenizer)
                         journal.put_item(text, known[text])
@@ -131,16 +116,16 @@ def evaluate(
             results = run(
                 model=Generator(),
                 tasks=[config],
-                num_fewshot=shots,
-                limit=limit,
+                num_fewshot=settings.shots,
+                limit=settings.limit,
                 log_samples=True,
                 bootstrap_iters=0,
                 apply_chat_template=bool(templated),
-                fewshot_as_multiturn=bool(templated and fewshot_as_multiturn),
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                fewshot_as_multiturn=bool(templated and settings.fewshot_as_multiturn),
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
             )
     except ConnectionError as error:
         raise InputError(
@@ -174,7 +159,7 @@ def generated(
 
 
 def _cut(text: str, stops: Sequence[str], tokenizer: Any) -> str:
-    """An answer up to its first stop, without what was thought before it."""
+    """An answer up to its first stop string, without the thinking before it."""
     if getattr(tokenizer, "has_thinking", False):
         _, found, rest = text.partition(tokenizer.think_end)
         text = rest if found else text

@@ -15,8 +15,8 @@ def read_lines(path: Path, item: Callable[[str, Any], Item], needs: str) -> list
 
     Args:
         path: The file.
-        item: Makes one of where a line is, for messages, and what it holds.
-        needs: What a line must hold.
+        item: Makes an item from a line's place, for messages, and its JSON object.
+        needs: The fields that a line must have, in words.
 
     Raises:
         InputError: The file is missing, empty, or a line is wrong; the message names it.

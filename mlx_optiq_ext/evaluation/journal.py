@@ -20,10 +20,10 @@ LARGEST = 128 << 20
 
 @dataclass(frozen=True)
 class Journal:
-    """A folder of finished items, named by everything that decides them.
+    """A folder of finished items, named by a digest of everything that decides them.
 
-    What of it is damaged is left out, and a folder that cannot be written to keeps nothing for
-    another run; both are said in one line.
+    Damaged items are left out. If the folder cannot be written to, nothing is kept for another run.
+    Both print one line.
     """
 
     folder: Path
@@ -31,12 +31,12 @@ class Journal:
 
     @classmethod
     def open(cls, key: Mapping[str, Any]) -> "Journal":
-        """The journal of a key; its folder is made when something is put there."""
+        """Open the journal of a key; its folder is created with the first item."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         return cls(files.cache_dir() / "evaluation" / name[:32])
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:
-        """Arrays that were put under a name, or None."""
+        """The arrays stored under a name, or None."""
         if name in self._unwritten:
             return self._unwritten[name]
         path = self._file(name)
@@ -54,7 +54,7 @@ class Journal:
             return None
 
     def put_arrays(self, name: str, **arrays: np.ndarray) -> None:
-        """Put arrays under a name, whole or not at all."""
+        """Store arrays under a name, completely or not at all."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with files.replaced(self._file(name)) as temporary, temporary.open("wb") as stream:
@@ -65,7 +65,7 @@ class Journal:
             self._unwritten[name] = arrays
 
     def drop_arrays(self, name: str) -> None:
-        """Remove arrays that nothing needs any longer."""
+        """Remove the arrays of a name."""
         if self._unwritten.pop(name, None) is None:
             self._file(name).unlink(missing_ok=True)
 
@@ -82,7 +82,7 @@ class Journal:
         files.append_records(self._items, [{"name": name, "value": value}], LARGEST)
 
     def discard(self) -> None:
-        """Remove it."""
+        """Remove the journal's folder."""
         self._unwritten.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Perplexity over long sequences, through the cache that a model really uses."""
+"""Perplexity over long sequences, computed through the model's own cache."""
 
 import math
 from typing import Any
@@ -27,20 +27,20 @@ def losses(model: Subject, tokens: np.ndarray, *, progress: bool = True) -> list
     journal = Journal.open(
         {"task": "perplexity", "model": model.key(), "tokens": digest_of(tokens)}
     )
-    missing = [n for n in range(len(tokens)) if journal.arrays(f"window-{n}") is None]
+    missing = [n for n in range(len(tokens)) if journal.arrays(f"sequence-{n}") is None]
     if missing:
         loaded, _ = model.load()
         for n in tqdm(missing, desc=f"Perplexity {model.label}"[-50:], disable=not progress):
-            loss = _window(loaded, tokens[n])
+            loss = _losses(loaded, tokens[n])
             check_numbers(model.name, n, loss)
-            journal.put_arrays(f"window-{n}", loss=loss)
+            journal.put_arrays(f"sequence-{n}", loss=loss)
         del loaded
         mx.clear_cache()
-    found = [journal.arrays(f"window-{n}") for n in range(len(tokens))]
+    found = [journal.arrays(f"sequence-{n}") for n in range(len(tokens))]
     return [each["loss"].astype(float) for each in found if each is not None]
 
 
-def _window(model: Any, tokens: np.ndarray) -> np.ndarray:
+def _losses(model: Any, tokens: np.ndarray) -> np.ndarray:
     parts = []
     for start, logits in logits_of(model, tokens):
         following = tokens[start + 1 : start + 1 + logits.shape[1]]

@@ -1,4 +1,4 @@
-"""Models that are evaluated: their size, their tokenizer, their weights one at a time."""
+"""Models under evaluation: size and tokenizer; weights are loaded one model at a time."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ class Subject:
 
     Attributes:
         name: As the user gave it.
-        folder: Where its files are.
+        folder: The folder with its files.
         kv_plan: Precision of its keys and values; None for unpacked.
     """
 
@@ -37,9 +37,9 @@ class Subject:
         return self.name if self.kv_plan is None else f"{self.name} (KV {self.kv_plan.source})"
 
     def key(self) -> dict[str, Any]:
-        """What decides its answers."""
+        """Everything that decides the model's answers, as JSON."""
         plan = None if self.kv_plan is None else repr(self.kv_plan)
-        # Weights that mlx-lm does not name so, such as mlx-whisper's.
+        # Weight files with other names than mlx-lm's, such as mlx-whisper's.
         others = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in self._weights()
@@ -49,7 +49,7 @@ class Subject:
         return {**digest, "kv": plan, "device": str(mx.default_device())}
 
     def config(self) -> Mapping[str, Any]:
-        """Its ``config.json``."""
+        """The model's ``config.json``."""
         found = files.read_json(self.folder / "config.json", files.MODEL_CONFIG)
         return found if isinstance(found, dict) else {}
 
@@ -75,10 +75,10 @@ class Subject:
 
 
 def subject(name: str, kv_plan: KVPlan | None = None) -> Subject:
-    """A model by folder or Hub repository, which is downloaded.
+    """The model in a folder, or in a Hub repository, which is downloaded.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such model.
     """
     folder = find_folder(name)
     if not (folder / CONFIG).exists():
@@ -87,14 +87,14 @@ def subject(name: str, kv_plan: KVPlan | None = None) -> Subject:
 
 
 def tokenizer_of(model: Subject) -> Any:
-    """Its tokenizer, without its weights."""
+    """A model's tokenizer, loaded without the weights."""
     from mlx_lm.utils import load_tokenizer
 
     return load_tokenizer(model.folder)
 
 
 def check_same_tokens(first: Subject, second: Subject, texts: Sequence[Any]) -> None:
-    """Refuse to compare token by token what does not share its tokens.
+    """Refuse to compare two models token by token if their tokens differ.
 
     Raises:
         InputError: The vocabularies or the tokens of a text differ.

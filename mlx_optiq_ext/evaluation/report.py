@@ -17,12 +17,12 @@ class Report:
     """One evaluation.
 
     Attributes:
-        task: Its name.
-        data: What it ran on.
-        settings: What else decides the figures.
+        task: The task's name.
+        data: The data set's name.
+        settings: Other settings that decide the figures.
         columns: Model, or model against baseline -> figures.
-        notes: Sentences that belong to the table.
-        noise: Figure -> what it must reach to be more than rounding.
+        notes: Sentences below the table.
+        noise: Figure -> the value below which it is rounding noise.
     """
 
     task: str
@@ -77,7 +77,7 @@ def _cell(name: str, value: float | str | None, least: float = 0.0) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity."""
+    """Replace NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -22,7 +22,7 @@ from .models import Subject
 
 @dataclass(frozen=True)
 class Item:
-    """A recording and what was said."""
+    """A recording and its transcript."""
 
     audio: Path
     text: str
@@ -56,7 +56,7 @@ def normaliser(folder: Path) -> Callable[[str], str]:
 def counts(
     references: Sequence[str], answers: Sequence[str], normalise: Callable[[str], str]
 ) -> list[tuple[int, int]]:
-    """Edits and reference words of each item, after normalising.
+    """Edits and reference words of each item after normalisation.
 
     An item whose reference is empty after that counts every word of its answer as an edit.
 
@@ -109,12 +109,12 @@ def transcripts(
     transcribe: Transcribe | None = None,
     progress: bool = True,
 ) -> list[str]:
-    """What a model hears, an item at a time.
+    """A model's transcripts, one for each item.
 
     Args:
         model: A Whisper model in MLX's format.
         items: The recordings.
-        transcribe: Gives a model's text for an item; None for mlx-whisper.
+        transcribe: Returns a model's text for an item; None uses mlx-whisper.
         progress: Whether to show a progress bar.
 
     Raises:

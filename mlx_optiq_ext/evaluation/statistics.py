@@ -1,4 +1,4 @@
-"""What is said of many items: means with errors, quantiles, and paired tests."""
+"""Statistics over many items: standard errors, and paired tests."""
 
 import math
 from collections.abc import Sequence
@@ -6,21 +6,22 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def clustered_error(windows: Sequence[np.ndarray]) -> float:
+def clustered_error(sequences: Sequence[np.ndarray]) -> float:
     """Standard error of the mean over all positions.
 
-    Positions of one sequence depend on each other, so sequences are what is drawn: the error of a
-    ratio of sums over clusters. A single sequence's positions are taken as independent.
+    Positions of one sequence depend on each other, so sequences are treated as clusters, and this
+    is the error of a ratio of sums over clusters. With a single sequence, positions count as
+    independent.
     """
-    sizes = np.array([len(w) for w in windows], float)
-    total = np.concatenate(windows) if windows else np.zeros(0)
+    sizes = np.array([len(s) for s in sequences], float)
+    total = np.concatenate(sequences) if sequences else np.zeros(0)
     if len(total) < 2:
         return math.nan
-    if len(windows) < 2:
+    if len(sequences) < 2:
         return float(total.std(ddof=1) / math.sqrt(len(total)))
-    sums = np.array([w.sum() for w in windows], float)
+    sums = np.array([s.sum() for s in sequences], float)
     misses = sums - sizes * total.mean()
-    count = len(windows)
+    count = len(sequences)
     return float(math.sqrt(count / (count - 1) * (misses @ misses)) / sizes.sum())
 
 

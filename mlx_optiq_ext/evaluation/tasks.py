@@ -1,55 +1,13 @@
 """The tasks of ``mlx_lm.evaluate --optiq-task``, each from models and data to a report."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from ..errors import InputError
 from . import diagrams, harness, likelihood, speech, token_divergence, word_problems
 from .models import Subject, check_same_tokens, tokenizer_of
 from .report import Figures, Report
+from .settings import Settings
 from .texts import CONTEXT, read_data, sequences
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a task is given besides its models.
-
-    Attributes:
-        data: File of texts, questions, images or recordings.
-        limit: Items or sequences at most.
-        context: Tokens of a sequence.
-        shots: Examples before a question.
-        max_tokens: Tokens of an answer at most.
-        batch_size: Answers generated at once.
-        chat_template: Whether to use it; None for where there is one.
-        fewshot_as_multiturn: Whether examples are turns of a chat.
-        seed: For drawing examples.
-        progress: Whether to show progress bars.
-    """
-
-    data: Path | None = None
-    limit: int | None = None
-    context: int | None = None
-    shots: int | None = None
-    max_tokens: int | None = None
-    batch_size: int = 8
-    chat_template: bool | None = None
-    fewshot_as_multiturn: bool = False
-    seed: int = 123
-    progress: bool = True
-
-    def digest(self, models: Sequence[Subject]) -> str:
-        """Eight letters that tell an evaluation of other models, data or settings apart."""
-        told = asdict(self) | {"models": [each.label for each in models]}
-        for name in ("data", "batch_size", "progress"):
-            del told[name]
-        total = hashlib.sha256(repr(told).encode())
-        if self.data is not None:
-            with self.data.open("rb") as stream:
-                total.update(hashlib.file_digest(stream, "sha256").digest())
-        return total.hexdigest()[:8]
 
 
 def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Report:
@@ -72,12 +30,12 @@ def kl(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Repo
         columns[f"{model.label} against {each.name}"] = {**found, **sizes}
     note = "KL in nats per token, KL(baseline \\|\\| model); changes of probability in %."
     data = settings.data.name if settings.data else ""
-    shape = {"windows": len(tokens), "context": tokens.shape[1]}
+    shape = {"sequences": len(tokens), "context": tokens.shape[1]}
     return Report("kl", data, shape, columns, (note,), noise=token_divergence.NOISE)
 
 
 def perplexity(model: Subject, baselines: Sequence[Subject], settings: Settings) -> Report:
-    """Perplexity over long sequences: of the model with its KV plan and without, and of baselines.
+    """Perplexity over long sequences of the model, with its KV plan and without, and of baselines.
 
     Raises:
         InputError: There is no text, or a baseline has another tokenizer.
@@ -94,7 +52,7 @@ def perplexity(model: Subject, baselines: Sequence[Subject], settings: Settings)
         columns[each.label] = {**likelihood.figures(other), **each.size()}
         columns[f"{model.label} against {each.label}"] = likelihood.ratio(own, other)
     data = settings.data.name if settings.data else ""
-    shape = {"windows": len(tokens), "context": tokens.shape[1]}
+    shape = {"sequences": len(tokens), "context": tokens.shape[1]}
     return Report("perplexity", data, shape, columns)
 
 
@@ -107,19 +65,7 @@ def gsm8k(model: Subject, baselines: Sequence[Subject], settings: Settings) -> R
     """
     harness.require()
     config = word_problems.config_for(settings.data, settings.shots)
-    columns = word_problems.accuracy_columns(
-        model,
-        baselines,
-        config,
-        shots=settings.shots,
-        limit=settings.limit,
-        max_tokens=settings.max_tokens,
-        batch_size=settings.batch_size,
-        chat_template=settings.chat_template,
-        fewshot_as_multiturn=settings.fewshot_as_multiturn,
-        seed=settings.seed,
-        progress=settings.progress,
-    )
+    columns = word_problems.accuracy_columns(model, baselines, config, settings)
     data = settings.data.name if settings.data else "openai/gsm8k"
     note = "Accuracy in %; McNemar's exact test, two-sided, on the same items."
     about = {

@@ -1,4 +1,4 @@
-"""Token sequences of the text that models are compared on."""
+"""Token sequences of the evaluation text."""
 
 from pathlib import Path
 from typing import Any

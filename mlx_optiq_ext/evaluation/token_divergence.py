@@ -1,7 +1,7 @@
 """KL(reference || model) over a text, one model in memory at a time.
 
-Of the reference only the 1024 most likely tokens and the sum over the rest are kept, a sequence's
-worth at a time, until the model has been held against them. The figures follow llama.cpp's
+For each sequence only the reference's 1024 most likely tokens and the sum over the rest are kept,
+until the model has been compared with them. The figures follow llama.cpp's
 ``--kl-divergence`` (llama.cpp #5076), with errors over sequences.
 """
 
@@ -25,7 +25,7 @@ from .statistics import clustered_error
 #: Positions whose logits are in memory at once.
 CHUNK = 512
 QUANTILES = (50, 90, 95, 99, 99.9)
-#: Below these, figures are float32's rounding: nats, and a share of probability in %.
+#: Below these values figures are float32 rounding: nats, and a share of probability in %.
 NOISE = {
     **dict.fromkeys(("mean", "error", "median", "p90", "p95", "p99", "p99.9", "max"), 1e-6),
     **dict.fromkeys(("probability_change", "rms_probability_change"), 1e-4),
@@ -34,7 +34,7 @@ NOISE = {
 
 
 def logits_of(model: Any, tokens: np.ndarray, chunk: int = CHUNK) -> Iterator[tuple[int, mx.array]]:
-    """First position and logits (1, n, vocabulary) of a sequence's pieces, through its cache."""
+    """Logits (1, n, vocabulary) of a sequence chunk by chunk through the cache, with positions."""
     check_tokens(model, tokens)
     cache = make_caches(model)
     for start in range(0, len(tokens), chunk):
@@ -62,9 +62,9 @@ def compare(
     """How far a model's distributions are from a reference's.
 
     Args:
-        model: To be judged.
-        reference: To be held against.
-        tokens: int32 (sequences, context), in the tokens of both.
+        model: The model to judge.
+        reference: The model to compare with.
+        tokens: int32 (sequences, context), valid for both models.
         top: Most likely tokens of the reference to keep at each position.
         chunk: Positions whose logits are in memory at once.
         progress: Whether to show progress bars.
@@ -88,8 +88,8 @@ def compare(
             "top": top,
         }
     )
-    open_windows = [n for n in range(len(tokens)) if journal.arrays(f"window-{n}") is None]
-    missing = [n for n in open_windows if journal.arrays(f"reference-{n}") is None]
+    missing_sequences = [n for n in range(len(tokens)) if journal.arrays(f"sequence-{n}") is None]
+    missing = [n for n in missing_sequences if journal.arrays(f"reference-{n}") is None]
     if missing:
         loaded, _ = reference.load()
         for n in _bar(missing, f"Reference {reference.name}", progress):
@@ -98,19 +98,19 @@ def compare(
             journal.put_arrays(f"reference-{n}", **kept)
         del loaded
         mx.clear_cache()
-    if open_windows:
+    if missing_sequences:
         loaded, _ = model.load()
-        for n in _bar(open_windows, f"KL {model.label}", progress):
+        for n in _bar(missing_sequences, f"KL {model.label}", progress):
             kept = journal.arrays(f"reference-{n}")
             if kept is None:
                 raise InputError(f"{journal.folder} changed while it was used: run it again")
             held = _held_against(loaded, tokens[n], kept, chunk)
             check_numbers(model.name, n, held["target"], held["kl"])
-            journal.put_arrays(f"window-{n}", **held)
+            journal.put_arrays(f"sequence-{n}", **held)
             journal.drop_arrays(f"reference-{n}")
         del loaded
         mx.clear_cache()
-    found = [journal.arrays(f"window-{n}") for n in range(len(tokens))]
+    found = [journal.arrays(f"sequence-{n}") for n in range(len(tokens))]
     return figures([each for each in found if each is not None])
 
 
@@ -120,10 +120,10 @@ def digest_of(tokens: np.ndarray) -> str:
 
 
 def check_numbers(name: str, sequence: int, *arrays: np.ndarray) -> None:
-    """Refuse figures of a model that computes NaN.
+    """Refuse the figures of a model that computes NaN.
 
     Raises:
-        InputError: One of the arrays has NaN in it; the message names the model.
+        InputError: An array contains NaN; the message names the model.
     """
     if any(np.isnan(each).any() for each in arrays):
         raise InputError(
@@ -137,7 +137,7 @@ def _bar(items: list[int], label: str, progress: bool) -> Any:
 
 
 def _kept(model: Any, tokens: np.ndarray, top: int, chunk: int) -> dict[str, np.ndarray]:
-    """What is kept of the reference's distributions behind each token but the last."""
+    """The part of the reference's distributions that is kept, for each token but the last."""
     parts: dict[str, list[np.ndarray]] = {
         name: [] for name in ("indices", "log_probs", "rest", "top", "target")
     }

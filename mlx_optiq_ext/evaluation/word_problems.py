@@ -9,6 +9,7 @@ from . import harness
 from .items import read_lines
 from .models import Subject
 from .report import Figures
+from .settings import Settings
 from .statistics import mcnemar, proportion_error
 
 #: lm-eval's task by the number of examples it shows.
@@ -61,9 +62,14 @@ def config_for(data: Path | None, shots: int | None) -> dict[str, Any]:
     return {**config, "dataset_path": "json", "dataset_kwargs": {"data_files": files}}
 
 
-def answers(model: Subject, config: dict[str, Any], **settings: Any) -> dict[str, list[bool]]:
+def answers(
+    model: Subject,
+    config: dict[str, Any],
+    settings: Settings,
+    generate: harness.Generate = harness.generated,
+) -> dict[str, list[bool]]:
     """Which items a model got right, by filter, in the order of the items."""
-    samples = harness.evaluate(model, config, **settings)
+    samples = harness.evaluate(model, config, settings, generate)
     found: dict[str, list[tuple[int, bool]]] = {}
     for sample in samples:
         right = bool(sample["exact_match"])
@@ -93,13 +99,13 @@ def paired(own: dict[str, list[bool]], other: dict[str, list[bool]]) -> dict[str
 
 
 def accuracy_columns(
-    model: Subject, baselines: Sequence[Subject], config: dict[str, Any], **settings: Any
+    model: Subject, baselines: Sequence[Subject], config: dict[str, Any], settings: Settings
 ) -> dict[str, Figures]:
     """Columns of a report: each model, and the model against each baseline."""
-    own = answers(model, config, **settings)
+    own = answers(model, config, settings)
     columns: dict[str, Figures] = {model.label: {**figures(own), **model.size()}}
     for each in baselines:
-        other = answers(each, config, **settings)
+        other = answers(each, config, settings)
         columns[each.label] = {**figures(other), **each.size()}
         columns[f"{model.label} against {each.label}"] = paired(own, other)
     return columns

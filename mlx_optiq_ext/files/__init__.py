@@ -1,7 +1,8 @@
-"""Files on disk: whole ones written, and untrusted ones read within limits.
+"""Writes complete files, and reads untrusted ones within limits.
 
-Whatever a user downloads is untrusted. `read_json` and its kin refuse what is no regular file, too
-large, too deep, ambiguous or not finite, before it costs memory or time, and name the file::
+Every downloaded file is untrusted. `read_json` and the other readers refuse a file that is not
+regular, too large, nested too deep, ambiguous or not finite before it takes memory or time, and
+name it::
 
     from mlx_optiq_ext import files
 

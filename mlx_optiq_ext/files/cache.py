@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-#: Names the folder.
+#: Environment variable with the folder.
 ENVIRONMENT = "MLX_OPTIQ_EXT_CACHE"
 
 

@@ -1,8 +1,8 @@
-"""JSON from untrusted files: what it would take is known before it is parsed.
+"""JSON from untrusted files: its memory and depth are checked before it is parsed.
 
-Python's parser builds whatever it is given: one byte of ``[`` becomes 88 bytes of list, deep
-nesting ends in a RecursionError, of two equal keys the last one wins, and NaN is a number. The
-limits here hold on the text, in one pass of constant memory. Format: RFC 8259.
+Python's parser has no limits: one byte of ``[`` becomes a list of 88 bytes, deep nesting raises
+RecursionError, the last of two equal keys wins, and NaN is accepted. The limits here are checked on
+the text, in one pass with constant memory. Format: RFC 8259.
 """
 
 import json
@@ -20,9 +20,9 @@ from .reading import MEGABYTE, decoded, read_bytes
 #: Bytes that a value, a key and a container may take in memory, rounded up.
 VALUE_BYTES, KEY_BYTES, CONTAINER_BYTES = 64, 128, 256
 
-#: Digits of an integer. Tokenizers say int(1e30) where they mean no limit.
+#: Digits of an integer. Tokenizers write int(1e30) for no limit.
 DIGITS = 40
-#: Characters of a number that is no integer, and of a key.
+#: Characters of a non-integer number, and of a key.
 NUMBER, KEY = 128, 512
 
 _BLOCK = MEGABYTE
@@ -31,12 +31,12 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a document may take.
+    """Limits of a document.
 
     Attributes:
         size: Bytes of its text.
-        memory: Bytes that its values may come to.
-        depth: Arrays and objects within each other.
+        memory: Bytes that its values may take in memory.
+        depth: Nesting of arrays and objects.
         infinity: Whether ``Infinity`` is a number in it, as a few models' configs have it.
     """
 
@@ -47,7 +47,7 @@ class Limits:
 
 
 DEFAULT = Limits()
-#: config.json of a model: ``time_step_limit`` of Mamba's kin ends at Infinity.
+#: config.json of a model: ``time_step_limit`` of Mamba models may be Infinity.
 MODEL_CONFIG = Limits(infinity=True)
 #: Labels of images: those of COCO's validation set take 20 MB with their outlines.
 LABELS = Limits(size=48 * MEGABYTE, memory=320 * MEGABYTE)
@@ -70,8 +70,8 @@ def parse_json(content: bytes | str, where: str, limits: Limits = DEFAULT) -> An
 
     Args:
         content: The text; UTF-8 if it comes as bytes.
-        where: What to name in messages, such as a file and a line.
-        limits: What it may take.
+        where: The place to name in messages, such as a file and a line.
+        limits: Limits of the text.
 
     Raises:
         InputError: As for `read_json`.
@@ -79,7 +79,7 @@ def parse_json(content: bytes | str, where: str, limits: Limits = DEFAULT) -> An
     try:
         encoded = content.encode("utf-8") if isinstance(content, str) else content
     except UnicodeEncodeError as error:
-        raise InputError(f"{where} is not text that UTF-8 can hold: mend it") from error
+        raise InputError(f"{where} is not text that UTF-8 can hold: correct it") from error
     if len(encoded) > limits.size:
         raise InputError(f"{where} is longer than {limits.size / MEGABYTE:.0f} MB: shorten it")
     text = content if isinstance(content, str) else decoded(content, where)

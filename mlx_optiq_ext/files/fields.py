@@ -12,7 +12,7 @@ from ..errors import InputError
 #: The largest integer that other programs can be expected to hold.
 LARGEST = 2**63 - 1
 
-#: A field that has to be there.
+#: Default of a required field.
 REQUIRED: Any = object()
 
 _shortened = reprlib.Repr()
@@ -28,10 +28,10 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Fields:
-    """A JSON object and where it stands.
+    """A JSON object and its place in a file.
 
-    Each method returns a field of one type, or its default if the field is not there. A field that
-    must be there has no default.
+    Each method returns a field of one type, or its default if the field is absent. A required field
+    has no default.
 
     Attributes:
         entry: The object.
@@ -43,17 +43,17 @@ class Fields:
 
     @classmethod
     def of(cls, value: Any, where: str) -> "Fields":
-        """A value as an object.
+        """Take a value as an object.
 
         Raises:
-            InputError: It is none.
+            InputError: The value is not a JSON object.
         """
         if not isinstance(value, Mapping):
             raise InputError(f"{where} is {shown(value)}: give a JSON object")
         return cls(value, where)
 
     def integer(self, name: str, low: int = 0, high: int = LARGEST, default: Any = REQUIRED) -> int:
-        """A whole number from ``low`` to ``high``; 8.0 and true are none."""
+        """A whole number from ``low`` to ``high``; 8.0 and true are refused."""
         value = self._value(name, default)
         if value is default:
             return value
@@ -102,7 +102,7 @@ class Fields:
         raise self.refusal(name, f"one of {', '.join(map(str, choices))}")
 
     def refusal(self, name: str, wanted: str) -> InputError:
-        """The error for a field that is not what was wanted."""
+        """The error for a field with an unusable value."""
         if name not in self.entry:
             return InputError(f"{self.where} has no {name}: give {wanted}")
         return InputError(f"{self.where}: {name} is {shown(self.entry[name])}: give {wanted}")

@@ -1,4 +1,4 @@
-"""Bounded reading of files that somebody else wrote."""
+"""Bounded reading of untrusted files."""
 
 import os
 import stat
@@ -11,7 +11,7 @@ from ..errors import InputError
 
 MEGABYTE = 1 << 20
 
-#: Of a text to calibrate or evaluate on. Far more than any run takes its sequences from.
+#: Bytes of a text to calibrate or evaluate on; far more than any run uses.
 LONGEST_TEXT = 64 * MEGABYTE
 
 
@@ -51,7 +51,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         InputError: It is larger, missing, unreadable or no regular file.
     """
     with open_regular(path) as stream:
-        # The size that the file system tells is not always what comes.
+        # The file may be longer than the file system says.
         size = os.fstat(stream.fileno()).st_size
         content = stream.read(limit + 1) if size <= limit else b""
     if size > limit or len(content) > limit:
@@ -77,16 +77,16 @@ def read_lines(path: Path, limit: int = LONGEST_TEXT) -> Iterator[tuple[int, str
     Raises:
         InputError: As for `read_text`, before the first line.
     """
-    # Not splitlines: JSON strings may hold the other characters that it takes for a line's end.
+    # Not splitlines: JSON strings may contain other characters that it treats as line ends.
     lines = read_text(path, limit).split("\n")
     return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def decoded(content: bytes, where: str) -> str:
-    """UTF-8 as text.
+    """Decode UTF-8.
 
     Raises:
-        InputError: It is not UTF-8.
+        InputError: The bytes are not UTF-8.
     """
     try:
         return content.decode("utf-8")

@@ -1,8 +1,8 @@
 """Records of finished work, one JSON line each, that outlive the run that made them.
 
-A line carries its own checksum: disks, copies and editors damage files without a word. What cannot
-be read is left out, and work is never lost to a folder that cannot be written to: then it is not
-kept. Both are said in one line.
+Each line has a checksum, because disks, copies and editors may damage files silently. Unreadable
+lines are left out. If the folder cannot be written to, the work goes on and is not kept. Both print
+one line.
 """
 
 import json
@@ -22,13 +22,13 @@ LARGEST = 128 * MEGABYTE
 
 _SUM = "sum"
 
-#: Files that were read or written here, and what was said of them.
+#: Files that this process read or wrote, and the lines that it printed.
 _kept: set[Path] = set()
 _said: set[str] = set()
 
 
 def records_kept() -> bool:
-    """Whether this process has read or written records, with which another one would go on."""
+    """Whether this process read or wrote records that the next run can use."""
     return bool(_kept)
 
 
@@ -62,7 +62,7 @@ def read_records(path: Path, limit: int = LARGEST) -> Iterator[dict[str, Any]]:
 
 
 def left_out(path: Path, count: int) -> None:
-    """Say that some records of a file are of no use."""
+    """Print that some records of a file are unusable."""
     lines = "1 line" if count == 1 else f"{count} lines"
     say(f"[optiq] {lines} of {path} cannot be used and will be measured again ({ENVIRONMENT})")
 
@@ -76,7 +76,7 @@ def append_records(path: Path, entries: Iterable[Mapping[str, Any]], limit: int 
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size > limit:
             raise OSError(None, f"{path} is full")
-        # A line break first closes a line that an earlier run may have left cut off.
+        # The first line break ends a line that an earlier run may have left incomplete.
         with path.open("a", encoding="utf-8") as stream:
             stream.write("\n" + "\n".join(lines))
         _kept.add(path)
@@ -85,7 +85,7 @@ def append_records(path: Path, entries: Iterable[Mapping[str, Any]], limit: int 
 
 
 def not_kept(folder: Path, error: OSError) -> None:
-    """Say that measurements cannot be kept, and go on."""
+    """Print that measurements cannot be kept."""
     say(
         f"[optiq] Measurements are not kept: cannot write to {folder} ({error.strerror or error}); "
         f"set {ENVIRONMENT} to a folder that can be written to"
@@ -93,7 +93,7 @@ def not_kept(folder: Path, error: OSError) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line that was not printed yet."""
+    """Print a line once."""
     if line not in _said:
         _said.add(line)
         print(line, file=sys.stderr)
@@ -109,7 +109,7 @@ def _checksum(entry: Mapping[str, Any]) -> str:
 
 
 def _checked(line: str) -> dict[str, Any] | None:
-    """A record, or None if a line is none: cut off, damaged, or made by somebody else."""
+    """A line's record; None if the line is incomplete, damaged or in another format."""
     try:
         entry = parse_json(line, "a record", REQUEST)
     except InputError:

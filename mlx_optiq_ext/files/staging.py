@@ -1,7 +1,7 @@
-"""Folders in which a process makes another one, and what becomes of them if it is killed.
+"""Temporary folders for making an output folder; those of killed processes are removed.
 
-Each holds a file that its process keeps locked. The system lets go of the lock with the process,
-however it ends, so that neither a used-again process number nor another container can deceive.
+Each contains a file that its process keeps locked. The system releases the lock when the process
+ends, so a reused process number or another container cannot be mistaken for the owner.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ from pathlib import Path
 from ..errors import InputError
 from . import unfinished
 
-#: The locked file; the number of its process stands in it.
+#: The locked file, which contains its process's number.
 OWNER = ".owner"
 
 
@@ -26,22 +26,22 @@ class Holder:
     """A folder of this process.
 
     Attributes:
-        folder: Where it is.
-        lock: Descriptor of its locked file.
+        folder: The folder's path.
+        lock: Descriptor of the locked file.
     """
 
     folder: Path
     lock: int
 
     def release(self) -> None:
-        """Remove it with everything in it."""
+        """Remove the folder with its contents."""
         shutil.rmtree(self.folder, ignore_errors=True)
         unfinished.forget(self.folder)
         os.close(self.lock)
 
 
 def claim(target: Path) -> Holder:
-    """A new folder beside ``target``, in which only this process may make it.
+    """Create a folder beside ``target``, in which only this process makes the target.
 
     Folders of the same target whose process is dead are removed.
 
@@ -68,7 +68,7 @@ def claim(target: Path) -> Holder:
 
 
 def _left(target: Path) -> list[Path]:
-    # As `claim` names them; the target "a" shall not take those of "a.b" for its own.
+    # Names as `claim` makes them; target "a" must not match folders of target "a.b".
     name = re.compile(rf"\.{re.escape(target.name)}\.[a-z0-9_]{{8}}")
     return [
         path
@@ -83,7 +83,7 @@ def _living_owner(folder: Path) -> str | None:
         lock = os.open(folder / OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         with suppress(OSError):
-            folder.rmdir()  # killed before there was anything in it; else it is none of ours
+            folder.rmdir()  # fails unless its process was killed before it wrote anything
         return None
     except OSError:
         return None  # another user's
@@ -94,14 +94,14 @@ def _living_owner(folder: Path) -> str | None:
     except BlockingIOError:
         return f"process {os.read(lock, 20).decode('ascii', 'replace') or 'unknown'}"
     except OSError:
-        return None  # a file system without locks: nothing is known of its process
+        return None  # a file system without locks: its process is unknown
     finally:
         os.close(lock)
 
 
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
-    """Keep other processes from claiming in the same folder meanwhile."""
+    """Keep other processes from claiming in the same folder at the same time."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with suppress(OSError):

@@ -1,8 +1,8 @@
-"""Headers of safetensors files: what they say fits the file before any tensor is read.
+"""Headers of safetensors files, checked against the file before any tensor is read.
 
 Format: huggingface/safetensors, README: a little-endian u64 length, that many bytes of JSON with
 ``dtype``, ``shape`` and ``data_offsets`` of each tensor and string ``__metadata__``, then the
-tensors in a row without holes.
+tensors one after another without gaps.
 """
 
 import math
@@ -43,7 +43,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of its tensors, by name, and its metadata."""
+    """The tensors that a file declares, by name, and its metadata."""
 
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
@@ -85,7 +85,7 @@ def parse_header(body: bytes, where: str, room: int) -> TensorHeader:
         room: Bytes that follow it.
 
     Raises:
-        InputError: It is no header, or not one of so many bytes.
+        InputError: The header is malformed, or does not match the number of bytes.
     """
     content = dict(Fields.of(parse_json(body, where, LIMITS), f"the header of {where}").entry)
     metadata = content.pop("__metadata__", None) or {}  # older MLX writes null
@@ -116,7 +116,7 @@ def parse_header(body: bytes, where: str, room: int) -> TensorHeader:
 
 
 def _tensor(entry: Any, where: str) -> tuple[StoredTensor, int]:
-    """A tensor, and where its bytes begin."""
+    """A tensor, and the offset of its first byte."""
     fields = Fields.of(entry, where)
     dtype = entry.get("dtype")
     bits = DTYPES.get(dtype) if type(dtype) is str else None

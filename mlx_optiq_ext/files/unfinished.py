@@ -1,4 +1,4 @@
-"""What this process has not finished writing, to be removed if it must end at once."""
+"""Files and folders that are being written, to be removed if the process ends at once."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ _noted: set[Path] = set()
 
 @contextmanager
 def noted(path: Path) -> Iterator[None]:
-    """Note a file or folder while the block writes it.
+    """Register a file or folder while the block writes it.
 
-    An interruption may come where no block can clean up behind it: the note stays then.
+    If an interruption keeps the block from cleaning up, the entry stays.
     """
     note(path)
     try:
@@ -23,19 +23,19 @@ def noted(path: Path) -> Iterator[None]:
 
 
 def note(path: Path) -> None:
-    """Note a file or folder that is not finished."""
+    """Register an unfinished file or folder."""
     _noted.add(path.absolute())
 
 
 def forget(path: Path) -> None:
-    """Forget one that is finished or removed."""
+    """Remove the entry of a finished or removed file or folder."""
     _noted.discard(path.absolute())
 
 
 def discard() -> None:
-    """Remove all of it. For a process that ends at once, whatever its other threads still write."""
+    """Remove all unfinished files and folders; for a process that ends at once."""
     for path in tuple(_noted):
-        for _ in range(2):  # a thread may have added a file behind the first round
+        for _ in range(2):  # a thread may have added a file during the first round
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

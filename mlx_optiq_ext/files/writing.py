@@ -1,4 +1,4 @@
-"""Writing without ever leaving half a file or half a folder."""
+"""Writes files and folders completely or not at all."""
 
 import errno
 import json
@@ -16,9 +16,9 @@ from . import staging, unfinished
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that takes its name if the block succeeds.
+    """A temporary folder beside ``target``, renamed to it if the block succeeds.
 
-    What a process that was killed left of the same target is removed first.
+    Temporary folders that killed processes left of the same target are removed first.
 
     Raises:
         InputError: ``target`` exists already, another process is writing it, or its parent cannot
@@ -48,10 +48,10 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def check_new(target: Path) -> None:
-    """Refuse a folder to write that is there already.
+    """Refuse an output folder that exists already.
 
     Raises:
-        InputError: Something has its name.
+        InputError: The path exists.
     """
     try:
         target.lstat()
@@ -67,11 +67,11 @@ def check_new(target: Path) -> None:
 
 
 def check_room(folder: Path, needed: float) -> None:
-    """Refuse to begin what the disk cannot hold.
+    """Refuse to write more than the disk has room for.
 
     Args:
-        folder: Where it will be written.
-        needed: Bytes, about.
+        folder: The folder to write to.
+        needed: Bytes, roughly.
 
     Raises:
         InputError: There is less free space.
@@ -104,13 +104,13 @@ def _disk_full(error: OSError | RuntimeError) -> bool:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path``, with its suffix, that takes its name if the block succeeds.
+    """A temporary file beside ``path``, with its suffix, renamed to it if the block succeeds.
 
     Raises:
         OSError: The folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
-    with unfinished.noted(temporary):  # before it is there, so that no interruption can miss it
+    with unfinished.noted(temporary):  # before the file exists, so that no interruption can miss it
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
             yield temporary
@@ -121,11 +121,11 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file by moving a complete one into place."""
+    """Write a file completely or not at all."""
     with replaced(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON by moving a complete file into place."""
+    """Write a JSON file completely or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -35,7 +35,7 @@ def current() -> Platform:
     return CPU if mx.default_device() == _CPU_DEVICE else _gpu()
 
 
-# Asked at every layer of every token.
+# Called at every layer of every token.
 @cache
 def _gpu() -> Platform:
     return detected("metal" if mx.metal.is_available() else "cuda")
@@ -51,7 +51,7 @@ def detected(name: str) -> Platform:
 
     make = symbols.kernel_compiler(name)
     if name == "metal":
-        # The Metal kernel was never timed, so that it waits to be asked for.
+        # The Metal kernel was never timed, so it must be switched on.
         wanted = os.environ.get("MLX_OPTIQ_EXT_METAL_KERNEL") == "1"
         return Platform(name, make if wanted else None)
     if make is None:

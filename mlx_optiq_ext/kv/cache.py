@@ -1,10 +1,9 @@
 """A per-layer cache that keeps keys and values packed.
 
-mlx-lm's own caches know where each position goes: growth, sliding windows, batches with padding,
-trimming, merging. They move whole rows and never look inside. So they hold a packed layer, and
-everything about positions stays mlx-lm's: one of them for each part of the formats (codes, scales,
-biases), as GPU kernels want them, or a single one of interleaved rows where each operation on an
-array costs more than what it copies.
+mlx-lm's own caches manage positions: growth, sliding windows, batches with padding, trimming,
+merging. They move whole rows and never read them. So they can hold the packed rows of a layer: one
+cache for each part of the formats (codes, scales, biases), as GPU kernels need them, or a single
+cache of interleaved rows on a CPU, where each operation on an array takes longer than the copy.
 """
 
 import json
@@ -21,24 +20,24 @@ from .packed_array import Packed
 from .plan import LayerFormat
 from .plane_state import check_rows, restored, storable
 
-#: What models and mlx-lm read of a cache, answered by the first plane.
+#: Attributes of a cache that models and mlx-lm read, taken from the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
 
 
-#: Types of what is packed, and the widest head.
+#: Types that can be packed, and the largest head dimension.
 DTYPES, WIDEST = ("float32", "float16", "bfloat16"), 1 << 16
 
 
 class PackedKVCache:
-    """Packed keys and values of one layer, in the place of one of mlx-lm's caches.
+    """Packed keys and values of one layer; replaces one of mlx-lm's caches.
 
     Attributes:
-        planes: mlx-lm caches that share all positions. Of several, plane ``i`` holds part ``i`` of
-            keys and values; a single one holds all, in 32-bit words.
-        formats: Of keys and values, fitted to their dimensions once there are any.
+        planes: mlx-lm caches with equal positions. If there are several, plane ``i`` holds part
+            ``i`` of keys and values; a single one holds all parts, in 32-bit words.
+        formats: Formats of keys and values, fitted to their dimensions once these are known.
         dims: Head dimensions of keys and values; None before there are any.
-        dtype: Name of the dtype of what was packed; None before that.
-        dense: Whether attention is handed plain arrays, for models with attention of their own.
+        dtype: Name of the unpacked dtype; None before there is one.
+        dense: Whether attention gets plain arrays, for models that compute attention themselves.
         mergeable: Whether mlx-lm's batch engine may merge it with others.
         platform: Where new keys and values are packed; None for where MLX's default device is.
         layer: The decoder layer that writes to it; None if that is not known.
@@ -55,10 +54,10 @@ class PackedKVCache:
         platform: Platform | None = None,
         layer: int | None = None,
     ):
-        """Take the place of an empty mlx-lm cache.
+        """Replace an empty mlx-lm cache.
 
-        ``interleaved`` keeps all of a position in one row, if the formats allow it; None for what
-        suits the platform.
+        ``interleaved`` keeps all parts of a position in one row, if the formats allow it; None
+        decides by the platform.
         """
         from copy import deepcopy
 
@@ -75,7 +74,7 @@ class PackedKVCache:
         self.layer = layer
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Append keys and values (batch, heads, length, dim); returns all that attention may see.
+        """Append keys and values (batch, heads, length, dim); returns all keys and values.
 
         Raises:
             UnsupportedError: The head dimension does not fit the format.
@@ -90,7 +89,7 @@ class PackedKVCache:
         return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs])
 
     def keys_and_values(self) -> tuple[Any, Any]:
-        """All that attention may see."""
+        """All keys and values, for attention."""
         return self._views([plane.keys_and_values() for plane in self.planes])
 
     def _views(self, rows: list[tuple[mx.array, mx.array]]) -> tuple[Any, Any]:
@@ -100,34 +99,34 @@ class PackedKVCache:
         return _plain(keys), _plain(values)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
-        """As mlx-lm's cache makes it."""
+        """The attention mask, made by mlx-lm's cache."""
         return self.planes[0].make_mask(*args, **kwargs)
 
     def maybe_trim_front(self) -> None:
-        """Drop what lies before the current chunk, for chunked attention."""
+        """Drop positions before the current chunk, for chunked attention."""
         for plane in self.planes:
             plane.maybe_trim_front()
 
     def is_trimmable(self) -> bool:
-        """Whether the last tokens can be taken back."""
+        """Whether the last tokens can be removed."""
         return self.planes[0].is_trimmable()
 
     def trim(self, n: int) -> int:
-        """Take back the last ``n`` tokens; returns how many it took."""
+        """Remove the last ``n`` tokens; returns the number removed."""
         taken = [plane.trim(n) for plane in self.planes]
         return taken[0]
 
     def size(self) -> int:
-        """Tokens held."""
+        """Number of tokens in the cache."""
         return self.planes[0].size()
 
     def empty(self) -> bool:
-        """Whether it has held nothing yet."""
+        """Whether the cache is still empty."""
         return self.planes[0].keys is None
 
     @property
     def keys(self) -> mx.array | None:
-        """Codes of the keys as stored; models set it only to tie the order of evaluation."""
+        """Codes of the keys as stored; models set this only to order evaluation."""
         return self.planes[0].keys
 
     @keys.setter
@@ -141,7 +140,7 @@ class PackedKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes, room to grow included."""
+        """Stored bytes, including allocated but unused room."""
         return sum(
             array.nbytes
             for plane in self.planes
@@ -165,12 +164,12 @@ class PackedKVCache:
         return self._with([plane.extract(index) for plane in self.planes])
 
     def prepare(self, **kwargs: Any) -> None:
-        """As mlx-lm's batch caches, before a padded prompt."""
+        """Prepare for a padded prompt, as mlx-lm's batch caches do."""
         for plane in self.planes:
             plane.prepare(**kwargs)
 
     def finalize(self) -> None:
-        """As mlx-lm's batch caches, after a padded prompt."""
+        """Finish a padded prompt, as mlx-lm's batch caches do."""
         for plane in self.planes:
             plane.finalize()
 
@@ -183,7 +182,7 @@ class PackedKVCache:
         return merged
 
     def _learn(self, other: "PackedKVCache") -> None:
-        """Take over what only a cache that has held something knows."""
+        """Copy formats, dimensions and dtype from another cache if this one is empty."""
         if self.dims is None:
             self.formats, self.dims, self.dtype = other.formats, other.dims, other.dtype
 
@@ -193,7 +192,7 @@ class PackedKVCache:
         return other
 
     def __getattr__(self, name: str) -> Any:
-        # mlx-lm asks with hasattr whether a cache can join a batch.
+        # mlx-lm tests with hasattr whether a cache can join a batch.
         planes = self.__dict__.get("planes")
         if planes and name == "merge" and self.mergeable and hasattr(planes[0], "merge"):
             return self._merge
@@ -203,7 +202,7 @@ class PackedKVCache:
 
     @property
     def state(self) -> Any:
-        """What mlx-lm evaluates and saves."""
+        """The state that mlx-lm evaluates and saves."""
         from mlx_optiq_compat import symbols
 
         states = [storable(plane.state) for plane in self.planes]
@@ -218,12 +217,12 @@ class PackedKVCache:
 
     @property
     def meta_state(self) -> Any:
-        """What mlx-lm before 0.32 saves beside the arrays."""
+        """Settings that mlx-lm before 0.32 saves beside the arrays."""
         return [self._description(), [plane.meta_state for plane in self.planes]]
 
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = None) -> "PackedKVCache":
-        """Build from what `state`, and before mlx-lm 0.32 `meta_state`, gave."""
+        """Rebuild a cache from `state` and, before mlx-lm 0.32, `meta_state`."""
         cache = object.__new__(cls)
         if meta_state is None:
             cache.state = state

@@ -1,4 +1,4 @@
-"""New keys and values of a layer as rows of its cache, and those rows as packed arrays.
+"""Converts a layer's new keys and values to rows of its cache, and rows to packed arrays.
 
 The cache keeps the rows in planes, each one of mlx-lm's caches: one plane for each part of the
 formats, or a single plane of rows in which all parts lie side by side.
@@ -28,7 +28,7 @@ def planes_of(formats: LayerFormat, *, interleaved: bool) -> int:
 def encode(
     keys: mx.array, values: mx.array, formats: LayerFormat, platform: Platform
 ) -> tuple[Parts, Parts]:
-    """The parts of both.
+    """Pack keys and values into their parts.
 
     Args:
         keys: (batch, heads, length, dim).
@@ -43,9 +43,9 @@ def encode(
 
 
 def _parts(array: mx.array, format: Format | None) -> Parts:
-    """What a format packs an array into; without one, the array's bits and a part of no width.
+    """The parts of a packed array; without a format the array's bits and a part of zero width.
 
-    mlx-lm's batches give keys and values one dtype, so bits are taken for codes.
+    mlx-lm's batches need one dtype for keys and values, so the bits of an unpacked side are stored.
     """
     if format is not None:
         return format.pack(array)
@@ -57,7 +57,7 @@ def arrange(
 ) -> Iterable[tuple[mx.array, mx.array]]:
     """The rows of keys and of values for each plane.
 
-    The side with fewer parts gets some of no width; two planes or more hold all parts of both.
+    The side with fewer parts gets parts of zero width; two planes or more hold all parts of both.
     """
     if planes == 1:
         return [(_joined(keys, formats.keys), _joined(values, formats.values))]
@@ -93,7 +93,7 @@ def packed_of(
 ) -> tuple[Packed | mx.array, Packed | mx.array]:
     """Undo `arrange`: keys and values, each a plain array where it has no format.
 
-    ``dtype`` is the name of what was packed, None where nothing was yet.
+    ``dtype`` is the name of the unpacked dtype; None if nothing was packed yet.
     """
     keys, values = zip(*rows, strict=True)
     if len(rows) == 1:

@@ -1,4 +1,4 @@
-"""Which cache belongs to which decoder layer, and packed caches in place of mlx-lm's."""
+"""Finds the cache of each decoder layer, and replaces mlx-lm's caches by packed ones."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from .plan import KVPlan, LayerFormat, check_layers
 #: A cache's number in the model's list and, in a CacheList, its number there.
 Slot = tuple[int, int | None]
 
-#: Architectures whose CacheList ends in the index of sparse attention, which picks tokens by its
-#: own keys: it stays as it is.
+#: Architectures whose CacheList ends with the index of sparse attention, which selects tokens by
+#: its own keys: that cache is not packed.
 INDEXED = ("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl")
 
-#: What code raises that is handed a packed array, or a batch, where it can only take another.
-#: Memory that runs out and kernels that do not compile are neither.
+#: Errors of code that gets a packed array, or a batch, and cannot work with it. Errors of memory
+#: and of kernels that do not compile are not among them.
 UNREADABLE = (AttributeError, IndexError, NotImplementedError, TypeError, ValueError)
 
 _NAME = "_optiq_kv"
@@ -48,11 +48,11 @@ class Mounted:
 def mount(model: nn.Module, plan: KVPlan, *, mergeable: bool = True) -> Mounted:
     """Give a loaded model a KV plan: `make_caches` then packs the layers that it names.
 
-    Three tokens are run through the model, so that what cannot work is refused here.
+    Three tokens are run through the model, so that an unsuitable model is refused here.
 
     Args:
         model: An mlx-lm model.
-        plan: What each layer gets.
+        plan: The precision of each layer's keys and values.
         mergeable: Whether mlx-lm's batch engine may merge the caches.
 
     Raises:
@@ -78,7 +78,7 @@ def mount(model: nn.Module, plan: KVPlan, *, mergeable: bool = True) -> Mounted:
 
 
 def _mounted(model: nn.Module, plan: KVPlan, mergeable: bool) -> Mounted:
-    """What `mount` leaves, tried out on this rank."""
+    """The mounted plan, tested on this rank."""
     found = owners(model)
     formats = _formats(model, plan, found)
     name = type(model).__module__
@@ -119,13 +119,13 @@ def _layer_count(own: distributed.Stage) -> int:
 
 
 def unmount(model: nn.Module) -> None:
-    """Take a model's KV plan away."""
+    """Remove a model's KV plan."""
     if mounted_on(model) is not None:
         object.__delattr__(model, _NAME)
 
 
 def mounted_on(model: Any) -> Mounted | None:
-    """What `mount` left on a model."""
+    """The plan that `mount` stored on a model, or None."""
     return getattr(model, "__dict__", {}).get(_NAME)
 
 
@@ -161,8 +161,9 @@ def packed_caches(caches: list[Any], mounted: Mounted) -> list[Any]:
 def owners(model: nn.Module) -> dict[Slot, int]:
     """The decoder layer, of the whole model, that writes to each cache of keys and values.
 
-    The model is run on one token, and each layer watched for the cache that it is handed: lists of
-    caches are not always one a layer (shared keys and values, blocks without attention, loops).
+    The model is run on one token, and each layer's arguments are searched for a cache: lists of
+    caches do not always have one for each layer (shared keys and values, blocks without attention,
+    loops).
     """
     caches = stock_caches(model)
     layers = decoder_layers(model)
@@ -186,7 +187,7 @@ def owners(model: nn.Module) -> dict[Slot, int]:
 
 
 def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
-    """mlx-lm's own caches, whatever is mounted."""
+    """mlx-lm's own caches, without the mounted plan."""
     from mlx_lm.models.cache import make_prompt_cache
 
     make = getattr(make_prompt_cache, "__wrapped__", make_prompt_cache)
@@ -194,7 +195,7 @@ def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
 
 
 def _members(model: nn.Module, cache: Any) -> Iterator[int | None]:
-    """Where in a cache keys and values are kept: itself (None), or members of a CacheList."""
+    """Where a cache keeps keys and values: in itself (None), or in members of a CacheList."""
     if isinstance(getattr(cache, "caches", None), list | tuple):
         indexed = type(model).__module__.rpartition(".")[2] in INDEXED
         for number, member in enumerate(cache.caches):
@@ -244,6 +245,6 @@ def _try(model: nn.Module, mounted: Mounted, rows: int) -> None:
     for length in (2, 1):
         mx.eval(model(mx.zeros((rows, length), dtype=mx.int32), cache=caches))
     if rows > 1:
-        # A finished request takes its row out, which fails on a cache that no layer uses.
+        # A finished request extracts its row, which fails on a cache that no layer uses.
         for cache in caches:
             cache.extract(0)

@@ -12,8 +12,8 @@ class Packed:
     """An array of keys or values (batch, heads, length, dim) in packed form.
 
     Attributes:
-        parts: What the format packs into, each (batch, heads, length, its own width).
-        format: How they are packed, fitted to the head dimension.
+        parts: Parts that the format packs into, each (batch, heads, length, its own width).
+        format: The format, fitted to the head dimension.
     """
 
     __slots__ = ("format", "parts")
@@ -24,18 +24,18 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the array that it stands for."""
+        """Shape of the unpacked array."""
         codes = self.parts[0]
         return (*codes.shape[:-1], self.format.head_dim(codes.shape[-1]))
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Type of the array that it stands for."""
+        """Type of the unpacked array."""
         return self.parts[1].dtype
 
     @property
     def ndim(self) -> int:
-        """Number of its axes."""
+        """Number of axes."""
         return self.parts[0].ndim
 
     @property
@@ -50,11 +50,11 @@ class Packed:
     def stored(self, dtype: mx.Dtype | None = None) -> mx.array:
         """The array in the basis in which it is stored, that is rotated if the format is."""
         dtype = dtype or self.dtype
-        if self.parts[0].size == 0:  # a row of a batch that holds nothing yet
+        if self.parts[0].size == 0:  # a row of a batch without positions yet
             return mx.zeros(self.shape, dtype)
         return self.format.unpack(self.parts, dtype)
 
     def plain(self, dtype: mx.Dtype | None = None) -> mx.array:
-        """The array that it stands for, up to rounding."""
+        """The unpacked array, up to rounding."""
         array = self.stored(dtype)
         return self.format.turn_back(array) if array.size else array

@@ -1,4 +1,4 @@
-"""Which precision each layer's keys and values get."""
+"""The precision of each layer's keys and values."""
 
 import re
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ UNPACKED = 16
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """Formats of one layer; None keeps that side as the model computes it."""
+    """Formats of one layer; None leaves that side unquantized."""
 
     keys: Format | None
     values: Format | None
 
     @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, key_dim: int, value_dim: int) -> "LayerFormat":
-        """The same for these head dimensions.
+        """These formats, adapted to the head dimensions.
 
         Raises:
             UnsupportedError: A format cannot pack vectors of its dimension.
@@ -48,7 +48,7 @@ class KVPlan:
     """The precision of each layer's keys and values.
 
     Attributes:
-        source: Where it comes from, for messages.
+        source: Where the plan comes from, for messages.
         layers: Decoder layer -> formats. Layers not named stay as they are.
         everywhere: Formats of every layer that keeps keys and values, instead of ``layers``.
     """
@@ -59,7 +59,7 @@ class KVPlan:
 
     @property
     def packs(self) -> bool:
-        """Whether it packs anything."""
+        """Whether the plan quantizes any layer."""
         formats = [*self.layers.values(), *([self.everywhere] if self.everywhere else [])]
         return any(each.keys or each.values for each in formats)
 
@@ -136,7 +136,7 @@ def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
     if layer.keys == layer.values and not any(value is True for value in known[0].values()):
         shared = {name: value for name, value in known[0].items() if value is not False}
         return {"layer_idx": index, **shared}
-    # Tools that read the published form only see one width: the safer one.
+    # Tools that read the published form see one width only: the larger one.
     widest = max(known, key=lambda fields: fields["bits"])
     entry = {
         "layer_idx": index,
@@ -168,7 +168,7 @@ def _known_fields() -> set[str]:
 def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
     keys, values = (_side(entry, side, where) for side in ("k", "v"))
     if keys is None and values is None:
-        raise InputError(f"{where} packs neither keys nor values: leave the layer out")
+        raise InputError(f"{where} quantizes neither keys nor values: leave the layer out")
     return LayerFormat(keys, values)
 
 

@@ -9,12 +9,12 @@ from ..model.config import layer_count
 from ..model.hub import find_file
 from .plan import FILE, KVPlan, check_layers, parse_spec, read_plan
 
-#: Means the plan beside the model.
+#: Stands for the plan beside the model.
 AUTO = "auto"
 
 
 def find_plan(text: str, model: str | None = None) -> KVPlan:
-    """The plan that a text such as ``k8v4``, ``auto`` or ``kv_config.json`` means.
+    """The plan for a text such as ``k8v4``, ``auto`` or ``kv_config.json``.
 
     Args:
         text: A width as for `parse_spec`, ``auto``, or the name of a file.
@@ -32,7 +32,7 @@ def find_plan(text: str, model: str | None = None) -> KVPlan:
 
 
 def plan_digest(plan: KVPlan) -> str:
-    """Digest of what a plan says, wherever it comes from."""
+    """Digest of a plan's content."""
     content = repr((sorted(plan.layers.items()), plan.everywhere))
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -65,7 +65,7 @@ def _layer_count(model: str | None) -> int | None:
     try:
         config = files.read_json(path, files.MODEL_CONFIG)
     except InputError:
-        return None  # mlx-lm's own error about the config is the better one
+        return None  # mlx-lm reports a damaged config better
     if not isinstance(config, dict):
         return None
     return layer_count(config)

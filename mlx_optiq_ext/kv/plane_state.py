@@ -13,17 +13,17 @@ _AGAIN = "save the prompt cache again"
 
 
 def storable(state: Any) -> Any:
-    """A plane's state with a number in place of arrays of no width, which old MLX cannot save."""
+    """A plane's state with placeholders for arrays of zero width, which old MLX cannot save."""
     if not isinstance(state, list | tuple):
         return state
     return [mx.zeros((1,), a.dtype) if _is_rows(a) and a.shape[-1] == 0 else a for a in state]
 
 
 def restored(state: Any, first: Any) -> Any:
-    """Undo `storable`; the first plane, which has widths, tells the shapes."""
+    """Undo `storable`; the shapes are taken from the first plane, whose arrays have widths."""
     if not isinstance(state, list | tuple):
         return state
-    if any(isinstance(part, dict) for part in state):  # what MLX fills a list with
+    if any(isinstance(part, dict) for part in state):  # MLX fills gaps in a list with these
         raise InputError(f"a packed layer lacks arrays: {_AGAIN}")
     return [
         mx.zeros((*like.shape[:3], 0), a.dtype) if _is_rows(like) and a.ndim == 1 else a

@@ -16,15 +16,15 @@ from ..errors import InputError
 from .cache import PackedKVCache
 from .plan import KVPlan, LayerFormat
 
-#: Names of a place in a tree, one within the other.
+#: Most levels of nesting in a tree.
 DEPTH = 12
-#: Places without an array in all lists together.
+#: Most places without an array, in all lists together.
 HOLES = 1024
 
 #: Names of mlx-lm's caches that a plan for every layer packs.
 PLAIN = ("ChunkedKVCache", "KVCache", "RotatingKVCache")
 
-#: What classes raise that are given another's state.
+#: Errors of a cache class that gets another class's state.
 _FOREIGN = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -39,7 +39,7 @@ def load(read: Callable[[], Any], path: Path) -> Any:
         InputError: It has packed layers, and is damaged or does not fit this mlx-lm.
     """
     if not _has_header(path):
-        return read()  # of what is no safetensors mlx-lm speaks itself
+        return read()  # mlx-lm reports a file that is not safetensors
     header = files.read_header(path)
     if PackedKVCache.__name__ not in header.metadata.values():
         return read()
@@ -122,9 +122,9 @@ def _has_header(path: Path) -> bool:
 
 
 def _check_tree(names: Iterable[str], where: str) -> None:
-    """Refuse names that do not make a tree whose lists have few holes.
+    """Refuse names that do not form a tree whose lists have few gaps.
 
-    What holds no array, such as notes that nobody made or a cache that is empty, leaves a hole.
+    Places without an array, such as missing notes or an empty cache, leave a gap.
     """
     children: dict[str, set[str]] = {}
     for name in names:
@@ -144,7 +144,7 @@ def _check_tree(names: Iterable[str], where: str) -> None:
 
 
 def _place(part: str) -> int | None:
-    """The place in a list that MLX takes a name for, or None."""
+    """The index that MLX reads from a name, or None."""
     try:
         return int(part)
     except ValueError:

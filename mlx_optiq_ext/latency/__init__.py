@@ -1,4 +1,4 @@
-"""Latency: what a model will do on a chip, predicted from its config and tensor headers.
+"""Latency: speed and memory of a model on a chip, predicted from config and tensor headers.
 
 Only headers are read, so the model need not fit this machine::
 

@@ -1,4 +1,4 @@
-"""What each decoder layer keeps of the past, by its config and its tensors' names."""
+"""The cache of each decoder layer, derived from the config and the tensors' names."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class LayerCache:
             values) or ``"recurrent"``.
         key_width: Elements kept per position as keys; of a latent cache all of them.
         value_width: Elements kept per position as values.
-        window: Positions kept at most, 0 for all.
+        window: Size of the sliding window in positions, 0 for none.
         state_bytes: Size of a recurrent state.
         query_width: Query heads times their width, for the arithmetic of attention.
     """

@@ -1,4 +1,4 @@
-"""What machines can do: memory bandwidth, arithmetic and the time of a kernel launch."""
+"""Chips: memory bandwidth, arithmetic and the time of a kernel launch."""
 
 import difflib
 import functools
@@ -27,8 +27,8 @@ class Chip:
 
     Attributes:
         id: Short name, such as ``m4-max-40``: forty GPU cores.
-        name: As its maker calls it.
-        family: ``"apple"`` or ``"nvidia"``, whose efficiency it is taken to reach.
+        name: The maker's name.
+        family: ``"apple"`` or ``"nvidia"``; selects the efficiency.
         bandwidth_gbs: Memory bandwidth, 1e9 bytes a second.
         tflops: Dense half-precision matrix arithmetic, 1e12 FLOP a second.
         generation: 3 for M3; an NVIDIA architecture's major compute capability.
@@ -63,10 +63,10 @@ def known_chips() -> dict[str, Chip]:
 
 
 def find_chip(text: str) -> Chip:
-    """The chip that a name, ``auto`` or a JSON file means.
+    """The chip for a name, ``auto`` or a JSON file.
 
     Raises:
-        InputError: There is none; the message suggests the nearest names.
+        InputError: The chip is unknown; the message suggests similar names.
     """
     if text == "auto":
         return detect()

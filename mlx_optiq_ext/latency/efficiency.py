@@ -1,4 +1,4 @@
-"""How much of the roofline MLX reaches: a few numbers, fitted to published measurements.
+"""The share of the roofline that MLX reaches: coefficients fitted to published measurements.
 
 The time of a token is linear in what it reads and launches (LLM-Viewer, arXiv 2402.16363, adds no
 launch term; small models and Ultras need one). Coefficients are fitted in the log of the time with
@@ -28,7 +28,8 @@ class Efficiency:
         nvidia_launch: Factor on it for MLX's CUDA back end.
         expert_launches: Kernels of routing, sorting and summing in a layer of experts.
         recurrent_launches: Kernels of a recurrent layer beside its products.
-        nvidia_recurrent_launches: The same where MLX has no fused kernel for it.
+        nvidia_recurrent_launches: Kernels of a recurrent layer in MLX's CUDA back end, which has no
+            fused kernel for it.
     """
 
     bandwidth: float

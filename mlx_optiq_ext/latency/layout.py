@@ -1,4 +1,4 @@
-"""What a model's tensors take to store and to read for one token."""
+"""Bytes of a model's tensors, stored and read for one token."""
 
 import math
 import re
@@ -26,7 +26,7 @@ _EXPERT = re.compile(r"(experts)\.\d+\.")
 _SHIFTED_NORM = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 
-#: Fields of a config that are counted with.
+#: Fields of a config that the prediction uses.
 _NUMBERS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_kv_shared_layers"),
     *("num_attention_heads", "num_key_value_heads", "num_global_key_value_heads"),
@@ -64,12 +64,12 @@ class Operator:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model as the roofline sees it.
+    """A model as input of the roofline.
 
     Attributes:
         operators: Every weight that text generation uses.
-        caches: What each layer keeps of the past.
-        config: Of the text model.
+        caches: The cache of each layer.
+        config: Config of the text model.
         nbytes: Bytes of all tensors that are loaded.
         dtype: Of activations and unquantized caches, such as ``"bfloat16"``.
     """
@@ -116,7 +116,7 @@ def read_layout(
         return layout
     low_rank = read_file(Path(adapter) / "adapters.safetensors")
     extra = tuple(
-        # One product each, and for the second a scaled sum.
+        # One kernel for each product, and one for the scaled sum.
         Operator(name, "matmul", h.nbytes, math.prod(h.shape), 0, 1 + name.endswith("lora_b"))
         for name, h in low_rank.items()
     )

@@ -18,7 +18,7 @@ def plot(curves: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str
     Args:
         curves: Name -> (context in tokens, tokens per second), both above 0; the context axis is
             logarithmic.
-        title: Shown above.
+        title: Title above the plot.
 
     Raises:
         InputError: There is nothing to draw.

@@ -27,7 +27,7 @@ WORKSPACE = 4
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model.
+    """The workload to predict.
 
     Attributes:
         prompt: Tokens of the prompt.
@@ -53,10 +53,10 @@ class Prediction:
     Attributes:
         prefill_tps: Prompt tokens per second, of all sequences together.
         decode_tps: Generated tokens per second, of all sequences together, on average.
-        weight_bytes: Of the model in memory.
-        cache_bytes: Of all caches at the end.
-        workspace_bytes: Of what is computed beside them, at most.
-        seconds: One decode step half-way, by what it is spent on.
+        weight_bytes: Bytes of the model in memory.
+        cache_bytes: Bytes of all caches at the end.
+        workspace_bytes: Most bytes of intermediate results.
+        seconds: Time of a decode step half-way through, by cause.
     """
 
     prefill_tps: float
@@ -68,7 +68,7 @@ class Prediction:
 
     @property
     def peak_bytes(self) -> float:
-        """Memory at the highest."""
+        """Peak memory in bytes."""
         return self.weight_bytes + self.cache_bytes + self.workspace_bytes
 
 

@@ -1,4 +1,4 @@
-"""Predictions in words and curves."""
+"""Predictions as text and as curves."""
 
 from collections.abc import Mapping, Sequence
 

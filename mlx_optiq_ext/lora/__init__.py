@@ -1,6 +1,6 @@
 """LoRA adapters in every form: reading, checking, writing, and ranks that follow precision.
 
-What an adapter of mlx-lm's or PEFT's form holds, layer by layer::
+The layers of an adapter in mlx-lm's or PEFT's form::
 
     from mlx_optiq_ext import lora
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter as data, whatever form it was stored in."""
+"""A LoRA adapter as data, independent of its stored form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ class LayerAdapter:
     Attributes:
         a: (in, rank); for stacked experts (experts, rank, in); for an embedding (rows, rank).
         b: (rank, out); for stacked experts (experts, out, rank); for an embedding (rank, dims).
-        scale: What the update is multiplied by. PEFT's alpha over rank, or over its root.
+        scale: Factor on the update: PEFT's alpha over rank, or over the root of rank (rsLoRA).
         magnitude: DoRA's length of each output row, (out,); None for LoRA.
     """
 
@@ -36,20 +36,20 @@ class LayerAdapter:
 
     @property
     def rank(self) -> int:
-        """Its rank."""
+        """The LoRA rank of the update."""
         return self.a.shape[1 if self.stacked else -1]
 
     @property
     def parameters(self) -> int:
-        """Trained numbers in it."""
+        """Number of trained parameters."""
         return self.a.size + self.b.size + (0 if self.magnitude is None else self.magnitude.size)
 
     def arrays(self) -> list[mx.array]:
-        """Its arrays."""
+        """All arrays of the update."""
         return [each for each in (self.a, self.b, self.magnitude) if each is not None]
 
     def cut(self, rank: int) -> "LayerAdapter":
-        """Its first ``rank`` components."""
+        """The update with its first ``rank`` components only."""
         if self.stacked:
             a, b = self.a[:, :rank], self.b[..., :rank]
         else:
@@ -77,11 +77,11 @@ class Adapter:
     """An adapter.
 
     Attributes:
-        source: What the user named: a folder or a Hub repository.
-        folder: Where its files are.
+        source: The folder or Hub repository that the user named.
+        folder: The folder with its files.
         form: `MLX_LM` or `PEFT`.
-        layers: Path of the adapted layer -> its update. Paths are as stored until `fit` finds the
-            model's own.
+        layers: Path of the adapted layer -> its update. `fit` replaces the stored paths by the
+            model's.
         config: ``adapter_config.json``.
         notes: Our ``optiq_lora_config.json``; empty for adapters made elsewhere.
     """
@@ -95,12 +95,12 @@ class Adapter:
 
     @property
     def dora(self) -> bool:
-        """Whether it is DoRA, which scales each output row as a whole too."""
+        """Whether the adapter is DoRA, which also scales each output row."""
         return any(layer.magnitude is not None for layer in self.layers.values())
 
     @property
     def base_model(self) -> str | None:
-        """The model it was trained on, as far as its files say."""
+        """The base model that its files name, or None."""
         name = self.config.get("base_model_name_or_path") or self.config.get("model")
         return name if isinstance(name, str) else None
 

@@ -17,8 +17,8 @@ Loss = Callable[..., tuple[mx.array, mx.array]]
 def over_all_tokens(loss: Loss) -> Loss:
     """A loss whose mean over the processes of ``mlx.launch`` is the mean over all of their tokens.
 
-    mlx-lm gives every process's mean the same weight, however many tokens it is of. When the model
-    does not train, the loss is as it was: mlx-lm weights that one itself.
+    mlx-lm gives every process's mean the same weight, regardless of its number of tokens. In
+    evaluation the loss is unchanged, because mlx-lm weights it correctly.
     """
     if distributed.size() == 1:
         return loss

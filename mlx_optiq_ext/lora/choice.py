@@ -1,4 +1,4 @@
-"""Ranks that somebody else chooses, for LoRA layers that mlx-lm made."""
+"""Gives mlx-lm's LoRA layers ranks that a plugin chooses."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -8,7 +8,7 @@ from mlx.utils import tree_unflatten
 
 from .layers import base_of, with_rank
 
-#: ``(path, base layer, rank)`` to another rank, or None for that one.
+#: ``(path, base layer, rank)`` to another rank, or None to keep it.
 Choose: TypeAlias = Callable[[str, nn.Module, int], int | None]
 
 
@@ -16,13 +16,14 @@ def choose_ranks(model: nn.Module, parameters: Mapping[str, Any], choose: Choose
     """Give each LoRA layer of a model the rank that is chosen for it.
 
     Args:
-        model: With mlx-lm's LoRA layers, not trained yet. It is changed.
+        model: A model with mlx-lm's untrained LoRA layers; changed.
         parameters: mlx-lm's ``lora_parameters``, which the layers were made with.
         choose: Called for each of them in the model's order.
     """
     rank, changed = parameters["rank"], []
     for path, layer in model.named_modules():
-        # A model's own LoRA layers have no base, and ranks that belong together.
+        # LoRA layers of the architecture itself have no base layer, and ranks that depend on each
+        # other.
         base = base_of(layer) if "lora_a" in layer else None
         if base is None:
             continue

@@ -9,7 +9,7 @@ from ..model.hub import cached_folder
 from ..model.loading import model_digest
 from .averaging import digest
 
-#: How many training texts weight the residual, and how many tokens of each.
+#: Number of training texts that weight the residual, and tokens of each.
 SAMPLES, LENGTH = 16, 512
 
 
@@ -18,7 +18,7 @@ def samples(dataset: Any, max_seq_length: int = LENGTH) -> list[list[int]]:
 
     Args:
         dataset: One of ``mlx_lm.tuner.datasets``.
-        max_seq_length: Tokens that the training reads of a text at most.
+        max_seq_length: Most tokens of a text that the training reads.
 
     Returns:
         The tokens of up to `SAMPLES` texts, up to `LENGTH` of each; none is empty.
@@ -41,14 +41,14 @@ def check_trained_tokens(dataset: Any, batch_size: int, max_seq_length: int) -> 
     Args:
         dataset: Examples as mlx-lm's trainer gets them, ``(tokens, length of the prompt)``.
         batch_size: Examples of a batch, over all processes.
-        max_seq_length: Tokens that the training reads of an example at most.
+        max_seq_length: Most tokens of an example that the training reads.
 
     Raises:
-        InputError: The loss of a batch would be a mean over nothing.
+        InputError: A batch has no token to train on.
     """
     if not len(dataset) or len(dataset[0]) != 2 or not dataset[0][1]:
         return
-    # mlx-lm's batches: neighbours in the order of length, every process its share.
+    # mlx-lm's batches: examples sorted by length, divided among the processes.
     length = getattr(dataset, "itemlen", lambda index: len(dataset[index][0]))
     order = sorted(range(len(dataset)), key=length)
     without = set()

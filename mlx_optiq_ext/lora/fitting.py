@@ -1,4 +1,4 @@
-"""Whether an adapter is for a model, and which of the model's layers it means."""
+"""Checks that an adapter fits a model, and maps its layers to the model's."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def fit(adapter: Adapter, model: nn.Module) -> Adapter:
         The adapter with the model's own layer paths.
 
     Raises:
-        InputError: It is for another model: a layer is missing, or has another shape.
+        InputError: The adapter is for another model: a layer is missing, or has another shape.
     """
     return fit_modules(adapter, dict(model.named_modules()))
 
@@ -34,7 +34,7 @@ def adaptable(model: nn.Module) -> set[str]:
 
 
 def fit_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
-    """`fit` against a model's modules by path, as they are without LoRA layers."""
+    """Like `fit`, with the model's modules by path, without LoRA layers."""
     known = {path for path, module in modules.items() if "weight" in module}
     layers: dict[str, LayerAdapter] = {}
     stored_layers = adapter.layers
@@ -77,7 +77,7 @@ def fit_modules(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Adapter:
 
 
 def without_twin(layers: Mapping[str, LayerAdapter], source: str) -> dict[str, LayerAdapter]:
-    """The layers of a PEFT adapter for a tied model without the head's.
+    """The layers of a PEFT adapter without the head's, for a tied model.
 
     mlx-lm applies an embedding's adapter to the head that is tied to it; PEFT adapts the two apart.
     They agree where the head's is the embedding's transposed, as our PEFT form has it.

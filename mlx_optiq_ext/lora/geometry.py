@@ -1,4 +1,4 @@
-"""What kind of layer a LoRA sits on, and its size."""
+"""Kind and size of a layer that LoRA adapts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,11 @@ class Geometry:
 
     Attributes:
         kind: `LINEAR`, `EXPERTS` or `EMBEDDING`.
-        inputs: What ``a`` reads: inputs of a linear layer, rows of an embedding.
-        outputs: What ``b`` writes.
+        inputs: Inputs of a linear layer, or rows of an embedding.
+        outputs: Outputs of the layer.
         experts: Matrices in the stack; 1 otherwise.
-        bits: Of a stored weight.
-        group_size: Of its scales; 0 where it is not quantized.
+        bits: Bits of a stored weight.
+        group_size: Group size of its scales; 0 if it is not quantized.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class Geometry:
 
     @property
     def per_rank(self) -> int:
-        """Trainable parameters that one more rank takes."""
+        """Trainable parameters for each unit of rank."""
         return self.experts * (self.inputs + self.outputs)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,7 +47,7 @@ class Geometry:
 
 
 def geometry(module: Any) -> Geometry | None:
-    """The geometry of a layer without LoRA; None for what LoRA cannot adapt."""
+    """The geometry of a layer without LoRA; None if LoRA cannot adapt it."""
     weight = module.get("weight") if isinstance(module, nn.Module) else None
     if weight is None:
         return None

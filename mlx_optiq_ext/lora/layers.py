@@ -15,11 +15,11 @@ from .geometry import EMBEDDING, EXPERTS, geometry
 def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
     """Put an adapter on a model as mlx-lm's own LoRA or DoRA layers, each with its own rank.
 
-    Its arrays become float32, as those that mlx-lm trains are.
+    Its arrays become float32, like those that mlx-lm trains.
 
     Args:
-        model: Without LoRA layers. It is changed.
-        adapter: Of any form.
+        model: A model without LoRA layers; changed.
+        adapter: An adapter of any form.
 
     Returns:
         The model.
@@ -32,7 +32,7 @@ def attach(model: nn.Module, adapter: Adapter) -> nn.Module:
     changed = []
     for path, layer in fit(adapter, model).layers.items():
         made = _adapted(modules[path], layer.rank, layer.scale, dora=layer.magnitude is not None)
-        # As PEFT does: what is added to a weight when fusing must not be rounded twice.
+        # Like PEFT, so that fusing does not round the update twice.
         made.lora_a, made.lora_b = layer.a.astype(mx.float32), layer.b.astype(mx.float32)
         if layer.magnitude is not None:
             made.m = layer.magnitude.astype(mx.float32)
@@ -66,7 +66,7 @@ def base_of(module: Any) -> Any:
 
 
 def with_rank(module: Any, rank: int, dropout: float) -> Any:
-    """A LoRA layer as fresh as this one, of another rank."""
+    """A new LoRA layer like this one, with another rank."""
     made = type(module).from_base(base_of(module), r=rank, scale=module.scale, dropout=dropout)
     # mlx-lm's DoRA counts the inputs of 3-, 5- and 6-bit layers wrongly.
     shape = geometry(base_of(module))
@@ -95,5 +95,5 @@ def _adapted(base: Any, rank: int, scale: float, *, dora: bool) -> Any:
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 behind layer 9."""
+    """Sort key that puts layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]

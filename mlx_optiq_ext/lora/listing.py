@@ -1,4 +1,4 @@
-"""What an adapter holds, as a table for the terminal."""
+"""An adapter's layers as a table for the terminal."""
 
 import math
 from collections.abc import Mapping

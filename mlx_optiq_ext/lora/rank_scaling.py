@@ -1,4 +1,4 @@
-"""A rank for each layer, at the trainable parameters of one rank for all."""
+"""A rank for each layer, within the trainable parameters of one constant rank."""
 
 import math
 import statistics
@@ -14,24 +14,24 @@ from .geometry import Geometry
 CONSTANT, BY_BITS, BY_KL = "constant", "by_bits", "by_kl"
 SCALINGS = (CONSTANT, BY_BITS, BY_KL)
 
-#: How far a layer's KL may move its rank from the others', as mlx-optiq has it.
+#: Limits of a layer's KL relative to the median, as in mlx-optiq.
 KL_RANGE = (0.5, 2.0)
 
 
 def weights(
     scaling: str, layers: Mapping[str, Geometry], measured: Mapping[str, float]
 ) -> dict[str, float] | None:
-    """How much rank each layer deserves beside the others.
+    """The weight of each layer in the allocation of ranks.
 
     Args:
         scaling: One of `SCALINGS`. ``by_bits`` is in proportion to the bits a layer is stored in,
             ``by_kl`` to the KL divergence that its quantization causes, kept within `KL_RANGE` of
             the median.
         layers: Path -> geometry.
-        measured: Path -> KL, as far as known.
+        measured: Path -> KL, where it is known.
 
     Returns:
-        Path -> weight; None if they do not tell the layers apart.
+        Path -> weight; None if all weights are equal.
     """
     if scaling == BY_BITS:
         found = {path: float(min(shape.bits, 16)) for path, shape in layers.items()}
@@ -55,8 +55,8 @@ def allocate(
         weight: Path -> weight, or None for that rank everywhere.
 
     Returns:
-        Path -> rank, at least 1 and never more than the layer's smaller side. What is left of the
-        budget is less than one rank of the smallest layer that could still grow.
+        Path -> rank, at least 1 and never more than the layer's smaller side. The rest of the
+        budget is less than one unit of rank of the smallest layer that could still grow.
 
     Raises:
         InputError: The rank is larger than a layer.
@@ -70,8 +70,8 @@ def allocate(
     if weight is None:
         return dict.fromkeys(layers, rank)
     most = {path: min(shape.inputs, shape.outputs) for path, shape in layers.items()}
-    cost = {path: shape.per_rank for path, shape in layers.items()}
-    budget = rank * sum(cost.values())
+    parameters = {path: shape.per_rank for path, shape in layers.items()}
+    budget = rank * sum(parameters.values())
 
     def wanted(level: float) -> dict[str, float]:
         return {path: min(max(level * weight[path], 1.0), float(most[path])) for path in layers}
@@ -79,21 +79,21 @@ def allocate(
     low, high = 0.0, max(most[path] / weight[path] for path in layers)
     for _ in range(100):
         middle = (low + high) / 2
-        if sum(cost[path] * each for path, each in wanted(middle).items()) > budget:
+        if sum(parameters[path] * each for path, each in wanted(middle).items()) > budget:
             high = middle
         else:
             low = middle
     target = wanted(low)
     ranks = {path: math.floor(each + 1e-6) for path, each in target.items()}
-    left = budget - sum(cost[path] * each for path, each in ranks.items())
+    left = budget - sum(parameters[path] * each for path, each in ranks.items())
     while True:
-        # Webster's rule: of two layers of one size, the one with more weight grows first.
-        open_ = [path for path in layers if cost[path] <= left and ranks[path] < most[path]]
+        # Webster's method: of two layers of equal size, the one with more weight grows first.
+        open_ = [path for path in layers if parameters[path] <= left and ranks[path] < most[path]]
         if not open_:
             return ranks
         best = max(open_, key=lambda path: weight[path] / (ranks[path] + 0.5))
         ranks[best] += 1
-        left -= cost[best]
+        left -= parameters[best]
 
 
 def measured_kl(model: str, paths: Mapping[str, Any]) -> dict[str, float]:
@@ -101,7 +101,7 @@ def measured_kl(model: str, paths: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         model: Its folder, or its name on the Hub if it is cached.
-        paths: The layers to find, under whatever names the file has.
+        paths: The layers to find; the file may use other prefixes.
 
     Returns:
         Path -> KL; empty without metadata, or where nothing was measured.

@@ -1,7 +1,7 @@
-"""Starting an adapter from what quantization took away.
+"""Initializes an adapter with the quantization residual.
 
 LoftQ (Li et al., 2023, arXiv:2310.08659) starts adapters from the top singular directions of
-W - W_q. Which directions matter depends on what the layer is fed: the best update of a rank is the
+W - W_q. Which directions matter depends on the layer's inputs: the best update of a rank is the
 projection of W - W_q on the top left singular vectors of (W - W_q) X (QERA, Zhang et al., 2024,
 arXiv:2410.06040). They are found from a random sketch of the inputs X (Halko, Martinsson, Tropp,
 2011, arXiv:0909.4061), which is as small as the adapter.
@@ -21,7 +21,7 @@ from ..model.vocabulary import check_tokens
 from .geometry import EMBEDDING, EXPERTS, geometry
 from .layers import base_of
 
-#: Columns of a sketch for each rank, and beyond.
+#: Columns of a sketch for each unit of rank, and extra columns.
 WIDTH, MORE = 4, 32
 
 
@@ -31,17 +31,17 @@ def start_from_residual(
     original: nn.Module,
     samples: Sequence[Sequence[int]],
 ) -> int:
-    """Start every adapter on a quantized layer from its quantization residual.
+    """Initialize every adapter on a quantized layer with its quantization residual.
 
     Args:
         model: The quantized model.
-        layers: Path -> its LoRA or DoRA layer. They are changed.
-        original: The model before quantization. Its weights are let go of one by one.
+        layers: Path -> its LoRA or DoRA layer; changed.
+        original: The model before quantization; its weights are released one by one.
         samples: Tokens of texts to weight the directions by, such as those to train on.
 
     Returns:
-        How many layers were started so. An unquantized layer has no residual and keeps mlx-lm's
-        start.
+        Number of layers that were initialized. An unquantized layer has no residual and keeps
+        mlx-lm's initialization.
 
     Raises:
         InputError: No layer is quantized, or the original is another model.
@@ -81,7 +81,7 @@ def _same(shape: Any, module: Any) -> bool:
 def _sketches(
     model: nn.Module, layers: Mapping[str, Any], samples: Sequence[Sequence[int]]
 ) -> dict[str, mx.array]:
-    """Path -> inputs times noise, (in, width). Look-ups have no inputs, experts share theirs."""
+    """Path -> inputs times noise, (in, width). Embeddings have none, experts share one."""
     bases = {path: base_of(layer) for path, layer in layers.items()}
     ranks = {path: min(layer.lora_a.shape[1:]) for path, layer in layers.items()}
     keys = iter(mx.random.split(mx.random.key(0), max(1, len(samples))))

@@ -1,4 +1,4 @@
-"""What a stock training may go on from, and write beside."""
+"""Checks the files that a stock training would resume from or overwrite."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +10,12 @@ from .forms.location import MLX_LM_WEIGHTS, NOTES
 
 
 def check_stock_training(resume: Path | None, folder: Path, rank: Any) -> None:
-    """Refuse files of ours or PEFT's that a training without our options would make useless.
+    """Refuse adapters of ours or PEFT's that a training without our options would spoil.
 
     Args:
         resume: The file to go on from.
         folder: Where the adapter goes.
-        rank: That of every layer.
+        rank: The rank of every layer.
 
     Raises:
         InputError: The file holds PEFT's names, which mlx-lm passes over, or has a rank of its own
@@ -43,7 +43,7 @@ def _check_form(path: Path) -> None:
     try:
         stored = files.read_header(path).tensors
     except InputError:
-        return  # stock says what is wrong with it
+        return  # stock reports what is wrong
     foreign = next(
         (name for name in stored if ".lora_A." in name or ".lora_embedding_A" in name), ""
     )
@@ -56,7 +56,7 @@ def _check_form(path: Path) -> None:
 
 
 def _other_ranks(folder: Path, rank: Any) -> str | None:
-    """The scaling of an adapter of ours whose ranks are not all this one; None if there is none."""
+    """The rank scaling of an adapter of ours with other ranks than this one, or None."""
     if not (folder / NOTES).is_file():
         return None
     notes = files.read_json(folder / NOTES)

@@ -1,4 +1,4 @@
-"""Preparing a model for training: ranks, where it starts, and how it is saved."""
+"""Prepares a model for training: ranks, initialization, and how the adapter is saved."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,20 +21,19 @@ from .geometry import EMBEDDING, EXPERTS, Geometry, geometry
 from .layers import adapted_layers, base_of, with_rank
 from .residual import start_from_residual
 
-#: What trained best (tests/benchmarks/lora_ranks.py).
+#: The scaling that trained best (tests/benchmarks/lora_ranks.py).
 DEFAULT_SCALING = rank_scaling.BY_KL
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a training was asked for.
+    """Settings of a training.
 
     Attributes:
         model: The base model's folder or name.
-        folder: Where the adapter goes.
+        folder: The folder for the adapter.
         scaling: One of ``rank_scaling.SCALINGS``.
-        original: Loads the unquantized model to start from the residual of; None for mlx-lm's own
-            start.
+        original: Loads the unquantized model for the residual; None keeps mlx-lm's initialization.
         samples: Tokens of training texts, to weight that residual by.
         resume: An ``adapters.safetensors`` to go on from.
         compiled: Whether the training step is compiled.
@@ -53,7 +52,7 @@ def check_parameters(parameters: Any) -> None:
     """Refuse LoRA parameters that ranks cannot be spread with.
 
     Args:
-        parameters: mlx-lm's ``lora_parameters``, as they stand in a file.
+        parameters: mlx-lm's ``lora_parameters``, as read from a file.
 
     Raises:
         InputError: The rank or the scale is wrong.
@@ -86,10 +85,10 @@ def prepare(
         model: With mlx-lm's LoRA layers, all of one rank. It is changed.
         parameters: mlx-lm's ``lora_parameters``.
         request: See `Request`.
-        choose: Has the last word on a layer's rank.
+        choose: May replace a layer's rank.
 
     Returns:
-        How to save what is trained.
+        How to save the adapter.
 
     Raises:
         InputError: The rank does not suit a layer, the folder holds another adapter, or the file
@@ -125,7 +124,7 @@ def prepare(
     model.update_modules(tree_unflatten(list(changed.items())))
     layers = adapted_layers(model)
     distributed.compare(ranks=str(ranks))
-    # Only its host needs the original model and the file to go on from.
+    # Only the first rank's host needs the original model and the file to resume from.
     if distributed.leads():
         if request.original is not None:
             start_from_residual(model, layers, request.original(), request.samples())
@@ -160,7 +159,7 @@ def resume(layers: Mapping[str, Any], path: Path) -> None:
     """Load a checkpoint into LoRA layers of the same true ranks.
 
     Raises:
-        InputError: It is damaged, or of another training.
+        InputError: The checkpoint is damaged, or from another training.
     """
     tensors = read_tensors(path)
     for name, layer in layers.items():

@@ -26,8 +26,8 @@ def text_config(config: dict[str, Any], family: Family, args: Any, reads: Collec
     Args:
         config: The wrapper's config, as ``mlx_lm.load(..., return_config=True)`` returns it.
         family: Its row.
-        args: ``text_config`` of the wrapper's ``ModelArgs``, with the defaults that it fills in.
-        reads: Names of the text model's ``ModelArgs``.
+        args: ``text_config`` of the wrapper's ``ModelArgs``, including its defaults.
+        reads: Field names of the text model's ``ModelArgs``.
 
     Returns:
         A new config without the keys of other modalities.
@@ -36,10 +36,10 @@ def text_config(config: dict[str, Any], family: Family, args: Any, reads: Collec
         text = {key: value for key, value in config.items() if not is_modal(key)}
     else:
         text = _effective(config, args)
-        # What the text model reads would change it, unless the wrapper handed it on.
+        # Keys that the text model reads but the wrapper did not pass on would change the model.
         text |= {k: config[k] for k in CARRIED if k in config and k not in reads}
         text["model_type"] = family.text
-        # It names transformers' code for the original; reading the tokenizer would ask to run it.
+        # auto_map names remote code; loading the tokenizer would ask to run it.
         text.pop("auto_map", None)
         # mlx_lm.convert looks for a dtype under these two names only.
         dtype = config.get("torch_dtype") or text.get("dtype")
@@ -54,7 +54,7 @@ def text_config(config: dict[str, Any], family: Family, args: Any, reads: Collec
 
 
 def _effective(config: dict[str, Any], args: Any) -> dict[str, Any]:
-    """The text part of a config as the wrapper understands it."""
+    """The text part of a config as the wrapper reads it."""
     nested = config.get("text_config")
     if nested is None:  # old Qwen-VL configs are flat, with vision_config among the text keys
         return {key: value for key, value in config.items() if not is_modal(key)}

@@ -1,4 +1,4 @@
-"""What this package knows of mlx-lm's multimodal models: one row per kind of checkpoint."""
+"""mlx-lm's multimodal models: one row for each kind of checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class Family:
 
     Attributes:
         wrapper: ``model_type`` of its config.json.
-        text: ``model_type`` that mlx-lm loads the text model by; the wrapper's own where that class
-            is mlx-lm's only text path.
+        text: ``model_type`` by which mlx-lm loads the text model; the wrapper's own if mlx-lm has
+            no separate text class.
         architecture: Name of the text model in ``architectures``.
-        prefix: Of the wrapper's parameters that make the text model.
-        inner: ``model_type`` of its ``text_config`` that this row is for; None is any other.
+        prefix: Prefix of the text model's parameters in the wrapper.
+        inner: ``model_type`` of the ``text_config`` that this row is for; None for any other.
     """
 
     wrapper: str
@@ -93,7 +93,7 @@ FAMILIES = (
 def find(config: Mapping[str, Any]) -> Family | None:
     """The row for a config.json, or None if no row is for it."""
     if "model_file" in config:
-        return None  # the checkpoint brings a class of its own
+        return None  # the checkpoint contains its own model class
     inner = (config.get("text_config") or {}).get("model_type")
     rows = [f for f in FAMILIES if f.wrapper == config.get("model_type")]
     exact = [f for f in rows if f.inner is not None and f.inner == inner]

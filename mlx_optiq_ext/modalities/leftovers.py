@@ -1,4 +1,4 @@
-"""What other modalities leave in a model folder beside the model itself."""
+"""Tensors and files of other modalities in a model folder."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ PROCESSOR_FILES = (
 
 
 def tower_tensors(folder: Path) -> dict[str, int]:
-    """Bytes of each tensor of a checkpoint that serves another modality than text.
+    """Bytes of each tensor of a checkpoint that belongs to another modality than text.
 
     Reads only the headers of ``model*.safetensors``.
 
@@ -37,7 +37,7 @@ def tower_tensors(folder: Path) -> dict[str, int]:
 
 
 def remove_processor_files(folder: Path) -> tuple[str, ...]:
-    """Remove what only a processor reads from a converted folder; chat templates stay.
+    """Remove files that only a processor reads from a converted folder; chat templates stay.
 
     Returns:
         Names of the removed files.

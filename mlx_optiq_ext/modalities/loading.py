@@ -11,7 +11,7 @@ from .text import Report, handed_down, to_text
 
 
 class Loaded(NamedTuple):
-    """What ``mlx_lm.load`` returns with its config, and what was left out (None: nothing)."""
+    """The result of ``mlx_lm.load`` with the config, and a report of what was left out, or None."""
 
     model: Any
     tokenizer: Any
@@ -25,14 +25,14 @@ def load_text(load: Callable[..., Any], path_or_hf_repo: str, **options: Any) ->
     Args:
         load: ``mlx_lm.load``.
         path_or_hf_repo: A folder or a Hub repository.
-        options: For ``load``, by name.
+        options: Keyword arguments of ``load``.
 
     Returns:
-        The text model; a checkpoint that is one already is loaded as ``load`` does.
+        The text model; a text-only checkpoint is loaded unchanged.
 
     Raises:
         UnsupportedError: As for `to_text`.
-        InputError: Its config.json cannot be used.
+        InputError: The checkpoint's config.json is unusable.
     """
     revision = options.get("revision")
     if not options.get("model_config"):
@@ -56,7 +56,7 @@ def _read_config(source: str, revision: str | None) -> dict[str, Any]:
 
 
 def _folder(source: str, revision: str | None) -> Path | None:
-    """Where mlx-lm loaded it from, or None if that is not the Hub's cache."""
+    """The folder that mlx-lm loads from, or None if it is not in the Hub's cache."""
     try:
         return cached_folder(source, revision)
     except InputError:

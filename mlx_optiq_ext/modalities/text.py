@@ -23,14 +23,14 @@ REMEDY = "add --optiq-keep-unused-modalities to convert it as mlx-lm does"
 
 @dataclass(frozen=True)
 class Report:
-    """What was left out.
+    """Report of what was left out.
 
     Attributes:
         wrapper: ``model_type`` that the checkpoint had.
         text: ``model_type`` that it has now.
         architectures: Before and after, or None if the checkpoint names none.
-        keys: Keys of config.json that are gone.
-        tensors: Bytes of each tensor of the checkpoint that is gone; empty if no folder was given.
+        keys: Keys of config.json that were removed.
+        tensors: Bytes of each tensor that was left out; empty if no folder was given.
     """
 
     wrapper: str
@@ -41,7 +41,7 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """Size of the tensors that are gone."""
+        """Total bytes of the tensors that were left out."""
         return sum(self.tensors.values())
 
     def summary(self) -> str:
@@ -56,7 +56,7 @@ class Report:
         )
 
     def entry(self) -> dict[str, Any]:
-        """For ``post_processing`` in optiq_metadata.json, with mlx-optiq's names."""
+        """The entry for ``post_processing`` in optiq_metadata.json, with mlx-optiq's names."""
         names = self.architectures
         changed = self.text != self.wrapper
         return {
@@ -75,9 +75,9 @@ class Text:
     """A text model.
 
     Attributes:
-        model: It, unevaluated where the wrapper was.
+        model: The text model, unevaluated if the wrapper was.
         config: Its config.json.
-        report: What was left out.
+        report: Report of what was left out.
     """
 
     model: nn.Module
@@ -101,8 +101,8 @@ def to_text(model: nn.Module, config: dict[str, Any], folder: Path | None = None
         The text model, or None if the model is one already.
 
     Raises:
-        UnsupportedError: The model has other modalities, but what its text model is is unknown to
-            this package or to the installed mlx-lm.
+        UnsupportedError: The model has other modalities, but this package or the installed mlx-lm
+            does not know its text model.
     """
     from mlx_optiq_compat import symbols
 
@@ -132,7 +132,7 @@ def to_text(model: nn.Module, config: dict[str, Any], folder: Path | None = None
 
 
 def handed_down(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What mlx-lm's class demands in ``text_config`` although the checkpoint has it outside.
+    """Keys that mlx-lm's class needs in ``text_config`` but the checkpoint has outside of it.
 
     Qwen3-VL MoE names ``tie_word_embeddings`` once, at the top of its config.json, and mlx-lm then
     refuses to load it.
@@ -141,7 +141,7 @@ def handed_down(config: Mapping[str, Any]) -> dict[str, Any]:
         config: config.json of a checkpoint.
 
     Returns:
-        ``model_config`` for ``mlx_lm.load``; empty if nothing is amiss.
+        ``model_config`` for ``mlx_lm.load``; empty if no key is missing.
 
     Raises:
         UnsupportedError: As for `to_text`, before anything is loaded.
@@ -225,5 +225,5 @@ def _part(wrapper: nn.Module, family: Family) -> nn.Module | None:
 
 
 def _is_model(part: nn.Module) -> bool:
-    """Whether a module is what some model_type loads, not a part that only the wrapper has."""
+    """Whether a module is a model that mlx-lm can load by itself."""
     return type(part).__name__ == "Model"

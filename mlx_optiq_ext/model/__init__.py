@@ -1,4 +1,4 @@
-"""What any model is and how it is run. Nothing in here knows of quantization.
+"""Loading, describing and running models. Nothing in here depends on quantization.
 
 Which decoder layer each module of a model is in::
 
@@ -14,11 +14,11 @@ Files, each of which imports only from those above it:
 - ``config.py``: what config.json says, and what a model's parts are called
 - ``headers.py``: names, shapes and sizes of stored tensors
 - ``loading.py``: loading, casting and telling models apart
-- ``source.py``: the files that a model is read from, and whether they stay as they are
-- ``layers.py``: decoder layers and linear layers, and calls of them taken over
-- ``finite.py``: refuses NaN, infinity and models that compute them
-- ``vocabulary.py``: refuses tokens that a model has no embedding of
-- ``taps.py``: what goes in and out of linear layers while a model runs
+- ``source.py``: a model's files, and checking that they do not change meanwhile
+- ``layers.py``: decoder layers and linear layers, and replacing their calls
+- ``finite.py``: refusing NaN, infinity and models that compute them
+- ``vocabulary.py``: refusing tokens that a model has no embedding for
+- ``taps.py``: inputs and outputs of linear layers while a model runs
 - ``replay.py``: recording the decoder layers' calls, and running a model from one of them on
 - ``spill.py``: arrays and recordings kept on disk
 - ``memory.py``: whether a model fits into memory

@@ -1,4 +1,4 @@
-"""What a config.json says of a text model, and what Hugging Face calls a model's parts."""
+"""Reads config.json of a text model, and knows Hugging Face's names of a model's parts."""
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
@@ -7,10 +7,10 @@ from typing import Any
 #: Keys that hold the text model's part of a multimodal config.
 _NESTED = ("text_config", "llm_config", "language_config")
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-#: What each decoder layer is, where a config says that instead of how many they are.
+#: Lists of layer types, in configs that have these instead of a layer count.
 _KINDS = ("layer_types", "layers_block_type", "hybrid_override_pattern")
 
-#: Modules and checkpoint prefixes that serve images, video or sound.
+#: Modules and checkpoint prefixes for images, video or sound.
 TOWERS = frozenset(
     {
         "audio_tower",
@@ -90,19 +90,19 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
 def convert_dtype(config: Mapping[str, Any]) -> str | None:
     """The dtype that ``mlx_lm.convert`` casts to without ``--dtype``; None leaves all as stored.
 
-    It looks in these two places only.
+    Like mlx-lm, this looks in two places only.
     """
     return config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
 
 
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
-    """Whether the head is the embedding; a wrapper's own word counts more than its text part's."""
+    """Whether the head is the embedding; a wrapper's key overrides that of its text part."""
     name = "tie_word_embeddings"
     return bool(config.get(name, text_config(config).get(name, False)))
 
 
 def in_tower(name: str) -> bool:
-    """Whether a tensor or module serves another modality than text."""
+    """Whether a tensor or module belongs to another modality than text."""
     return not TOWERS.isdisjoint(name.split("."))
 
 

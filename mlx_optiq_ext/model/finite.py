@@ -1,4 +1,4 @@
-"""Refuses a model that does not compute with finite numbers, before anything is measured on it."""
+"""Refuses models with parameters or logits that are not finite, before they are measured."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import InputError
 
-#: About the root of float32's largest number: beyond it second moments overflow.
+#: Roughly the root of float32's largest number; squares of larger values overflow.
 LARGEST = 1e19
 
 
@@ -25,8 +25,10 @@ def check_arrays(arrays: Iterable[tuple[str, mx.array]]) -> None:
     for name, array in arrays:
         if not _floating(array) or not array.size:
             continue
-        largest: Any = mx.abs(array).max().item()
-        if not largest <= LARGEST or not mx.all(mx.isfinite(array)).item():
+        # One pass: a comparison with NaN is false, and float16's infinity is above its maximum.
+        limit = min(LARGEST, mx.finfo(array.dtype).max)
+        if not mx.all(mx.abs(array) <= limit).item():
+            largest = _largest(array)
             raise InputError(
                 f"{name} holds {largest:g}: the checkpoint is damaged, download or save it again"
             )
@@ -47,11 +49,11 @@ def check_outputs(model: nn.Module, tokens: mx.array) -> None:
     Raises:
         InputError: They are not; the message names the largest parameter.
     """
-    # Logits of minus infinity are how a model rules tokens out.
+    # A model may rule tokens out with logits of minus infinity.
     sums = mx.logsumexp(model(tokens).astype(mx.float32), axis=-1)
     if mx.all(mx.isfinite(sums)).item():
         return
-    sizes = [(mx.abs(a).max().item(), n) for n, a in _parameters(model) if a.size and _floating(a)]
+    sizes = [(_largest(a), name) for name, a in _parameters(model) if a.size and _floating(a)]
     largest, name = max(sizes)
     raise InputError(
         "the model's logits on the calibration text are not finite numbers; the largest of its "
@@ -63,6 +65,13 @@ def _parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     found = tree_flatten(model.parameters())
     assert isinstance(found, list)
     return found
+
+
+def _largest(array: mx.array) -> float:
+    """The largest magnitude; NaN if there is one, which `mx.max` may pass over."""
+    magnitudes = mx.abs(array)
+    largest: Any = mx.where(mx.any(mx.isnan(array)), mx.nan, magnitudes.max()).item()
+    return largest
 
 
 def _floating(array: mx.array) -> bool:

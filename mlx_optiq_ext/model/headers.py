@@ -1,4 +1,4 @@
-"""Names, shapes and sizes of a model's tensors, without reading the tensors."""
+"""Names, shapes and sizes of a model's tensors, from headers only."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from .hub import CONFIG, find_file
 
 #: One stored tensor.
 Header = files.StoredTensor
-#: Tensor name -> what is stored under it.
+#: Tensor name -> its header.
 Headers = Mapping[str, Header]
 
 

@@ -1,4 +1,4 @@
-"""Where the files of a model or an adapter are: in a folder, or in a repository on the Hub."""
+"""Finds the files of a model or adapter in a folder, or in a repository on the Hub."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import InputError
 
 CONFIG = "config.json"
-#: What a text model is loaded from, and the weights of mlx-whisper's models.
+#: Files of a text model, and weights of mlx-whisper's models.
 MODEL = (
     "*.json",
     "*.jsonl",

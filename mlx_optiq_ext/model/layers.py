@@ -1,4 +1,4 @@
-"""A model's decoder layers and linear layers, and calls of them taken over."""
+"""Finds a model's decoder layers and linear layers, and replaces their calls."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def _parents(path: str) -> Iterator[str]:
 
 @contextmanager
 def calls_replaced(layers: list[nn.Module], call: Any) -> Iterator[None]:
-    """Give each layer's ``__call__`` to ``call(index, original, args, kwargs)``.
+    """Replace each layer's ``__call__`` by ``call(index, original, args, kwargs)``.
 
     ``original`` is the layer's own call, bound to it.
 
@@ -50,13 +50,13 @@ def calls_replaced(layers: list[nn.Module], call: Any) -> Iterator[None]:
         replace_calls(layers, lambda *given: calls[0](*given))
         yield
     finally:
-        calls.clear()  # a class is collected late, and must not keep what the call gathered
+        calls.clear()  # classes are collected late, so this one must not keep the call's data alive
         for layer, cls in zip(layers, classes, strict=True):
             layer.__class__ = cls
 
 
 def replace_calls(layers: list[nn.Module], call: Any) -> None:
-    """As `calls_replaced`, for good."""
+    """Like `calls_replaced`, but permanently."""
     for index, layer in enumerate(layers):
         cls = type(layer)
 
@@ -67,14 +67,14 @@ def replace_calls(layers: list[nn.Module], call: Any) -> None:
 
 
 def plain(value: Any) -> bool:
-    """Whether a value is all that it seems: nobody can leave a message in it."""
+    """Whether a value is plain data, not an object that layers could write to."""
     if isinstance(value, tuple):
         return all(plain(part) for part in value)
     return value is None or isinstance(value, mx.array | nn.Module | str | int | float)
 
 
 def copied(value: Any) -> Any:
-    """The same with new handles on its arrays, which item assignment elsewhere does not change."""
+    """A copy with new array objects, which item assignment elsewhere does not change."""
     return tree_map(
         lambda leaf: copy(leaf) if isinstance(leaf, mx.array) else leaf,
         value,
@@ -83,13 +83,13 @@ def copied(value: Any) -> Any:
 
 
 def arrays(value: Any) -> list[mx.array]:
-    """The floating-point arrays in what a layer takes or returns, in order."""
+    """The floating-point arrays in a layer's arguments or result, in order."""
     leaves = tree_flatten([value], is_leaf=nn.Module.is_module)
     return [leaf for _, leaf in leaves if isinstance(leaf, mx.array) and _floating(leaf)]
 
 
 def with_arrays(value: Any, given: list[mx.array]) -> Any:
-    """The same with others in place of its floating-point `arrays`."""
+    """A copy with other arrays in place of its floating-point `arrays`."""
     others = iter(given)
     return tree_map(
         lambda leaf: next(others) if _floating(leaf) else leaf,
@@ -103,7 +103,7 @@ def _floating(leaf: Any) -> bool:
 
 
 def quantizable(model: nn.Module) -> list[tuple[str, Any]]:
-    """``(path, module)`` of every module that ``nn.quantize`` would offer to a predicate."""
+    """``(path, module)`` of every module that ``nn.quantize`` passes to its predicate."""
     return [(path, module) for path, module in leaves(model) if hasattr(module, "to_quantized")]
 
 

@@ -1,4 +1,4 @@
-"""Recording many batches at once: each decoder layer runs on all of them before the next one."""
+"""Records many batches together: each decoder layer runs on all batches before the next layer."""
 
 from contextlib import ExitStack
 from itertools import count
@@ -14,7 +14,7 @@ from .stream import Stream
 
 
 class _Reached(Exception):
-    """Leaves a forward pass at the call that it was run for."""
+    """Ends a forward pass at the wanted call."""
 
     def __init__(self, call: Call):
         self.call = call
@@ -23,13 +23,13 @@ class _Reached(Exception):
 def recordings(
     model: nn.Module, batches: list[mx.array], stream: Stream | None = None
 ) -> list[Recording]:
-    """What `record` keeps of each batch.
+    """Record each batch, as `record` does.
 
     Args:
         model: An mlx-lm model.
         batches: Token batches, int32 (batch, length).
-        stream: Of the model, if its layers are on disk. Each is then read once for all batches, and
-            what it took and returned goes to disk.
+        stream: The model's stream, if its layers are on disk. Each layer is then read once for all
+            batches, and its arguments and results are kept on disk.
 
     Returns:
         One recording a batch; all are empty if that of any is, as `record` says.
@@ -52,7 +52,7 @@ def recordings(
 
 
 def entry(model: nn.Module, tokens: mx.array) -> mx.array:
-    """The hidden state (batch, length, dim) that the first decoder layer is handed."""
+    """The hidden state (batch, length, dim) that enters the first decoder layer."""
 
     def call(index: int, _: Any, args: tuple, kwargs: dict) -> Any:
         raise _Reached(Call(copied(args), kwargs, None, index))

@@ -1,4 +1,4 @@
-"""Loading a model as mlx-lm does, casting it, and telling models apart."""
+"""Loads a model as mlx-lm does, casts it, and identifies it by a hash."""
 
 import hashlib
 from collections import Counter
@@ -16,7 +16,7 @@ from .hub import CONFIG, cached_folder
 
 
 def to_compute_dtype(array: mx.array) -> mx.array:
-    """On a CPU, float32 in place of other floating-point types: half precision is emulated."""
+    """The dtype to compute in: float32 on a CPU, which emulates half precision."""
     if mx.default_device() == mx.Device(mx.cpu) and mx.issubdtype(array.dtype, mx.floating):
         return array.astype(mx.float32)
     return array
@@ -54,7 +54,7 @@ def load_unquantized(
 
     Args:
         path_or_repo: A folder or a Hub repository.
-        dtype: As ``mlx_lm.convert --dtype``.
+        dtype: Value of ``mlx_lm.convert --dtype``.
         revision: Of the repository.
         trust_remote_code: As in mlx-lm.
 
@@ -80,7 +80,7 @@ def reload(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model of `load_unquantized` once more, not evaluated."""
+    """Load the model of `load_unquantized` again, not evaluated."""
     model, _, config = load(path_or_repo, revision, trust_remote_code)
     unpacked(model)
     cast(model, config, dtype)
@@ -151,7 +151,7 @@ def cast(model: nn.Module, config: dict, dtype: str | None) -> None:
 
 
 def half_dtype(model: nn.Module) -> str | None:
-    """The 16-bit dtype in which a float32 model loses nothing that a quantized one would keep.
+    """The 16-bit dtype for the scales and biases of a float32 model.
 
     Scales and biases take the dtype of their weight: in float32 they take half a bit a weight more
     in groups of 64.
@@ -174,7 +174,7 @@ def half_dtype(model: nn.Module) -> str | None:
 def model_digest(folder: Path) -> str:
     """Hash of a model folder's config and weights.
 
-    Every byte counts: a fine-tune may keep names, sizes and dates.
+    All bytes are hashed, because a fine-tune may keep names, sizes and dates.
     """
     digest = hashlib.sha256()
     for path in model_files(folder):

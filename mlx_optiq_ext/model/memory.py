@@ -13,7 +13,7 @@ from .. import distributed
 from ..errors import InputError
 from .layers import decoder_layers
 
-#: Share of the memory that weights may take before they are read layer by layer.
+#: Share of memory above which weights are read layer by layer.
 SHARE = 0.6
 #: ``1`` always reads layer by layer, ``0`` never.
 SWITCH = "MLX_OPTIQ_EXT_STREAM"
@@ -63,7 +63,7 @@ def _arrays(module: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 def memory_limit() -> int:
-    """Bytes that this process may take: the least of what device, system and shell allow."""
+    """Bytes that this process may use: the smallest limit of device, system and shell."""
     return min(_limits())
 
 

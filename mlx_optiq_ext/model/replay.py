@@ -1,7 +1,7 @@
-"""Run a model from one of its decoder layers on, with the layers before it replayed.
+"""Runs a model from one of its decoder layers on, and replays the layers before it.
 
-A change in layer ``i`` leaves the outputs of the layers before it as they were. They are recorded
-once, and a run that starts at layer ``i`` hands them out instead of computing them. The model's own
+A change in layer ``i`` does not change the outputs of earlier layers. They are recorded once, and a
+run from layer ``i`` on returns the recorded outputs instead of computing them. The model's own
 forward pass is used, so masks, norms, shared keys and the head need no knowledge of the
 architecture.
 """
@@ -18,14 +18,14 @@ from .layers import arrays, calls_replaced, copied, decoder_layers, plain, with_
 
 @dataclass
 class Call:
-    """What one decoder layer was called with, and what it returned.
+    """A decoder layer's call: its arguments and its result.
 
     Attributes:
         args: Positional arguments; the hidden state (batch, length, dim) comes first.
         kwargs: The others, such as mask and cache.
         output: The hidden state, or a tuple that starts with it.
-        index: Of the layer; a model may run its layers more than once.
-        follows: Whether the hidden state came in just as the layer before returned it.
+        index: Index of the layer; a model may run its layers more than once.
+        follows: Whether the hidden state is exactly the output of the layer before.
     """
 
     args: tuple[Any, ...]
@@ -36,12 +36,12 @@ class Call:
 
     @property
     def hidden(self) -> Any:
-        """The hidden state that came in."""
+        """The incoming hidden state."""
         return self.args[0] if self.args else None
 
     @property
     def hidden_out(self) -> Any:
-        """The hidden state that came out."""
+        """The outgoing hidden state."""
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
 
@@ -57,8 +57,8 @@ def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
 
     Returns:
         Logits (batch, length, vocabulary) and the recording, one entry a call. It is empty if the
-        layers hand each other more than arrays, such as a cache that they write to: their outputs
-        then do not tell what they did.
+        layers pass each other more than arrays, such as a cache that they write to: then their
+        outputs do not contain all their effects.
     """
     recording: list[Call] = []
     returned: Any = None
@@ -110,7 +110,7 @@ def joined(
     recording: Recording,
     outputs: Mapping[int, list[mx.array]],
 ) -> tuple[list[list[mx.array]], mx.array]:
-    """What a model does around its decoder layers, with their outputs replayed.
+    """Run a model around its decoder layers, whose outputs are replayed.
 
     Args:
         model: The model that was recorded.
@@ -119,13 +119,14 @@ def joined(
         outputs: Number of a call -> other `arrays` for it to return.
 
     Returns:
-        The `arrays` that each call was handed, and the logits; not evaluated.
+        The `arrays` in each call's arguments, and the logits; not evaluated.
     """
     handed: list[list[mx.array]] = []
 
     def call(_: int, __: Any, args: tuple, kwargs: dict) -> Any:
         number = len(handed)
-        # A sum is an array of its own: what is handed on twice would count once in a gradient.
+        # The sum makes a new array: an array that is passed on twice must count twice in a
+        # gradient.
         handed.append([array + 0 for array in arrays((args, kwargs))])
         output = copied(recording[number].output)
         return with_arrays(output, outputs[number]) if number in outputs else output
@@ -136,16 +137,16 @@ def joined(
 
 
 def finish(model: nn.Module, tokens: mx.array, recording: Recording, hidden: mx.array) -> mx.array:
-    """Logits when the last decoder layer's hidden state is ``hidden``; not evaluated."""
+    """Logits for the hidden state after the last decoder layer; not evaluated."""
     last = len(recording) - 1
     others = arrays(recording[last].output)[1:]
     return joined(model, tokens, recording, {last: [hidden, *others]})[1]
 
 
 def chained(recording: Recording) -> bool:
-    """Whether each layer runs once and takes the hidden state just as the one before returned it.
+    """Whether each layer runs once, on exactly the hidden state that the one before returned.
 
-    Other arrays may be handed on beside it, such as shared keys and values.
+    Other arrays may be passed on too, such as shared keys and values.
     """
     return (
         bool(recording)

@@ -1,4 +1,4 @@
-"""The files that a model is read from: whether there are any, and whether they stay as they are."""
+"""The files of a model: checks that they exist, and that they do not change meanwhile."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from .loading import model_digest, model_files
 
 
 def check_source(path_or_repo: str, revision: str | None = None) -> None:
-    """Refuse what cannot be a model, before anything large is loaded or downloaded.
+    """Refuse a source that is not a model, before anything large is loaded or downloaded.
 
     Args:
         path_or_repo: A folder or a Hub repository, whose config is downloaded.
@@ -54,7 +54,7 @@ class SourceFiles:
 
     @classmethod
     def of(cls, path_or_repo: str, revision: str | None = None) -> "SourceFiles":
-        """The files as they are now."""
+        """The current state of the files."""
         try:
             folder = cached_folder(path_or_repo, revision)
         except InputError:
@@ -62,10 +62,10 @@ class SourceFiles:
         return cls(path_or_repo, revision, _states(folder))
 
     def check(self) -> None:
-        """Refuse files that hold something else by now.
+        """Refuse files that have changed.
 
         Raises:
-            InputError: They do.
+            InputError: A file has changed.
         """
         folder = cached_folder(self.path_or_repo, self.revision)
         if _states(folder) == self.states or self.digest.startswith(model_digest(folder)):

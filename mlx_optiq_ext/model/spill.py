@@ -1,4 +1,4 @@
-"""Arrays kept on disk until they are needed, in models larger than memory."""
+"""Keeps arrays on disk until they are needed, for models larger than memory."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +16,9 @@ Arrays = dict[str, mx.array]
 
 
 class Spill:
-    """A temporary folder of arrays; what is read from it comes as new, unevaluated arrays.
+    """A temporary folder of arrays; reading returns new, unevaluated arrays.
 
-    It lives as long as this object.
+    The folder is removed with this object.
     """
 
     def __init__(self, beside: Path):
@@ -27,19 +27,19 @@ class Spill:
         self._count = 0
 
     def path(self) -> Path:
-        """A new file's path."""
+        """The path of a new file."""
         self._count += 1
         return Path(self._folder.name) / f"{self._count}.safetensors"
 
     def write(self, arrays: Arrays, path: Path | None = None) -> Path:
-        """Keep arrays in a file of their own."""
+        """Write arrays to a new file."""
         path = path or self.path()
         mx.save_safetensors(str(path), arrays)
         return path
 
 
 def read(path: Path) -> Arrays:
-    """New, unevaluated arrays of a file that `Spill` wrote."""
+    """Read a file of `write` as new, unevaluated arrays."""
     found: Any = mx.load(str(path))
     return found
 
@@ -52,7 +52,7 @@ class Spilled(Mapping[str, Arrays]):
         self._files: dict[str, Path] = {}
 
     def add(self, groups: Mapping[str, Arrays]) -> None:
-        """Keep some groups."""
+        """Write some groups."""
         if groups:
             flat = {f"{g} {name}": a for g, part in groups.items() for name, a in part.items()}
             path = self._spill.write(flat)
@@ -82,20 +82,20 @@ def _group(arrays: Arrays, group: str) -> Arrays:
 
 
 class SpilledPacked(Mapping[str, tuple[mx.array, ...]]):
-    """Packed weights, scales and biases on disk, by tensor path."""
+    """Quantized weights, scales and biases on disk, by tensor path."""
 
     def __init__(self, spill: Spill):
         self._groups = Spilled(spill)
 
     def update(self, found: Mapping[str, tuple[mx.array, ...]]) -> None:
-        """Keep some."""
+        """Write some tensors."""
         self._groups.add({k: {str(i): a for i, a in enumerate(p)} for k, p in found.items()})
 
     def __getitem__(self, path: str) -> tuple[mx.array, ...]:
         return _packed(self._groups[path])
 
     def items(self) -> Any:
-        """All of them; those of one block share an open file."""
+        """All tensors; those of one block share an open file."""
         for path, found in self._groups.items():
             yield path, _packed(found)
 
@@ -112,7 +112,7 @@ def _packed(found: Arrays) -> tuple[mx.array, ...]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Stands for an array on disk."""
+    """A reference to an array on disk."""
 
     path: Path
     name: str
@@ -126,7 +126,7 @@ class SpilledRecording(Sequence[Call]):
         self._calls: list[Call] = []
 
     def append(self, call: Call) -> None:
-        """Keep a call; what it was handed just as the call before returned it, only once."""
+        """Write a call; arrays that are exactly the last call's output are written once."""
         arrays: Arrays = {}
         path = self._spill.path()
 

@@ -1,4 +1,4 @@
-"""A model's decoder layers, read from disk while they are used and let go afterwards."""
+"""A model's decoder layers, read from disk while they are used and released afterwards."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from .layers import arrays, calls_replaced, decoder_layers, layer_index, quantiz
 from .spill import Spill
 from .taps import Use, tapped
 
-#: Unevaluated copies of the model kept for the parameters not taken from them yet.
+#: Unevaluated copies of the model from which parameters are taken.
 POOLS = 4
 
 
@@ -21,13 +21,13 @@ class Stream(Mapping[str, mx.array]):
     """Keeps a model's decoder layers on disk except for the one that runs.
 
     From then on each call of a layer reads its parameters, evaluates what it returns and drops
-    them; `layer` keeps them for several calls. What is around the layers stays as it is.
+    them; `layer` keeps them for several calls. Modules around the layers are not changed.
 
     As a mapping it holds every module's weight in the dtype it is stored in, by module path: each
     look-up returns a new, unevaluated array.
 
     Attributes:
-        spill: Where results too large for memory go.
+        spill: Disk space for results that are too large for memory.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Stream(Mapping[str, mx.array]):
         Args:
             model: Not evaluated, in the dtype it is stored in.
             load: Loads the same model again, not evaluated.
-            to_compute: Brings a parameter into the dtype to compute in.
+            to_compute: Casts a parameter to the dtype to compute in.
             folder: Where temporary files may be written.
         """
         self.spill = Spill(folder)
@@ -50,7 +50,7 @@ class Stream(Mapping[str, mx.array]):
         self._layers = decoder_layers(model)
         self._prefixes = _prefixes(model, self._layers)
         self._held: set[int] = set()
-        # A module that is also used outside of the layers stays.
+        # A module that is also used outside of the layers stays in memory.
         every, inside = parameters(model), tuple(f"{p}." for p in self._prefixes)
         outer = {id(array) for path, array in every.items() if not path.startswith(inside)}
         self._own = [
@@ -99,7 +99,7 @@ class Stream(Mapping[str, mx.array]):
         return output
 
     def _take(self, path: str) -> mx.array:
-        """A parameter that nobody else holds: once evaluated, an array keeps its memory."""
+        """A parameter without other references, because an evaluated array keeps its memory."""
         for pool in self._pools:
             if path in pool:
                 found = pool.pop(path)
@@ -109,7 +109,7 @@ class Stream(Mapping[str, mx.array]):
         return self._pools[-1].pop(path)
 
     def _clear(self, index: int) -> None:
-        # Whoever computes with an empty array gets an error, not a wrong result.
+        # Computing with an empty array raises an error instead of giving a wrong result.
         self._put(index, {path: mx.zeros((0,), self._dtypes[path]) for path in self._own[index]})
 
     def _put(self, index: int, found: dict[str, mx.array]) -> None:
@@ -121,7 +121,7 @@ class Stream(Mapping[str, mx.array]):
 def runs_whole(model: nn.Module) -> bool:
     """Whether a model uses its decoder layers by calling them, not parts of them.
 
-    One token is run, of which nothing is evaluated.
+    One token is run without evaluating anything.
     """
     index, running, whole = layer_index(model), 0, True
 

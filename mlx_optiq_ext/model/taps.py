@@ -1,4 +1,4 @@
-"""Seeing what goes in and out of a model's quantizable layers while it runs."""
+"""Observes the inputs and outputs of a model's quantizable layers while it runs."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,17 +28,17 @@ class Use:
 
     @property
     def lookup(self) -> bool:
-        """Whether an embedding was looked up, rather than multiplied with."""
+        """Whether the use is an embedding's look-up, not a product."""
         return mx.issubdtype(self.inputs.dtype, mx.integer)
 
 
-#: Takes a use and returns what the layer shall return in its stead.
+#: Takes a use, and returns the layer's replaced output.
 Tap = Callable[[Use], mx.array]
 
 
 @contextmanager
 def tapped(modules: Mapping[str, nn.Module], tap: Tap) -> Iterator[None]:
-    """Hand every use of these layers to ``tap``.
+    """Call ``tap`` with every use of these layers.
 
     A tied embedding is two layers in one: its look-up calls it, the head calls ``as_linear``.
 
@@ -73,6 +73,6 @@ def tapped(modules: Mapping[str, nn.Module], tap: Tap) -> Iterator[None]:
             module.__class__ = subclass(path, classes[path])
         yield
     finally:
-        taps.clear()  # a class is collected late, and must not keep what the tap gathered
+        taps.clear()  # classes are collected late, so this one must not keep the tap's data alive
         for path, module in modules.items():
             module.__class__ = classes[path]

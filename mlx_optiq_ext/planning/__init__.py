@@ -1,4 +1,4 @@
-"""What every plan is made with: calibration text, divergence, measurements kept, allocation.
+"""Shared parts of planning: calibration text, divergence, kept measurements, allocation.
 
 One candidate for each tensor, at the least cost within a capacity::
 

@@ -148,7 +148,7 @@ class _Table:
             more = self.sizes[rows] - size[:, None]
             with np.errstate(divide="ignore", invalid="ignore"):
                 rate = np.where((saving > 0) & (more > 0), saving / more, -np.inf)
-            # Of equal rates the last one: fewer steps along the same line.
+            # Of equal rates the last one, for fewer steps along the same line.
             best = rate.shape[1] - 1 - np.argmax(rate[:, ::-1], axis=1)
             line = np.arange(len(rows))
             open_ = np.isfinite(rate[line, best])

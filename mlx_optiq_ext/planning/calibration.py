@@ -23,9 +23,9 @@ class Sampling:
     Attributes:
         length: Tokens of a sequence; a shorter text is one sequence of all its tokens.
         count: Sequences to plan with, spread evenly over the text.
-        held_out_every: One in so many of them is not measured, to judge finished plans on.
-        refining: Sequences for GPTQ-style rounding and distillation at most, those measured on
-            and the held-out ones among them.
+        held_out_every: One in this many sequences is held out to judge finished plans.
+        refining: Most sequences for GPTQ-style rounding and distillation, including those measured
+            on and those held out.
     """
 
     length: int = 256
@@ -45,7 +45,7 @@ class Calibration:
         tokens: Sequences to plan with, int32 (sequences, length).
         source: A file's name, ``"mlx-lm"`` or ``"sampled from the model"``.
         more: Further sequences of the same text, int32 (n, length), for refinement only.
-        held_out_every: One in so many of ``tokens`` is held out.
+        held_out_every: One in this many of ``tokens`` is held out.
     """
 
     tokens: np.ndarray
@@ -66,7 +66,7 @@ class Calibration:
 
     @property
     def measured(self) -> np.ndarray:
-        """Sequences to measure on, (n, length)."""
+        """Sequences for measurements, (n, length)."""
         if len(self.tokens) < 2:
             return self.tokens
         return np.delete(self.tokens, self._held_out, axis=0)
@@ -80,12 +80,12 @@ class Calibration:
 
     @property
     def held_out(self) -> np.ndarray:
-        """Sequences to judge plans on, (n, length); all of them if there are too few."""
+        """Sequences for judging plans, (n, length); all sequences if there are too few."""
         return self.tokens[self._held_out] if self.holds_out else self.tokens
 
     @property
     def holds_out(self) -> bool:
-        """Whether plans are judged on sequences that nothing was measured on."""
+        """Whether plans are judged on sequences that were not measured on."""
         return len(self.tokens) >= self.held_out_every
 
     @property
@@ -102,7 +102,7 @@ def from_texts(
         texts: Joined in this order.
         tokenizer: Whose chat template renders messages.
         source: For `Calibration`.
-        sampling: How long the sequences are and how many.
+        sampling: Length and number of the sequences.
 
     Raises:
         InputError: The texts have fewer than two tokens.
@@ -132,7 +132,7 @@ def spread(total: int, count: int) -> np.ndarray:
 def sampled(
     model: Any, tokenizer: Any, sampling: Sampling = DEFAULT, *, seed: int = 0
 ) -> Calibration:
-    """Text drawn from the model itself at temperature 1, for want of anything better.
+    """Text sampled from the model itself at temperature 1, if there is no other text.
 
     Its sequences are half as long as ``sampling`` says: drawing them is slow.
     """
@@ -171,14 +171,14 @@ def load_calibration(
 ) -> Calibration:
     """Calibration sequences from a file, else mlx-lm's own text, else drawn from the model.
 
-    Each process reads its own file; what is not from a file, process 0 finds for all.
+    Each process reads its own file. Text that is not from a file is found by process 0 for all.
 
     Args:
         model: An mlx-lm model.
         tokenizer: Its tokenizer.
         path: A file for `read_texts`, or None.
         say: Receives one-line messages.
-        sampling: How long the sequences are and how many.
+        sampling: Length and number of the sequences.
 
     Raises:
         InputError: The file cannot be used, or its tokens are not the model's.

@@ -24,11 +24,11 @@ class Reference:
 
     @classmethod
     def of(cls, logits: mx.array, top: int = TOP) -> "Reference":
-        """Keep what is needed of logits (batch, length, vocabulary).
+        """Keep the needed part of logits (batch, length, vocabulary).
 
         Args:
-            logits: Of the reference model.
-            top: Tokens to keep at each position; all are kept if there are no more.
+            logits: Logits of the reference model.
+            top: Tokens to keep at each position; all tokens if the vocabulary is not larger.
         """
         logits = logits.astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1, keepdims=True)

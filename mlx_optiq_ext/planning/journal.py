@@ -1,4 +1,4 @@
-"""Measurements kept on disk, so that a sweep survives Ctrl-C and is never run twice."""
+"""Keeps measurements on disk, so that an interrupted sweep continues and none is run twice."""
 
 import hashlib
 import json
@@ -14,25 +14,25 @@ LARGEST = 64 << 20
 
 
 def usable(value: Any) -> TypeGuard[float]:
-    """Whether something is a measured divergence: a finite number that is not negative."""
+    """Whether a value is a measured divergence: a finite number that is not negative."""
     return type(value) in (int, float) and 0 <= value <= sys.float_info.max
 
 
 class Journal:
-    """A JSON-lines file of measured numbers, each under a key of its own.
+    """A JSON-lines file of measured numbers, each under its own key.
 
-    What decides the result of every measurement in it, such as the model and the calibration data,
-    names the file. A key says which measurement it is: any value that JSON can hold.
+    The file's name is a digest of everything that decides all its measurements, such as the model
+    and the calibration data. A key identifies one measurement; it is any JSON value.
 
-    What on disk is damaged, or no finite number from 0 on, is measured again. A folder that cannot
-    be written to keeps nothing; both are said in one line.
+    A damaged record, or one that is not a finite number from 0 on, is measured again. If the folder
+    cannot be written to, nothing is kept. Both print one line.
 
     Of several processes only the first one reads and writes the file; what the others measure
     reaches it, and all of them, at `exchange`.
     """
 
     def __init__(self, name: Mapping[str, Any] | None):
-        """Read what is known.
+        """Read the stored measurements.
 
         Args:
             name: Everything that decides the measurements, as JSON can hold it; None keeps them in
@@ -76,7 +76,7 @@ class Journal:
             self._write(found)
 
     def exchange(self) -> None:
-        """Let all processes know what each has measured since the last time."""
+        """Share what each process has measured since the last call."""
         if distributed.size() == 1:
             return
         found: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""Texts to calibrate on: a file of the user's, or mlx-lm's own."""
+"""Calibration texts: a user's file, or mlx-lm's own text."""
 
 from http.client import HTTPException
 from pathlib import Path
@@ -69,7 +69,7 @@ def stock_text() -> str:
     """mlx-lm's own calibration text, which its first use downloads.
 
     Raises:
-        InputError: It is neither cached nor can it be downloaded; the message says why.
+        InputError: The text is not cached and cannot be downloaded; the message says why.
     """
     path = Path.home() / ".cache" / "mlx-lm" / "calibration_v5.txt"
     start = "mlx-lm's calibration text is not cached"
@@ -98,7 +98,7 @@ class _Downloaded(Exception):
 
 
 class _Stopping:
-    """A tokenizer that lets mlx-lm download its text and stops it before it tokenizes."""
+    """A tokenizer that lets mlx-lm download its text, and stops it before tokenization."""
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         raise _Downloaded

@@ -9,7 +9,7 @@ import numpy as np
 BITS = (1, 2, 3, 4)
 #: Points on which the distribution's integral is tabulated.
 _POINTS = 200_001
-#: Change of a level, relative to the standard deviation, at which the iteration has arrived.
+#: Change of a level, relative to the standard deviation, at which the iteration stops.
 _SETTLED = 1e-9
 
 
@@ -19,18 +19,18 @@ def levels(dim: int, bits: int) -> tuple[float, ...]:
 
     A coordinate of a vector drawn uniformly from the unit sphere has the density
     ``(1 - x^2)^((dim - 3) / 2)``, a Beta distribution on [-1, 1] (TurboQuant, Zandieh et al.,
-    arXiv 2504.19874, lemma 1). It is symmetric, so that half of the codebook says it all; Lloyd's
-    iteration then runs to the optimal scalar quantizer of that density.
+    arXiv 2504.19874, lemma 1). It is symmetric, so half of the codebook is enough. Lloyd's
+    iteration then converges to the optimal scalar quantizer of that density.
 
     Args:
-        dim: Of the vector, 3 or more.
+        dim: Dimension of the vector, 3 or more.
         bits: 1 to 4.
 
     Returns:
         ``2 ** (bits - 1)`` numbers in (0, 1).
     """
     power = (dim - 3) / 2
-    # Nothing of weight lies beyond twelve standard deviations.
+    # The density is negligible beyond twelve standard deviations.
     x = np.linspace(0.0, min(1.0, 12 / dim**0.5), _POINTS)
     density = (1 - x**2) ** power
     steps = (density[1:] + density[:-1]) / 2

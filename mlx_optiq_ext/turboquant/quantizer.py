@@ -43,9 +43,9 @@ class Quantizer:
     squared error is at most ``2.72 * 4 ** -bits`` in expectation.
 
     Attributes:
-        dim: Of a vector, a multiple of 32.
-        bits: Of a coordinate, 1 to 4.
-        seed: Of the rotation.
+        dim: Dimension of a vector, a multiple of 32.
+        bits: Bits of a coordinate, 1 to 4.
+        seed: Seed of the rotation.
     """
 
     dim: int
@@ -92,7 +92,7 @@ class Quantizer:
         return bitstream.pack(found, self.bits)
 
     def _table(self) -> list[float]:
-        """What each code stands for."""
+        """The value of each code."""
         positive = codebook.levels(self.dim, self.bits)
         return [*positive, *(-level for level in positive)]
 
@@ -105,9 +105,9 @@ class ProductQuantizer:
     vector, which makes the estimate of every inner product unbiased over the draw of the seed.
 
     Attributes:
-        dim: Of a vector, a multiple of 32.
-        bits: Of a coordinate, 2 to 4, the residual's included.
-        seed: Of the rotation and the projections.
+        dim: Dimension of a vector, a multiple of 32.
+        bits: Bits of a coordinate, 2 to 4, including the residual's.
+        seed: Seed of the rotation and the projections.
     """
 
     dim: int
@@ -145,7 +145,7 @@ class ProductQuantizer:
         return found.astype(dtype or encoded.norms.dtype)
 
     def _projection(self) -> mx.array:
-        # Its own stream of numbers: the rotation's would tie the two together.
+        # A separate random stream, so that projections and rotation are independent.
         drawn = np.random.default_rng((self.seed, 1)).standard_normal((self.dim, self.dim))
         return mx.array(drawn.astype(np.float32))
 
@@ -156,9 +156,9 @@ def create_quantizer(
     """A quantizer of vectors.
 
     Args:
-        dim: Of a vector, a multiple of 32.
-        bits: Of a coordinate: 1 to 4, or 2 to 4 for inner products.
-        seed: Of the random rotation; decoding needs the same.
+        dim: Dimension of a vector, a multiple of 32.
+        bits: Bits of a coordinate: 1 to 4, or 2 to 4 for inner products.
+        seed: Seed of the random rotation; decoding needs the same one.
         inner_product: Whether inner products shall be unbiased rather than the error least.
 
     Raises:

@@ -52,5 +52,5 @@ def _orthogonal(dim: int, seed: int) -> mx.array:
 
 def _made(values: np.ndarray) -> mx.array:
     array = mx.array(values)
-    mx.eval(array)  # what is cached must not belong to the thread that was first
+    mx.eval(array)  # evaluated, so that the cached array does not belong to one thread
     return array

@@ -1,4 +1,4 @@
-"""Weights: which precision each tensor gets, and what rounding makes of it.
+"""Weights: the precision of each tensor, and how it is rounded.
 
 A plan for a budget in bits per weight, as mlx-lm prints them::
 

@@ -23,8 +23,8 @@ class Tensor:
         shape: Unpacked shape ``(..., out, in)``.
         dtype_bits: Width of its dtype.
         precisions: The candidates, by rising stored bits.
-        own: What the model's own ``quant_predicate`` asks for, if it does; the least that honours
-            it where its group size does not divide the last axis.
+        own: The precision that the model's own ``quant_predicate`` asks for, or None. If its group
+            size does not divide the last axis, the lowest precision that honours it.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Tensor:
 
     @property
     def unquantized(self) -> Precision:
-        """The weight as it is."""
+        """The unquantized precision of this weight."""
         return Precision(self.dtype_bits, 0)
 
 
@@ -93,7 +93,7 @@ def tensors(
 
 @dataclass(frozen=True)
 class Size:
-    """What mlx-lm counts when it prints bits per weight.
+    """The counts behind the bits per weight that mlx-lm prints.
 
     Attributes:
         parameters: Number of parameters that mlx-lm divides by, those of leaf modules.
@@ -106,7 +106,7 @@ class Size:
     @classmethod
     def of(cls, model: nn.Module, candidates: Iterable[Tensor]) -> "Size":
         """Count a model. Nothing is evaluated."""
-        # mlx-lm divides by the parameters of leaf modules only: not by those that a block holds
+        # mlx-lm divides by the parameters of leaf modules only, without those that a block has
         # itself, such as a router's bias.
         own = [leaf.parameters() for _, leaf in leaves(model)]
         parameters = sum(array.size for _, array in _arrays(own))

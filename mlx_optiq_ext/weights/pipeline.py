@@ -1,7 +1,7 @@
-"""Everything that ``mlx_lm.convert`` needs to know before it quantizes by plan.
+"""Prepares a conversion before ``mlx_lm.convert`` quantizes by plan.
 
-`prepare` loads the model and comes by a plan: from a file, or by measuring it. Then it refines and
-distills what the plan quantizes, if asked. `put` hands the refined values to stock's conversion.
+`prepare` loads the model and gets a plan, from a file or by measuring. Then it refines and distills
+the quantized weights, if requested. `put` gives the refined values to stock's conversion.
 """
 
 import time
@@ -34,18 +34,18 @@ from .study import Load, calibrated, study_model
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to do to the model.
+    """The plan of a conversion, and its refined weights.
 
     Attributes:
         plan: The precision of each tensor.
-        refined: What to store instead of MLX's own rounding, by tensor path.
-        parameters: What to store of unquantized parameters, by parameter path.
+        refined: Values to store instead of MLX's own rounding, by tensor path.
+        parameters: Values to store of unquantized parameters, by parameter path.
         post_processing: Entries for the metadata.
         study: The measurements, if any were made.
         block_bytes: Stored bytes of the largest decoder layer, if the model is too large for memory
             and must be written piece by piece; else None.
         source: The model's files when they were first read.
-        dtype: To convert to, as ``mlx_lm.convert --dtype``.
+        dtype: Value of ``mlx_lm.convert --dtype``.
     """
 
     plan: Plan
@@ -60,7 +60,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Source:
-    """A loaded model: where it is, its tokenizer, and its hash."""
+    """A loaded model with its path, tokenizer and hash."""
 
     path: str
     model: nn.Module
@@ -72,12 +72,12 @@ class _Source:
 def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     """Plan a conversion, and refine it if asked.
 
-    The processes of ``mlx.launch`` plan together. The first one refines by itself and is the only
-    one that speaks and has what was refined.
+    The processes of ``mlx.launch`` plan together. The first one refines alone; only it prints
+    messages and has the refined weights.
 
     Args:
         path_or_repo: A folder or a Hub repository.
-        request: What to do.
+        request: The settings.
         source: For `load_unquantized`: dtype, revision, trust_remote_code.
 
     Raises:
@@ -119,13 +119,13 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
     request.say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
     if not before.states:
-        before = SourceFiles.of(path_or_repo, source.get("revision"))  # downloaded meanwhile
+        before = SourceFiles.of(path_or_repo, source.get("revision"))  # downloaded in the meantime
     before = replace(before, digest=loaded.digest)
     return replace(conversion, block_bytes=block, source=before, dtype=source.get("dtype"))
 
 
 def _from_file(source: _Source, request: Request) -> Conversion:
-    """Apply a plan that was saved; calibration text is needed for its refinement only."""
+    """Apply a saved plan; calibration text is needed for refinement only."""
     assert request.plan_file is not None
     candidates = request.candidates(source.model)
     size = Size.of(source.model, candidates)
@@ -177,7 +177,7 @@ def _check_room(request: Request, needed: float) -> None:
 
 
 def _finished(conversion: Conversion, problem: Problem, request: Request) -> Conversion:
-    """Refine and distill as asked; of several processes the first one does it."""
+    """Refine and distill if requested, in the first process only."""
     if not request.refine:
         return conversion
     if distributed.size() > 1:
@@ -198,7 +198,7 @@ def refined(conversion: Conversion, problem: Problem) -> Conversion:
     values = refine(problem, plan.precisions)
     entry = {
         "op": "refine",
-        "windows": len(problem.calibration.refining),
+        "sequences": len(problem.calibration.refining),
         "kl_before": plan.kl,
     }
     return replace(
@@ -227,15 +227,15 @@ def distilled(conversion: Conversion, problem: Problem) -> Conversion:
 
 
 def ready(model: nn.Module, config: dict[str, Any], conversion: Conversion) -> dict[str, Any]:
-    """Bring a model that stock loaded to where the planned one was before it was measured.
+    """Bring a model that stock loaded into the state in which the planned one was measured.
 
     Args:
-        model: As ``quantize_model`` is given it; its layers may be replaced.
+        model: As ``quantize_model`` gets it; its layers may be replaced.
         config: Its config.
-        conversion: What is planned.
+        conversion: The planned conversion.
 
     Returns:
-        The config without what it says of a quantization that the model has not, or no longer.
+        The config without entries of a quantization that the model does not have.
     """
     if unpacked(model):
         cast(model, config, conversion.dtype)
@@ -248,7 +248,7 @@ def put(
     refined: Mapping[str, tuple[mx.array, ...]],
     parameters: Mapping[str, mx.array] | None = None,
 ) -> None:
-    """Replace what ``quantize_model`` stored in a model by the refined values.
+    """Replace the values that ``quantize_model`` stored in a model by the refined ones.
 
     Args:
         model: As ``quantize_model`` returns it.
@@ -256,7 +256,7 @@ def put(
         parameters: Parameter path -> value of what is not quantized; stored in the model's dtype.
 
     Raises:
-        OptiqError: A tensor is not there, or is quantized in another way.
+        OptiqError: A tensor is missing, or quantized in another way.
     """
     modules = dict(model.named_modules())
     for path, quantized in refined.items():

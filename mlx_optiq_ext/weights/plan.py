@@ -13,7 +13,7 @@ from .precision import Precision
 FILE = "optiq_metadata.json"
 
 
-#: How the method of a plan begins that no measurement made.
+#: Prefix of the method of a plan that was read from a file.
 READ_FROM = "read from "
 
 
@@ -23,8 +23,8 @@ class Uniform:
 
     Attributes:
         precision: Of every tensor, except where the model's own predicate asks for another.
-        bpw: Bits per weight that it takes.
-        kl: Its end-to-end KL on the same sequences as the plan's, in nats per token.
+        bpw: Bits per weight.
+        kl: End-to-end KL on the same sequences as the plan's, in nats per token.
     """
 
     precision: Precision
@@ -34,20 +34,20 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which precision each tensor gets.
+    """The precision of each tensor.
 
     Attributes:
         precisions: Tensor path -> precision, for every candidate tensor.
         sensitivities: Tensor path -> expected KL in nats per token of its precision.
         method: Name of the sensitivity method.
         target_bpw: The budget, in bits per weight as mlx-lm counts them.
-        achieved_bpw: What the plan takes.
+        achieved_bpw: Bits per weight of the plan.
         kl: End-to-end KL on held-out calibration sequences, in nats per token, if measured.
-        variant: Which of the plans that were tried this is.
+        variant: Name of this plan among those that were tried.
         below: The largest uniform quantization within the budget, if there is one.
-        above: The smallest one beyond it, if there is one.
+        above: The smallest uniform quantization above the budget, if there is one.
         calibration: Source, number of sequences and their length.
-        versions: Of the packages that made it.
+        versions: Versions of the packages that made the plan.
         notes: What could not be done as asked, one line each.
     """
 
@@ -66,9 +66,9 @@ class Plan:
 
     @property
     def default(self) -> Precision:
-        """The commonest precision, for config.json's top level.
+        """The most common precision, for config.json's top level.
 
-        Its group size is the smallest one: mlx-lm leaves a tensor alone, before it asks any
+        Its group size is the smallest one of the plan: mlx-lm skips a tensor, before it calls a
         predicate, if the default group size does not divide its last axis.
         """
         quantized = [p for p in self.precisions.values() if p.quantized]
@@ -81,7 +81,7 @@ class Plan:
         """The plan as mlx-lm's ``quant_predicate``.
 
         The predicate raises OptiqError for a tensor whose last axis the planned group size does not
-        divide; a module it does not know is left alone.
+        divide; a module that is not in the plan is not quantized.
         """
 
         def predicate(path: str, module: Any) -> bool | dict[str, Any]:
@@ -166,7 +166,7 @@ class Plan:
 
 
 def times(ratio: float) -> str:
-    """A ratio for the terminal, of which two digits are left however small it is."""
+    """A ratio for the terminal, with two significant digits."""
     return f"{ratio:.2f} x" if ratio >= 0.1 or ratio == 0 else f"{ratio:.2g} x"
 
 

@@ -15,7 +15,7 @@ from .precision import AFFINE, GROUP_SIZES, MODES, Precision
 
 
 def read_entries(path: Path) -> dict[str, Precision]:
-    """Layer path -> precision as a file has them.
+    """Layer path -> precision, as read from a file.
 
     Args:
         path: A file with ``per_layer``, or with ``optimization.per_layer`` as older ones have it.
@@ -78,7 +78,7 @@ def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
     Args:
         path: See `read_entries`.
         tensors: The model's quantizable tensors.
-        size: Of the model.
+        size: The model's counts.
 
     Returns:
         A plan without measurements.

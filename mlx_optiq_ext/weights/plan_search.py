@@ -1,8 +1,8 @@
 """Plans for one budget, judged end to end; the best one is kept.
 
 Sensitivities add up well at medium bits and less so below (IMPQ, arXiv 2509.15455). So a few plans
-that differ in how far they trust them are tried on calibration sequences kept apart for that; below
-`REMEASURED` bits per weight also plans from a second round around the best of them.
+are allocated under different rules and judged on held-out calibration sequences. Below `REMEASURED`
+bits per weight, plans from sensitivities that are re-measured around the best one are judged too.
 """
 
 import math
@@ -30,11 +30,11 @@ REMEASURED = 4.0
 
 @dataclass(frozen=True)
 class Study:
-    """A measured model, from which a plan for any budget follows in moments.
+    """A measured model, from which plans for any budget are made quickly.
 
     Attributes:
         problem: The model, its weights and its calibration sequences.
-        sensitivity: Of every tensor at every candidate precision.
+        sensitivity: Expected KL of every tensor at every candidate precision, in nats per token.
         method: Name of the method that measured them.
     """
 
@@ -44,7 +44,7 @@ class Study:
 
     @property
     def size(self) -> Size:
-        """What the model stores."""
+        """The model's counts."""
         return self.problem.size
 
 
@@ -62,9 +62,9 @@ def search(
     Returns:
         Of the plans in `variants` and those re-measured around the best of them, the one with the
         least KL on the held-out sequences. Every uniform quantization within the budget is among
-        them, unless both ends are protected. Before a refinement that KL says little, since plain
-        rounding spoils the coarsest bits most and refinement mends them most: then the plan with
-        the least expected KL.
+        them, unless both ends are protected. Before a refinement this KL is not informative,
+        because plain rounding is worst at the lowest bits and refinement improves these most. Then
+        the plan with the least expected KL is returned.
 
     Raises:
         BudgetError: No plan fits, or none that protects both ends.
@@ -101,7 +101,7 @@ def search(
         above=above[0] if above else None,
         calibration={
             "source": data.source,
-            "windows": len(data.tokens),
+            "sequences": len(data.tokens),
             "length": data.tokens.shape[1],
             "sha256": data.digest,
         },
@@ -132,7 +132,7 @@ def _judged(problem: Problem, plans: dict[str, Precisions]) -> dict[str, float]:
 def remeasured(
     study: Study, budget: float, name: str, plans: dict[str, Precisions]
 ) -> dict[str, Precisions]:
-    """Plans by the rule of one of them, from sensitivities measured around it; new ones only."""
+    """Plans under the same rule, from sensitivities re-measured around a plan; new ones only."""
     known, more = list(plans.values()), {}
     rule = rules(study.problem)[name]
     for share, again in zip(
@@ -169,7 +169,7 @@ def variants(study: Study, budget: float) -> dict[str, Precisions]:
 
 
 def rules(problem: Problem) -> dict[str, Rule]:
-    """What each variant allows."""
+    """The precisions that each variant allows."""
     coarsest = min(p.bits for t in problem.tensors for p in t.precisions)
     ends = protected(problem)
     return {
@@ -187,7 +187,7 @@ def protected(problem: Problem) -> set[str]:
 
 def _allocated(study: Study, rule: Rule, budget: float) -> Precisions:
     tensors, expected = study.problem.tensors, study.sensitivity
-    # A tensor that a rule leaves nothing to choose from keeps all its candidates.
+    # A tensor without any allowed candidate keeps all of them.
     allowed = {
         t.path: [p for p in t.precisions if rule(t, p)] or list(t.precisions) for t in tensors
     }
@@ -209,11 +209,11 @@ def _allocated(study: Study, rule: Rule, budget: float) -> Precisions:
 def uniforms(
     tensors: Iterable[Tensor], size: Size, budget: float
 ) -> tuple[list[tuple[Precision, int]], list[tuple[Precision, int]]]:
-    """What ``mlx_lm.convert -q`` can give, within a budget and beyond it.
+    """The uniform quantizations of ``mlx_lm.convert -q``, within a budget and above it.
 
     Returns:
-        Precisions with the stored bits of all tensors together, both by rising bits. Those whose
-        groups do not divide every tensor are left out.
+        Two lists of precisions with the stored bits of all tensors together, by rising bits.
+        Precisions whose groups do not divide every tensor are left out.
     """
     tensors, room = list(tensors), size.room(budget)
     sizes = {
@@ -226,5 +226,5 @@ def uniforms(
 
 
 def uniformly(tensors: Iterable[Tensor], precision: Precision) -> Precisions:
-    """Stock's uniform quantization, which follows the model's own predicate where it asks."""
+    """Stock's uniform quantization, which honours the model's own predicate."""
     return {t.path: t.own or precision for t in tensors}

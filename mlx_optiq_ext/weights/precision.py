@@ -1,4 +1,4 @@
-"""Precisions: how MLX can store a weight, and the bits that it then takes."""
+"""Precisions: how MLX can store a weight, and the bits that this takes."""
 
 import math
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ class Mode:
     """One of MLX's quantization modes.
 
     Attributes:
-        bits: The widths that it has.
-        group_sizes: The group sizes that it has.
-        scale_bits: Width of a scale; None for that of the weight's own dtype.
+        bits: Its bit widths.
+        group_sizes: Its group sizes.
+        scale_bits: Bits of a scale; None for those of the weight's dtype.
         biased: Whether a group has a bias, as wide as its scale.
     """
 
@@ -35,7 +35,7 @@ MODES: Mapping[str, Mode] = {
     "mxfp8": Mode((8,), (32,), scale_bits=8),
     "nvfp4": Mode((4,), (16,), scale_bits=8),
 }
-#: What a plan chooses from.
+#: Bits and group sizes that a plan chooses from.
 BITS, GROUP_SIZES = MODES[AFFINE].bits, MODES[AFFINE].group_sizes
 
 
@@ -67,7 +67,7 @@ class Precision:
         """The precision that a config or a ``quant_predicate`` of mlx-lm asks for.
 
         Args:
-            settings: With ``mode``, ``bits`` and ``group_size``; MLX's defaults for what it lacks.
+            settings: ``mode``, ``bits`` and ``group_size``; MLX's defaults for missing ones.
 
         Raises:
             InputError: The mode is unknown.
@@ -80,23 +80,23 @@ class Precision:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The precision as mlx-lm's config and ``quant_predicate`` have it.
+        """The precision in the form of mlx-lm's config and ``quant_predicate``.
 
-        The mode is left out where it is affine: that is the default everywhere, and some layers of
-        mlx-lm know no other.
+        The mode is left out if it is affine: this is the default everywhere, and some layers of
+        mlx-lm do not take a mode.
         """
         settings: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
         return settings if self.mode == AFFINE else {**settings, "mode": self.mode}
 
     @property
     def exists(self) -> bool:
-        """Whether MLX has this width and group size in this mode."""
+        """Whether MLX supports these bits and this group size in this mode."""
         mode = MODES[self.mode]
         return self.bits in mode.bits and self.group_size in mode.group_sizes
 
     @property
     def quantized(self) -> bool:
-        """Whether the weight is quantized at all."""
+        """Whether the weight is quantized."""
         return self.group_size > 0
 
     def stored_bits(self, shape: tuple[int, ...], dtype_bits: int) -> int:
@@ -104,7 +104,7 @@ class Precision:
 
         Args:
             shape: The unquantized shape, quantized along the last axis.
-            dtype_bits: Width of the weight's dtype.
+            dtype_bits: Bits of the weight's dtype.
         """
         size = math.prod(shape)
         if not self.quantized:
@@ -121,7 +121,7 @@ class Precision:
 
     def __str__(self) -> str:
         if self.quantized and self.mode != AFFINE:
-            return self.mode  # which has one width and one group size
+            return self.mode  # a mode with one width and one group size
         return f"{self.bits}-bit g{self.group_size}" if self.quantized else f"{self.bits}-bit"
 
 
@@ -136,7 +136,7 @@ def quantize(weight: mx.array, precision: Precision) -> tuple[mx.array, ...]:
 
 
 def dequantized(weight: mx.array, precision: Precision, dtype: mx.Dtype) -> mx.array:
-    """What a weight ``(..., out, in)`` becomes under a precision, computed in ``dtype``.
+    """A weight ``(..., out, in)`` quantized and dequantized again, computed in ``dtype``.
 
     Affine scales and biases are rounded to the weight's own dtype first, as in the file.
     """

@@ -1,4 +1,4 @@
-"""What a user asks of a conversion."""
+"""Settings of a conversion."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from .sensitivity.method import Method
 
 @dataclass(frozen=True)
 class Request:
-    """What to do, from the options of the command to the last step; it travels whole.
+    """Settings of a conversion, from the options of the command to the last step.
 
     A plan is chosen by one of ``budget``, ``min_tps`` and ``plan_file``.
 
     Attributes:
         budget: Bits per weight as mlx-lm prints them: all stored bits over all parameters.
-        min_tps: Tokens per second that the converted model shall be predicted to generate.
+        min_tps: Least predicted tokens per second of the converted model.
         chip: The chip of that prediction, for `latency.find_chip`.
         plan_file: A plan to apply instead of measuring one.
         bits: Widths to choose from; None for all, with "leave unquantized" among the candidates.
@@ -70,7 +70,7 @@ class Request:
         """The tensors of a model that are to be planned; nothing is evaluated.
 
         Raises:
-            InputError: There is none.
+            InputError: No tensor can be quantized.
         """
         groups = self.group_sizes or GROUP_SIZES
         if self.plan_file is not None:

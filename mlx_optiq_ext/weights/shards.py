@@ -1,4 +1,4 @@
-"""Weight files small enough to be written within little memory."""
+"""Splits weight files so that they can be written with little memory."""
 
 import mlx.core as mx
 
@@ -8,7 +8,7 @@ from .precision import Precision
 def by_source(
     weights: dict[str, mx.array], precisions: dict[str, Precision], limit: int
 ) -> list[dict[str, mx.array]]:
-    """Split weights into shards whose unquantized originals take a limit at most.
+    """Split weights into shards whose unquantized originals fit a limit.
 
     MLX may read all originals of a shard before it quantizes the first one.
 

@@ -18,19 +18,19 @@ from .plan import Plan
 from .plan_search import Precisions, Study, search, stored, variants
 from .precision import MODES, Precision
 
-#: How close to the largest budget to come, in bits per weight.
+#: Precision of the search for the largest budget, in bits per weight.
 STEP = 0.005
 
 
 @dataclass(frozen=True)
 class Target:
-    """A speed to reach.
+    """A required speed.
 
     Attributes:
         tps: Tokens per second, as ``mlx_lm.benchmark`` measures them without options.
-        chip: Where.
-        config: Of the model.
-        headers: Its tensors before they are quantized.
+        chip: The chip to predict for.
+        config: The model's config.
+        headers: Headers of the unquantized tensors.
     """
 
     tps: float
@@ -63,7 +63,7 @@ class Target:
 
 
 def target(path_or_repo: str, model: nn.Module, tps: float, chip: str) -> Target:
-    """The target for a model that was loaded and not yet measured."""
+    """The target for a loaded model, before it is measured."""
     config = files.read_json(cached_folder(path_or_repo) / CONFIG, files.MODEL_CONFIG)
     arrays = tree_flatten(model.parameters())
     assert isinstance(arrays, list)
@@ -100,8 +100,8 @@ def search_speed(
 
     Args:
         study: The measured model.
-        wanted: The speed.
-        protect: As for `search`.
+        wanted: The required speed.
+        protect: Whether to protect both ends, as in `search`.
         say: Receives one line.
 
     Raises:

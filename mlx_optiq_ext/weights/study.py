@@ -1,4 +1,4 @@
-"""From a model and a request to a plan: calibrate, measure, search."""
+"""Makes a plan from a model and a request: calibrates, measures, searches."""
 
 import hashlib
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def plan_folder(path_or_repo: str, request: Request, **source: Any) -> Plan:
 
     Args:
         path_or_repo: A folder or a Hub repository.
-        request: With a budget.
-        source: For `load_unquantized`: dtype, revision, trust_remote_code.
+        request: Settings with a budget.
+        source: Arguments of `load_unquantized`: dtype, revision, trust_remote_code.
 
     Raises:
         BudgetError: The budget is outside of what this model allows; the message names the range.
@@ -56,11 +56,11 @@ def plan_model(
     """Give every quantizable tensor of a loaded model its own precision within a budget.
 
     Args:
-        model: As for `study_model`.
+        model: The model, as in `study_model`.
         tokenizer: Its tokenizer.
-        request: With a budget.
-        digest: As for `study_model`.
-        load: As for `study_model`.
+        request: Settings with a budget.
+        digest: Hash of the model, as in `study_model`.
+        load: Loads the model again, as in `study_model`.
 
     Returns:
         A plan whose stored bits fit the budget.
@@ -76,7 +76,7 @@ def plan_model(
 
 
 def _mark(problem: Problem) -> list[Any]:
-    """Under which a journal keeps that everything of a problem is in it."""
+    """Key of the journal entry that says that a problem is measured completely."""
     keys = [journal_key(t.path, p) for t in problem.tensors for p in t.precisions]
     digest = hashlib.sha256(repr((keys, problem.refine)).encode()).hexdigest()
     return ["complete", digest]
@@ -98,7 +98,7 @@ def study_model(
         model: An unquantized mlx-lm model in the dtype it will be saved in. On a CPU its parameters
             are replaced by float32 copies, since half precision is slow there.
         tokenizer: Its tokenizer.
-        request: What to choose from and how to measure; a budget is checked first, if it has one.
+        request: Settings; a budget is checked first, if there is one.
         digest: Hash of the model, under which measurements are kept; None keeps none for later.
         load: Loads the model again. With it, a model too large for memory is read layer by layer,
             which takes its parameters out of ``model``; see `memory.streams`.
@@ -118,7 +118,7 @@ def study_model(
     else:
         doing, where = "Reading the measurements of", f" from {files.cache_dir()}"
     request.say(f"[optiq] {doing} {len(problem.tensors)} tensors with {method.name}{on}{where}")
-    # A method may not know of other processes, whose hardware may round in another way.
+    # A method may not support several processes, whose hardware may round differently.
     sensitivity = distributed.broadcast(method.measure(problem))
     kept = problem.journal(method.name, method.version)
     if len(kept) and kept.get(mark) is None:
@@ -138,12 +138,12 @@ def calibrated(
     """A model with its calibration sequences, ready to be measured or rounded.
 
     Args:
-        model: As for `study_model`.
+        model: The model, as in `study_model`.
         tokenizer: Its tokenizer.
         request: What to choose from, where the calibration text is, and whether the weights will
             be refined; a budget is checked first, if it has one.
-        digest: As for `study_model`.
-        load: As for `study_model`.
+        digest: Hash of the model, as in `study_model`.
+        load: Loads the model again, as in `study_model`.
 
     Raises:
         BudgetError: The budget is outside of what this model allows; the message names the range.
@@ -162,7 +162,7 @@ def calibrated(
         check_arrays((f"{path}.weight", array) for path, array in stream.items())
     data = load_calibration(model, tokenizer, request.calibration, request.say, request.sampling)
     distributed.compare(**{"model": digest, "calibration data": data.whole_digest})
-    if stream is None:  # else a pass would read the whole model once more
+    if stream is None:  # otherwise this would read the whole model again
         check_outputs(model, mx.array(data.tokens[:1]))
     return Problem(
         model=model,
@@ -192,7 +192,7 @@ def check_budget(budget: float, size: Size, candidates: tuple[Tensor, ...]) -> N
 
 
 def _stream(model: nn.Module, load: Load | None, request: Request) -> Stream | None:
-    """The stream of a model too large for memory, if it can be read that way; says so."""
+    """The stream of a model that is too large for memory, or None; prints a line."""
     if load is None or not memory.streams(model):
         return None
     needed, limit = memory.resident_bytes(model) / 2**30, memory.memory_limit() / 2**30

@@ -1,8 +1,8 @@
-"""Writes ``.npz`` files whose integer codes take about their entropy.
+"""Writes ``.npz`` files whose integer codes are stored near their entropy.
 
-A ``.npz`` file is a zip archive of ``.npy`` entries, and ``mx.load`` unpacks deflated ones. Codes
-of a quantized weight follow each other at random: matching strings, as zip programs do, takes more
-than it saves, so each entry takes Huffman coding alone where that is smaller.
+A ``.npz`` file is a zip archive of ``.npy`` entries, and ``mx.load`` unpacks deflated ones. The
+codes of a quantized weight are random, so matching strings, as zip programs do, saves nothing. Each
+entry is compressed with Huffman coding alone if that is smaller.
 Format: PKWARE's APPNOTE for zip, RFC 1951 for deflate, NumPy's NEP 1 for ``.npy``.
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-#: Bytes of an archive beside its entries.
+#: Bytes of an archive without entries.
 END_BYTES = 22
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
 _END = struct.Struct("<4s4H2IH")
-_DATE = 0x21  # the first of January 1980, so that equal weights make equal files
+_DATE = 0x21  # a fixed date, so that equal weights make equal files
 
 
 def _deflate(data: bytes, strategy: int) -> bytes:
@@ -34,7 +34,7 @@ def _packed(array: np.ndarray) -> tuple[bytes, bytes]:
     np.lib.format.write_array(stream, np.asarray(array, order="C"), version=(1, 0))
     plain = stream.getvalue()
     coded = _deflate(plain, zlib.Z_HUFFMAN_ONLY)
-    # Small and constant arrays repeat themselves; codes do not.
+    # Small and constant arrays have repeated strings; codes do not.
     if len(plain) < 4096 or not array.any():
         coded = min(coded, _deflate(plain, zlib.Z_DEFAULT_STRATEGY), key=len)
     return plain, coded

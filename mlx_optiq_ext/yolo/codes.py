@@ -1,9 +1,9 @@
-"""A convolution as integer codes: its step per output channel goes into the batch normalization.
+"""A convolution as integer codes; the step per output channel moves into the batch normalization.
 
 ``norm(conv(x, step * codes))`` equals ``norm'(conv(x, codes))`` with other numbers in the
-normalization, so plain integers in the place of the weight are all that the runtime needs. Codes
-have no fixed width: the file spends their entropy. A rounding error moves a channel's mean, which
-the normalization's bias takes back.
+normalization, so the runtime only needs integers in place of the weight. Codes have no fixed width:
+the file stores their entropy. A rounding error shifts a channel's mean; the normalization's bias
+corrects this.
 Sources: Gish, Pierce, "Asymptotically efficient quantizing" (1968), for uniform steps before
 entropy coding; Nagel et al., "Data-free quantization through weight equalization and bias
 correction" (2019), for the mean.
@@ -29,7 +29,7 @@ def channel_steps(weight: np.ndarray, curvature: np.ndarray, rule: str) -> np.nd
     """
     rows = weight.reshape(len(weight), -1).astype(np.float64)
     bends = curvature.reshape(len(weight), -1).astype(np.float64).mean(1)
-    # Equal errors per code are best at high rates; noise in small curvatures must not rule.
+    # Equal errors per code are best at high rates; the floor keeps out noise in small curvatures.
     steps = (bends + 0.01 * bends.mean() + 1e-30) ** -0.5
     if rule == "even":
         steps = np.sqrt(steps * np.maximum(rows.std(1), 1e-9))
@@ -115,7 +115,7 @@ def _normalization(layer: Layer, slope: np.ndarray, offset: np.ndarray) -> dict[
 def mean_shift(error: np.ndarray, inputs: np.ndarray, layer: Layer) -> np.ndarray:
     """How far an error of the weight moves the mean of each output channel (out,)."""
     taps = error.reshape(len(error), -1, error.shape[-1]).sum(1)
-    if layer.transposed:  # each output sees only some of the taps
+    if layer.transposed:  # each output uses only some of the taps
         taps = taps / np.prod(layer.module.stride)
     groups = len(inputs) // taps.shape[1]
     each = np.repeat(inputs.reshape(groups, -1), len(error) // groups, axis=0)

@@ -1,4 +1,4 @@
-"""How far apart two networks' detections are."""
+"""Detection error between two networks."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
-"""How sensitive detections are to errors of the weights: curvature measured on a few images.
+"""Sensitivity of detections to errors of the weights: curvature measured on a few images.
 
 The detection error is a KL divergence of class probabilities and an overlap error of boxes. Its
 Hessian in the outputs is close to diagonal; gradients drawn with that Hessian as covariance have
-the Hessian in the weights as second moment, whose diagonal prices any rounding error.
+the Hessian in the weights as second moment, whose diagonal predicts the effect of a rounding error.
 Source: Martens, "New insights and perspectives on the natural gradient method" (2020), section 5.
 """
 
@@ -18,27 +18,28 @@ from .divergence import EDGE, confidence, scale
 from .images import Picture
 from .network import Layer, Outputs, outputs
 
-#: 1 - IoU grows with the shift of a box, its stand-in with the square: both agree at one per cent.
+#: 1 - IoU grows linearly with a box's shift, its approximation with the square: equal at one per
+#: cent.
 BOX_WEIGHT = 100.0
 
-#: Boxes count as at least this many pixels wide.
+#: Smaller boxes count as this many pixels wide.
 LEAST_SIDE = 4.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on the calibration images, by layer path.
+    """Measurements on the calibration images, by layer path.
 
     Attributes:
         curvature: Second derivatives of the detection error, shaped as the weight.
-        inputs: (channels,) mean input; absent for a layer that inference never calls.
+        inputs: (channels,) mean input; absent for a layer that inference does not use.
     """
 
     curvature: dict[str, np.ndarray]
     inputs: dict[str, np.ndarray]
 
     def unused(self, path: str) -> bool:
-        """Whether a layer has no say in any detection: only training uses it."""
+        """Whether a layer affects no detection, because only training uses it."""
         return path not in self.inputs
 
 
@@ -54,10 +55,10 @@ def measure(
 
     Args:
         model: An exposed network.
-        found: Its layers, those out of reach included.
+        found: Its layers, including those that inference does not use.
         pictures: Calibration images.
         draws: Random gradients for each image.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     modules = {layer.path: layer.module for layer in found}
     weights = {path: module.weight for path, module in modules.items()}
@@ -75,7 +76,7 @@ def measure(
         for index, picture in enumerate(pictures):
             for draw in range(draws):
                 slopes = gradient(weights, picture.pixels, keys[index * draws + draw])
-                # Half, as in the second term of Taylor's series.
+                # Half, from the second-order term of the Taylor series.
                 squares = {p: s + mx.square(slopes[p]) / (2 * count) for p, s in squares.items()}
                 mx.eval(squares)
     finally:

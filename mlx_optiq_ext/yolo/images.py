@@ -1,4 +1,4 @@
-"""Images from a folder, fitted into the network's input."""
+"""Reads images from a folder and fits them into the network's input."""
 
 import importlib
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from ..errors import InputError, UnsupportedError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
-#: The coarsest level of the network sees blocks of this many pixels.
+#: Stride of the network's coarsest level, in pixels.
 STRIDE = 32
 
-#: What pads an image, as in training.
+#: Padding value, as in training.
 GREY = (114, 114, 114)
 
 
@@ -58,7 +58,7 @@ def pillow() -> Any:
     """Pillow's Image module.
 
     Raises:
-        UnsupportedError: It is not installed.
+        UnsupportedError: Pillow is not installed.
     """
     try:
         return importlib.import_module("PIL.Image")
@@ -70,7 +70,7 @@ def find(folder: str | Path) -> list[Path]:
     """The image files of a folder, by name.
 
     Raises:
-        InputError: It is no folder, or holds no image.
+        InputError: The path is not a folder, or the folder has no image.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -95,7 +95,7 @@ def load(paths: list[Path], size: int = 640) -> tuple[list[Picture], list[str]]:
         The images that could be read, and a line for each that could not.
 
     Raises:
-        InputError: None could be read, or ``size`` is no positive multiple of 32.
+        InputError: No image could be read, or ``size`` is not a positive multiple of 32.
     """
     if size <= 0 or size % STRIDE:
         raise InputError(f"an image size of {size} is not a positive multiple of {STRIDE}")
@@ -103,7 +103,7 @@ def load(paths: list[Path], size: int = 640) -> tuple[list[Picture], list[str]]:
     for path in paths:
         try:
             found.append(fit(path, size))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises on damaged files
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for damaged files
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             skipped.append(f"{path} is skipped, it cannot be read as an image: {reason}")
     if not found:
@@ -126,7 +126,7 @@ def fit(path: Path, size: int) -> Picture:
     if min(scaled) < 1:
         raise ValueError(f"{width} x {height} pixels are too narrow")
     pads = [-length % STRIDE / 2 for length in scaled]
-    # Half a pixel too many goes to the right and to the bottom.
+    # An odd pixel goes to the right and to the bottom.
     before = [round(pad - 0.1) for pad in pads]
     after = [round(pad + 0.1) for pad in pads]
     sides = [s + b + a for s, b, a in zip(scaled, before, after, strict=True)]

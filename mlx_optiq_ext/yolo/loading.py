@@ -1,4 +1,4 @@
-"""Loads what the pipeline wrote, for any number of classes and with their names."""
+"""Loads an output of the pipeline, with any number of classes and their names."""
 
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,14 @@ from .reading.torch_file import class_names
 def load(path: str | Path) -> Any:
     """A ``yolo26mlx.YOLO`` with these weights; every tensor is checked.
 
-    yolo-mlx itself loads the ``.npz`` file of a network with its usual number of classes too. It
-    ignores what it does not know and does not notice what is missing.
+    yolo-mlx itself also loads the ``.npz`` file, if the network has the usual number of classes. It
+    ignores unknown tensors and does not notice missing ones.
 
     Args:
         path: An output folder of ``run_yolo_pipeline``, or any YOLO26 checkpoint.
 
     Raises:
-        InputError: Missing, damaged, or not a whole YOLO26.
+        InputError: The file is missing, damaged, or not a complete YOLO26.
     """
     path = Path(path)
     names = None

@@ -1,6 +1,6 @@
-"""YOLO26 as yolo-mlx builds it: its convolutions, its outputs before selection, its detections.
+"""YOLO26 as yolo-mlx builds it: convolutions, outputs before selection, and detections.
 
-yolo-mlx is AGPL: it is imported where it is installed, and nothing of it stands here.
+yolo-mlx is AGPL: it is imported if it is installed, and none of its code is copied here.
 """
 
 import importlib
@@ -26,8 +26,8 @@ class Layer:
     Attributes:
         path: Its path in the network, as yolo-mlx names it.
         module: The module.
-        norm: The batch normalization behind it, or None.
-        norm_path: The path of that.
+        norm: The batch normalization after it, or None.
+        norm_path: Path of the batch normalization.
         transposed: Whether it is a transposed convolution.
     """
 
@@ -40,7 +40,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the one-to-one head says at every anchor, before any selection.
+    """Outputs of the one-to-one head at every anchor, before any selection.
 
     Attributes:
         boxes: (anchors, 4) centre x, centre y, width, height in pixels.
@@ -55,7 +55,7 @@ class Outputs:
     masks: mx.array | None
 
     def arrays(self) -> list[mx.array]:
-        """Every array, to be evaluated."""
+        """All arrays, for evaluation."""
         return [self.boxes, self.scores, self.extra, *([] if self.masks is None else [self.masks])]
 
 
@@ -63,7 +63,7 @@ def library() -> Any:
     """The yolo-mlx package.
 
     Raises:
-        UnsupportedError: It is not installed, or does not import here.
+        UnsupportedError: yolo-mlx is not installed, or cannot be imported.
     """
     try:
         importlib.import_module("yolo26mlx.nn.tasks")
@@ -144,10 +144,10 @@ def _order(path: str) -> list[tuple[bool, int, str]]:
 
 
 def expose(model: Any) -> None:
-    """Let the network return its one-to-one outputs at every anchor, and gradients pass.
+    """Make the network return its one-to-one outputs at every anchor, with gradients.
 
-    It selects the best detections otherwise, and stops gradients before the one-to-one branches.
-    The training branches give way, so their parameters are out of reach afterwards.
+    Without this it selects the best detections, and stops gradients before the one-to-one branches.
+    The training branches are removed, so their parameters are not accessible afterwards.
     """
     head = model.model.layers[-1]
     for name in [name for name in head if name.startswith("one2one_")]:

@@ -1,4 +1,4 @@
-"""From a YOLO26 checkpoint to a smaller file that yolo-mlx loads as it is."""
+"""Converts a YOLO26 checkpoint to a smaller file that yolo-mlx loads unchanged."""
 
 import sys
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from .network import Layer
 from .reading.checkpoint import Architecture, Checkpoint, read
 from .steps import DetectionPlan, Detector
 
-#: More images than this add time and little else.
+#: More images than this take time without a benefit.
 MOST_IMAGES = 32
 
 METADATA = "optiq_metadata.json"
@@ -25,7 +25,7 @@ METADATA = "optiq_metadata.json"
 
 @dataclass(frozen=True)
 class Result:
-    """What a conversion wrote.
+    """The result of a conversion.
 
     Attributes:
         path: The weights, for ``yolo26mlx.YOLO(path)`` or ``mlx_optiq_ext.yolo.load``.
@@ -100,7 +100,7 @@ def run_yolo_pipeline(
 
 
 def check(source: Path, out: Path, calibration: str | Path, budget: float) -> None:
-    """Refuse what cannot work before anything is read."""
+    """Refuse unusable arguments before anything is read."""
     if not source.is_file():
         raise InputError(f"{source} is not a file: give a YOLO26 checkpoint, such as yolo26n.pt")
     if out.exists():
@@ -111,7 +111,7 @@ def check(source: Path, out: Path, calibration: str | Path, budget: float) -> No
 
 
 def split(pictures: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Images to calibrate on and to judge on: every fourth judges, a single one does both."""
+    """Split images for calibration and judging: every fourth is held out; one alone does both."""
     judging = pictures[3::4] or pictures[-1:]
     calibrating = [p for p in pictures if all(p is not q for q in judging)]
     return calibrating or pictures, judging
@@ -126,7 +126,7 @@ def study(
     """Measure a network.
 
     Returns:
-        What to plan on, and the network, exposed.
+        The input for planning, and the exposed network.
     """
     model = network.load(checkpoint)
     arrays = {name: np.array(a) for name, a in network.parameters(model).items()}

@@ -1,4 +1,4 @@
-"""Chooses each layer's step so that the file fits its budget and the detections stay."""
+"""Chooses each layer's step for the least detection error within the file's budget."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,10 @@ from .images import Picture
 from .network import Layer, Outputs, outputs
 from .reading.naming import canonical, ultralytics
 
-#: Steps to choose from, over the spread of a layer's weight.
+#: Steps to choose from, relative to the spread of a layer's weight.
 FACTORS = tuple(math.exp(exponent / 4) for exponent in range(-20, 5))
 
-#: A protected layer's codes reach at least this far, as 8-bit ones do.
+#: Least range of a protected layer's codes, that of 8 bits.
 PROTECTED_LEVELS = 127
 
 Arrays = dict[str, np.ndarray]
@@ -29,18 +29,18 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for one layer.
+    """The choice for one layer.
 
     Attributes:
-        factor: Its step over the spread of its weight; 0 where only zeros are stored, because
-            no detection depends on it.
-        bits: Stored bits per weight, those of its normalization and of the file's headers included.
-        cost: The expected detection error that its rounding adds.
+        factor: Step relative to the spread of the weight; 0 if only zeros are stored, because no
+            detection depends on the layer.
+        bits: Stored bits per weight, including normalization and file headers.
+        error: Expected detection error that its rounding adds.
     """
 
     factor: float
     bits: float
-    cost: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class DetectionPlan:
     """Every layer's choice.
 
     Attributes:
-        rule: How channels share a layer's step.
+        rule: Rule by which channels share a layer's step.
         choices: Layer path -> choice.
         file_bytes: Size of the file.
-        parameters: What the bits are counted over.
+        parameters: Number of parameters that the bits are counted over.
         error: Detection error on the images kept for judging, or None before judging.
     """
 
@@ -69,12 +69,12 @@ class DetectionPlan:
 
 @dataclass(frozen=True)
 class Detector:
-    """What is planned on.
+    """The input of planning.
 
     Attributes:
-        layers: Every layer, those that only training uses included.
+        layers: Every layer, including those that only training uses.
         arrays: All parameters of the network by name, float32.
-        measured: How sensitive detections are to their errors.
+        measured: Sensitivity of detections to errors of the layers.
         protected: Paths of layers that keep at least 8 bits' steps.
     """
 
@@ -115,10 +115,10 @@ def plan(detector: Detector, budget: float, rule: str) -> tuple[DetectionPlan, A
         InputError: A weight or a sensitivity is no finite number; the message names the layer.
     """
     _check_finite(detector)
-    costs, sizes, factors = [], [], []
+    errors, sizes, factors = [], [], []
     for layer in detector.layers:
         rows = _candidates(detector, layer, rule)
-        costs.append([row[1] for row in rows])
+        errors.append([row[1] for row in rows])
         sizes.append([row[2] for row in rows])
         factors.append([row[0] for row in rows])
     rest = {name: _small(array) for name, array in _others(detector).items()}
@@ -131,14 +131,14 @@ def plan(detector: Detector, budget: float, rule: str) -> tuple[DetectionPlan, A
             f"file takes {least * 8 / detector.parameters:.2f}"
         )
     names = [layer.path for layer in detector.layers]
-    picks = allocate(costs, sizes, capacity, names=names)
+    picks = allocate(errors, sizes, capacity, names=names)
     stored, choices = dict(rest), {}
-    for layer, pick, cost, size, factor in zip(
-        detector.layers, picks, costs, sizes, factors, strict=True
+    for layer, pick, error, size, factor in zip(
+        detector.layers, picks, errors, sizes, factors, strict=True
     ):
         stored |= _storing(detector, layer, rule)(factor[pick])[0]
         elements = detector.arrays[f"{layer.path}.weight"].size
-        choices[layer.path] = Choice(factor[pick], size[pick] * 8 / elements, cost[pick])
+        choices[layer.path] = Choice(factor[pick], size[pick] * 8 / elements, error[pick])
     total = fixed + sum(size[pick] for size, pick in zip(sizes, picks, strict=True))
     return DetectionPlan(rule, choices, total, detector.parameters), stored
 
@@ -156,7 +156,7 @@ def _check_finite(detector: Detector) -> None:
 
 
 def _candidates(detector: Detector, layer: Layer, rule: str) -> list[tuple[float, float, int]]:
-    """(factor, cost, bytes) of each way to store a layer."""
+    """(factor, expected detection error, bytes) of each way to store a layer."""
     if detector.measured.unused(layer.path):
         options: Sequence[float] = (0.0,)
     elif layer.path in detector.protected:
@@ -185,11 +185,11 @@ def _protecting_factor(detector: Detector, layer: Layer, rule: str) -> float:
 
 
 def _storing(detector: Detector, layer: Layer, rule: str) -> Callable[[float], Any]:
-    """What gives a layer's arrays as stored, and its rounding error, for a factor."""
+    """A function from a factor to a layer's stored arrays and its rounding error."""
     own = detector.own(layer)
     weight = own[f"{layer.path}.weight"]
     if detector.measured.unused(layer.path):
-        # Ones keep a variance a variance.
+        # Ones, because a variance must stay positive.
         blank = {
             name: np.full(a.shape, name.endswith("running_var"), np.int8) for name, a in own.items()
         }
@@ -246,7 +246,7 @@ def best(
     model: Any,
     references: Sequence[tuple[Picture, Outputs]],
 ) -> tuple[DetectionPlan, Arrays]:
-    """DetectionPlan by every rule and keep the plan that judges best."""
+    """Plan with every rule, and return the plan with the least judged error."""
     found = []
     for rule in RULES:
         candidate, stored = plan(detector, budget, rule)

@@ -64,10 +64,8 @@ def test_two_hundred_answers_are_scored_as_lm_eval_scores_them(tiny, tmp_path, s
     found = word_problems.answers(
         evaluation.subject(str(tiny)),
         config,
-        shots=0,
-        chat_template=False,
-        progress=False,
-        generate=answer,
+        evaluation.Settings(shots=0, chat_template=False, progress=False),
+        answer,
     )
     assert len(prompts) == 200
     (metric,) = config["metric_list"]

@@ -27,7 +27,7 @@ QUIET = evaluation.Settings(progress=False)
 
 
 def log_probs(folder, tokens) -> np.ndarray:
-    """Log-probabilities of whole windows in float64, from logits in float32."""
+    """Log-probabilities of whole sequences in float64, from logits in float32."""
     model: Any = mlx_lm.load(str(folder))[0]
     model.update(tree_map(lambda a: a.astype(mx.float32) if a.dtype == mx.bfloat16 else a,
                           model.parameters()))  # fmt: skip
@@ -73,7 +73,7 @@ def test_figures_are_those_of_float64(tiny, packed, tokens):
     assert found["perplexity"] == pytest.approx(math.exp(-own.mean()), rel=1e-5)
 
 
-def test_long_windows_go_through_the_cache_in_pieces(tiny, packed, tokens, monkeypatch):
+def test_long_sequences_go_through_the_cache_in_pieces(tiny, packed, tokens, monkeypatch):
     model, reference = (evaluation.subject(str(path)) for path in (packed, tiny))
     whole = token_divergence.compare(model, reference, tokens[:2], progress=False)
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(packed.parent / "another-cache"))
@@ -97,7 +97,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
     real, judged = Journal.put_arrays, []
 
     def interrupted(journal, name, **arrays):
-        if name.startswith("window"):
+        if name.startswith("sequence"):
             judged.append(1)
             if len(judged) == 3:
                 raise KeyboardInterrupt

@@ -11,12 +11,12 @@ from mlx_optiq_ext.evaluation.report import Figures, Report
 from mlx_optiq_ext.evaluation.statistics import clustered_error, mcnemar, proportion_error
 
 
-def test_errors_over_windows():
+def test_errors_over_sequences():
     rng = np.random.default_rng(0)
     alone = [rng.normal(size=50) for _ in range(40)]
     every = np.concatenate(alone)
     assert clustered_error(alone) == pytest.approx(every.std() / math.sqrt(len(every)), rel=0.3)
-    # What is the same within a window counts once a window.
+    # Equal values of one sequence count once.
     together = [np.full(50, value) for value in rng.normal(size=40)]
     expected = np.std([w[0] for w in together], ddof=1) / math.sqrt(40)
     assert clustered_error(together) == pytest.approx(expected)
@@ -66,7 +66,7 @@ def test_a_report_is_a_table_and_json(tmp_path):
         "a": {"mean": 0.012345, "file_bytes": 1234567.0},
         "b": {"p": float("nan")},
     }
-    report = Report("kl", "text.txt", {"windows": 2}, columns, ("A note.",), {"mlx": "1"})
+    report = Report("kl", "text.txt", {"sequences": 2}, columns, ("A note.",), {"mlx": "1"})
     table, data = report.write(tmp_path / "new", "name")
     assert "| mean | 0.01235 |  |" in table.read_text()
     assert "| file bytes | 1 234 567 |" in table.read_text()

@@ -59,7 +59,7 @@ BAD = {
     "bits in words": (json.dumps([{**ENTRY, "bits": "8"}]), "entry 0: bits '8' is none of"),
     "group 48": (json.dumps([{**ENTRY, "group_size": 48}]), "group_size 48 is none of 32, 64, 128"),
     "negative group": (json.dumps([{**ENTRY, "group_size": -64}]), "group_size -64 is none of"),
-    "nothing packed": (json.dumps([{**ENTRY, "bits": 16}]), "packs neither keys nor values"),
+    "nothing packed": (json.dumps([{**ENTRY, "bits": 16}]), "quantizes neither keys nor values"),
     "unknown key": (json.dumps([{**ENTRY, "bitz": 8}]), "entry 0 has unknown keys: bitz"),
     "a method of two": (json.dumps([{**ENTRY, "method": ["affine"]}]), "is not known"),
     "unknown method": (json.dumps([{**ENTRY, "method": "magic"}]), "method 'magic' is not known"),

@@ -1,1 +1,1 @@
-"""One file a stock command: its options, what is refused, what runs instead."""
+"""One file for each stock command: its options, its checks, and what runs instead of it."""

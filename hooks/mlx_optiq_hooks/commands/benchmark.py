@@ -1,4 +1,4 @@
-"""``mlx_lm.benchmark``: ``--optiq-kv``, and what a chip will do before any weight is loaded."""
+"""``mlx_lm.benchmark``: ``--optiq-kv``, and predicted speed without loading weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from . import kv
 
 @dataclass(frozen=True)
 class Options:
-    """What was given on the command line; None, or False, stands for what was not."""
+    """Options of the command line; None, or False, for those that were not given."""
 
     predict: str | None = None
     predict_plot: Path | None = None
@@ -44,7 +44,7 @@ def add_arguments(group):
 
 
 def check(command, parsed, args) -> Run | None:
-    """Refuse what cannot work; what runs in place of the benchmark, if anything."""
+    """Refuse unusable options; returns what runs in place of the benchmark, if anything."""
     from ..installation import gate
 
     kv.check(command, parsed, args)

@@ -1,4 +1,4 @@
-"""Which commands that run a model may have our options where ``mlx.launch`` started them."""
+"""Which commands accept our options when ``mlx.launch`` started several processes."""
 
 from mlx_optiq_ext.errors import UnsupportedError
 
@@ -12,7 +12,7 @@ def check(command: str) -> None:
     """Refuse a command that several processes cannot share.
 
     Raises:
-        UnsupportedError: Each would do all of it, or mlx-lm cannot split its model.
+        UnsupportedError: Each process would do all of the work, or mlx-lm cannot split the model.
     """
     from mlx_optiq_ext import distributed
 

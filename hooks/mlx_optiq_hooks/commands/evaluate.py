@@ -10,13 +10,13 @@ from ..engine.flags import Run
 from ..engine.options import given, read, spelled
 from . import kv
 
-#: Stock requires ``--tasks``; where ours is given it need not.
+#: Stock requires ``--tasks``; with ``--optiq-task`` it is not needed.
 REPLACED = {"tasks": "--optiq-task"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was given on the command line; None, or nothing, stands for what was not."""
+    """Options of the command line; None, or empty, for those that were not given."""
 
     task: str | None = None
     baseline: Sequence[str] = ()
@@ -58,7 +58,7 @@ def add_arguments(group):
 
 
 def check(command, parsed, args) -> Run | None:
-    """Refuse what cannot work; what runs in place of lm-eval, if anything."""
+    """Refuse unusable options; returns what runs in place of lm-eval, if anything."""
     from ..installation import gate
 
     kv.check(command, parsed, args)
@@ -108,7 +108,7 @@ def run(options: Options, args) -> None:
 
 
 def interrupted() -> str:
-    """What Ctrl-C leaves: finished items on disk, of our tasks."""
+    """What an interrupted evaluation leaves: finished items of our tasks on disk."""
     from mlx_optiq_ext import files
 
     return "; the same command goes on from here" if files.records_kept() else ""

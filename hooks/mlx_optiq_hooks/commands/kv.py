@@ -31,8 +31,8 @@ class Run:
     """State of a command that was given a KV plan.
 
     Attributes:
-        plan: What each layer gets.
-        mounted: Whether a model has it already. The first model that a command runs gets it.
+        plan: The precision of each layer's keys and values.
+        mounted: Whether a model has the plan already. The first model that a command runs gets it.
     """
 
     plan: "KVPlan"
@@ -50,7 +50,7 @@ def add_arguments(group):
 
 
 def check(command, parsed, args) -> None:
-    """Refuse a plan that cannot be used, and keep the one that can."""
+    """Refuse an unusable plan; keep a usable one for the running command."""
     from ..installation import attention_backends, gate, register_kv_formats
 
     options = read(Options, parsed)

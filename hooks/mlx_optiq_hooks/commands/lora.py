@@ -16,19 +16,19 @@ from ..engine.session import Session
 if TYPE_CHECKING:
     from mlx_optiq_ext.lora import Checkpoint, Request
 
-#: Options of a training.
+#: Options of a training run.
 TRAINING = ("rank_scaling", "init", "original", "no_compile")
-#: Options that read an adapter and end the command.
+#: Options that read an adapter instead of training one.
 READING = ("info", "export_peft")
-#: Where an adapter can start, besides mlx-lm's own start.
+#: Initializations besides mlx-lm's own.
 INITS = ("residual",)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was given on the command line or in the file; None, or False, stands for what was not.
+    """Options of the command line or the YAML file; None, or False, if they were not given.
 
-    Each is named as its option.
+    Each field is named after its option.
     """
 
     rank_scaling: str | None = None
@@ -40,7 +40,7 @@ class Options:
 
     @property
     def training(self) -> bool:
-        """Whether an option of a training was given."""
+        """Whether an option of a training run was given."""
         return any(name in TRAINING for name in given(self))
 
 
@@ -49,9 +49,9 @@ class Run:
     """State of a command that trains with our options.
 
     Attributes:
-        options: What was asked for.
-        request: The library's form of it, while a training runs.
-        checkpoint: How its adapter is saved, once the layers have their ranks.
+        options: The options that were given.
+        request: The options as the library takes them, while a training runs.
+        checkpoint: How the adapter is saved, once the layers have their ranks.
         saved: The last file that was saved.
     """
 
@@ -111,7 +111,7 @@ def add_arguments(group):
 
 
 def check(command, parsed, args) -> Instead | None:
-    """Refuse what cannot work; what runs in place of the training, if anything."""
+    """Refuse unusable options; returns what runs in place of the training, if anything."""
     from ..installation import gate
 
     gate().require("lora")
@@ -137,21 +137,21 @@ def show(folder: Path) -> None:
 
 
 def export(folder: Path) -> None:
-    """Write the form that an adapter does not have yet."""
+    """Write PEFT's form of an adapter, or mlx-lm's, whichever is missing."""
     from mlx_optiq_ext import lora
 
     print(lora.convert(folder))
 
 
 def start(running: Session, args: Any) -> None:
-    """Put the command line and the YAML file together, and keep what a training was asked for.
+    """Merge the command line and the YAML file, and keep the options for the training.
 
     Args:
         running: The session of the command.
-        args: The command's, complete. Our keys of the file are taken out.
+        args: All settings of the command. Our keys of the file are taken out.
 
     Raises:
-        OptiqError: It cannot be trained, or not all processes were asked the same.
+        OptiqError: An option is unusable, or the processes were given different ones.
     """
     from mlx_optiq_ext import distributed
 
@@ -177,10 +177,10 @@ def start(running: Session, args: Any) -> None:
 
 
 def check_stock(args: Any) -> None:
-    """Refuse files of a training with our options in one without them.
+    """Refuse a stock training that would continue from, or overwrite, ranks of our own.
 
     Args:
-        args: The command's; called from Python, some may be missing.
+        args: Settings of the command; called from Python, some may be missing.
     """
     resume, folder = (getattr(args, each, None) for each in ("resume_adapter_file", "adapter_path"))
     lora_kind = getattr(args, "fine_tune_type", "lora") in ("lora", "dora")
@@ -231,12 +231,12 @@ def _of_file(args: Any) -> Options:
 
 
 def _merged(file: Options, own: Options) -> Options:
-    """Options of the command line, and of the file where the command line has none."""
+    """Options of the file, replaced by those of the command line."""
     return replace(file, **{name: getattr(own, name) for name in given(own)})
 
 
 def _check_training(options: Options, args: Any) -> None:
-    """Refuse what cannot be trained."""
+    """Refuse options that a training cannot use."""
     from mlx_optiq_ext import distributed, lora
 
     if args.fine_tune_type not in ("lora", "dora"):
@@ -260,11 +260,11 @@ def _check_training(options: Options, args: Any) -> None:
 
 
 def request(options: Options, args: Any, training_data: Any) -> "Request":
-    """The library's form of the options.
+    """The options as the library takes them.
 
     Args:
-        options: Of the command line and the file.
-        args: The command's, complete.
+        options: Options of the command line and the file.
+        args: All settings of the command.
         training_data: mlx-lm's data set.
     """
     from mlx_optiq_ext import lora
@@ -282,7 +282,7 @@ def request(options: Options, args: Any, training_data: Any) -> "Request":
 
 
 def interrupted() -> str:
-    """What Ctrl-C leaves: checkpoints."""
+    """What an interrupted training leaves: checkpoints."""
     run = session.state(Run)
     if run is None or run.saved is None:
         return ": no checkpoint was written"

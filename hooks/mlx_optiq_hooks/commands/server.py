@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What was given on the command line; None, False or nothing stands for what was not."""
+    """Options of the command line; None, False or empty if they were not given."""
 
     adapter: Sequence[str] = ()
     max_adapters: int | None = None
@@ -72,7 +72,7 @@ def add_arguments(group):
 
 
 def check(command, parsed, args) -> None:
-    """Refuse what cannot work, and find the adapters."""
+    """Refuse unusable options, and find the adapters."""
     from mlx_optiq_ext import distributed
 
     kv.check(command, parsed, args)
@@ -108,7 +108,7 @@ def _check_adapters(options: Options, args) -> None:
 
 
 def _check_processes(options: Options, args) -> None:
-    """Refuse what works in one process only."""
+    """Refuse options that work in one process only."""
     if args.draft_model is not None:
         raise UnsupportedError("mlx-lm takes no --draft-model in several processes: leave it out")
     if args.adapter_path is not None:
@@ -118,18 +118,18 @@ def _check_processes(options: Options, args) -> None:
         )
     if options.allow_adapter_updates:
         raise UnsupportedError(
-            "--optiq-allow-adapter-updates works in one process only: in several every adapter "
-            "is named with --optiq-adapter when the server starts"
+            "--optiq-allow-adapter-updates works in one process only: name every adapter with "
+            "--optiq-adapter when the server starts"
         )
     if options.max_adapters is not None and options.max_adapters < len(options.adapter):
         raise UnsupportedError(
             f"--optiq-max-adapters {options.max_adapters} would mount adapters while the server "
-            "runs, which works in one process only: leave it out in several"
+            "runs, which works in one process only: leave it out"
         )
 
 
 def _keep_adapters(options: Options, base: str) -> None:
-    """Find the adapters; repositories are downloaded here, with the Hub's progress bar."""
+    """Find the adapters; repositories are downloaded here, before the server starts."""
     from mlx_optiq_ext import distributed
     from mlx_optiq_ext.adapters import Catalogue, read_offers
     from mlx_optiq_ext.lora.forms.location import digest
@@ -143,7 +143,7 @@ def _keep_adapters(options: Options, base: str) -> None:
 
 
 def _resolved(source: str) -> str | Path:
-    """What a plugin makes of an adapter's name."""
+    """The folder that a plugin gives for an adapter's name, or the name itself."""
     from ..installation import plugin_manager
 
     found = plugin_manager().hook.optiq_resolve_adapter(name=source)

@@ -1,11 +1,11 @@
-"""Which file of this folder adds what to which stock command."""
+"""The stock commands, and which file of this folder adds options to each."""
 
 from collections.abc import Mapping
 
 from ..engine.flags import Command
 from . import benchmark, convert, evaluate, kv, lora, server
 
-#: Of these --optiq-kv is the only option.
+#: For commands whose only option is --optiq-kv.
 _RUNS_A_MODEL = Command(kv.add_arguments, kv.check)
 
 COMMANDS: Mapping[str, Command] = {

@@ -26,7 +26,7 @@ Run: TypeAlias = Callable[[], None]
 
 
 def _nothing(*arguments: Any) -> None:
-    """For a command without options of ours."""
+    """Default of `Command`: adds no options and checks nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Command:
 
     Attributes:
         add_arguments: Adds our options to an argparse group.
-        check: ``(command, options, args)``, as the hook ``optiq_check_options``.
+        check: Called with ``(command, options, args)``, like the hook ``optiq_check_options``.
         replaced: Destination of a required stock option -> the option of ours that replaces it.
-        interrupted: What Ctrl-C leaves, in the words that follow "interrupted"; None if Ctrl-C is
-            stock's own affair.
+        interrupted: Gives the text that follows "interrupted" after Ctrl-C; None leaves Ctrl-C to
+            stock.
     """
 
     add_arguments: Callable[[Any], None] = _nothing
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
                 )
 
     def _relax(self, words) -> None:
-        """Do not require what an option on the command line replaces."""
+        """Make stock options optional where one of ours on the command line replaces them."""
         names = {str(word).partition("=")[0] for word in words}
         for action in self._actions:
             if self.optiq_replaced.get(action.dest) in names:
@@ -116,7 +116,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, rest
 
     def _refuse(self, error: OptiqError) -> NoReturn:
-        """End the command; only the process that tells an error prints it."""
+        """End the command; of several processes one prints the error."""
         from mlx_optiq_ext import distributed
 
         if distributed.told(error):
@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
         super().error(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """End the command as stock does, and once for all processes if they have our options."""
+        """End the command as stock does; with our options, in all processes with one message."""
         from mlx_optiq_ext import distributed
 
         if any(word.startswith("--optiq-") for word in sys.argv[1:]):
@@ -140,10 +140,10 @@ class Parser(argparse.ArgumentParser):
 def _checked(
     running: session.Session, options: SimpleNamespace, args: argparse.Namespace
 ) -> Run | None:
-    """Check the options in every process; what is to run in place of the command, if anything.
+    """Check the options in every process; returns what runs in place of the command, if anything.
 
     Raises:
-        OptiqError: One process refuses them, or not all were given the same.
+        OptiqError: One process refuses the options, or the processes were given different ones.
     """
     from mlx_optiq_ext import distributed
 
@@ -161,7 +161,7 @@ def check(command: str, options: SimpleNamespace, args: argparse.Namespace) -> R
         What is to run in place of the command, or None.
 
     Raises:
-        OptiqError: They cannot.
+        OptiqError: A plugin refuses the options.
     """
     from ..installation import plugin_manager
 
@@ -196,7 +196,7 @@ def _run(wrapped: Any, args: tuple, kwargs: dict) -> Any:
         run = raised.run
     from mlx_optiq_ext import distributed
 
-    # Outside the handler: errors of the run have no cause in how it was reached.
+    # Outside the handler, so that errors of the run do not name Instead as their cause.
     return distributed.led(run)
 
 

@@ -10,7 +10,7 @@ from mlx_optiq_ext.errors import UnsupportedError
 
 from .patch import Engine, Patch
 
-#: The capabilities that patches belong to. ``flags`` is ours alone, compat/ knows the others.
+#: The capabilities that patches belong to. compat/ knows all of them except ``flags``.
 FEATURES = (
     "flags",
     "weights",
@@ -27,15 +27,15 @@ FEATURES = (
     "plugins",
 )
 
-#: Feature -> features it cannot do without: packed caches are made where plugins make theirs.
+#: Feature -> features that it needs: packed caches are made where plugins make theirs.
 NEEDS = {
     "kv": ("plugins",),
     "kv_batched": ("kv", "plugins"),
     "adapters_batched": ("adapters",),
 }
 
-#: Feature -> features whose patches must work wherever mlx-lm carries them: rows of a batch would
-#: be given another request's adapter.
+#: Feature -> features whose patches must work too where mlx-lm supports them: otherwise rows of a
+#: batch would get another request's adapter.
 BESIDE = {"adapters": ("adapters_batched",)}
 
 
@@ -49,7 +49,7 @@ class State:
 
 @dataclass(frozen=True)
 class Gate:
-    """The verdict on one mlx-lm release beside one MLX, and what became of the patches.
+    """The verdict on an mlx-lm release with an MLX, and the state of the patches.
 
     Attributes:
         version: mlx-lm's version, or None if it is not installed.
@@ -57,7 +57,7 @@ class Gate:
         reason: A sentence that says why.
         states: Feature -> what the release allows.
         patches: Every patch.
-        engine: Gives the engine that applies those of the features that are on.
+        engine: Returns the engine that applies the patches of the features that are on.
     """
 
     version: str | None
@@ -78,7 +78,7 @@ class Gate:
         return self.states[feature]
 
     def checked(self, feature: str) -> State:
-        """As `state`, and mlx-lm's source compared with what is recorded of all that is used."""
+        """Like `state`, but also compares mlx-lm's source with the recorded signatures."""
         state = self.state(feature)
         if feature == "flags" or not state.on:
             return state
@@ -92,7 +92,7 @@ class Gate:
         return state
 
     def _wanted(self, feature: str) -> tuple[str, ...]:
-        """A feature and all that must be on for it."""
+        """A feature and all features that must be on for it."""
         beside = (each for each in BESIDE.get(feature, ()) if self.states[each].on)
         return (feature, *NEEDS.get(feature, ()), *beside)
 
@@ -126,7 +126,7 @@ class Gate:
             if feature in blocked:
                 states[feature] = State(False, f"{feature} is in MLX_OPTIQ_EXT_BLOCK: remove it")
             elif feature == "flags":
-                # The flags stay even where nothing else works: they carry the reason to the user.
+                # The flags stay even if nothing else works: they give the user the reason.
                 states[feature] = State(True, "options are parsed and refused if off")
             elif not (known := compat.feature(feature, version, mlx)).on:
                 states[feature] = State(False, known.reason)
@@ -153,7 +153,7 @@ def names(patches: Iterable[Patch], feature: str) -> tuple[str, ...]:
 
 @functools.cache
 def _differing(names: tuple[str, ...]) -> str | None:
-    """The first of these names that mlx-lm's source has not as any release recorded."""
+    """The first of these names whose source matches no recorded release, or None."""
     return next(iter(compat.matching(names)), None)
 
 

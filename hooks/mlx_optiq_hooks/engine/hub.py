@@ -1,4 +1,4 @@
-"""Errors of the Hugging Face Hub, whose tracebacks run over pages, in one sentence."""
+"""Turns errors of the Hugging Face Hub into one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ def named() -> Iterator[None]:
     """Turn an error of the Hub into ours, if the running command has options of ours.
 
     Raises:
-        InputError: In its place.
+        InputError: The Hub raised an error.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Changes how one module is loaded, where a patch after its import would come too late."""
+"""Changes how a module is loaded, for changes that must come before its import."""
 
 import importlib.abc
 import importlib.util
@@ -17,16 +17,16 @@ class Loader(importlib.abc.Loader):
         return getattr(self._real, name)
 
     def create_module(self, spec: Any) -> Any:
-        """As the real loader does."""
+        """Call the real loader."""
         return self._real.create_module(spec)
 
     def exec_module(self, module: Any) -> None:
-        """As the real loader does."""
+        """Call the real loader."""
         self._real.exec_module(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Hands out the real spec of one module with a loader of ours."""
+    """Finds one module, and replaces the loader in its spec by ours."""
 
     def __init__(self, module: str, loader: Callable[[Any], Loader]):
         self._module = module
@@ -47,6 +47,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def load_with(module: str, loader: Callable[[Any], Loader]) -> None:
-    """Load a module, when it is imported, with what ``loader`` makes of its real loader."""
+    """Wrap a module's loader when it is imported; ``loader`` takes the real one."""
     if module not in sys.modules:
         sys.meta_path.insert(0, _Finder(module, loader))

@@ -1,8 +1,8 @@
 """Ctrl-C in a command with our options: one line and exit status 130, at any moment.
 
-Python raises KeyboardInterrupt only between two of its own instructions, and whoever catches it
-may lose it. So a thread waits beside it: a second Ctrl-C ends the process at once, and so does the
-first one if it is not heeded.
+Python raises KeyboardInterrupt only between two of its own instructions, and the exception can get
+lost. So a thread listens too: a second Ctrl-C ends the process at once, and so does the first one
+if the command does not end in time.
 """
 
 import _thread
@@ -23,7 +23,7 @@ STATUS = 128 + signal.SIGINT
 #: Seconds in which a command has to end by itself.
 GRACE = 3.0
 
-#: As `_activation.end` says it.
+#: The words of `_activation.end`.
 NOTHING_DONE = "interrupted: nothing was done yet"
 
 
@@ -38,7 +38,7 @@ def requested() -> bool:
 
 
 def _watched() -> bool:
-    """Whether Ctrl-C is Python's to handle here: a background job ignores it."""
+    """Whether Python handles Ctrl-C here; a background job ignores it."""
     main = threading.current_thread() is threading.main_thread()
     return main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -49,7 +49,7 @@ def heeded(command: str, message: Callable[[], str | None], grace: float = GRACE
 
     Args:
         command: Name after ``mlx_lm.``.
-        message: What to say, or None if Ctrl-C is the command's own affair.
+        message: Gives the text to print, or None to leave Ctrl-C to the command.
         grace: Seconds that it has to end by itself.
 
     Raises:
@@ -77,7 +77,7 @@ def heeded(command: str, message: Callable[[], str | None], grace: float = GRACE
 
 
 class _Watch:
-    """A thread that hears of Ctrl-C while Python's main thread may not."""
+    """A thread that notices Ctrl-C even while Python's main thread is busy."""
 
     def __init__(self, command: str, message: Callable[[], str | None], grace: float):
         self._command, self._message, self._grace = command, message, grace
@@ -101,11 +101,11 @@ class _Watch:
         sys.unraisablehook = self._hook
         current = signal.set_wakeup_fd(self._before)
         if current != self._writer.fileno():
-            signal.set_wakeup_fd(current)  # of somebody who came later
+            signal.set_wakeup_fd(current)  # set by other code since then
         self._writer.close()
 
     def _unraisable(self, unraisable: Any) -> None:
-        """Raise anew what was raised where nothing can be raised, such as in a destructor."""
+        """Raise KeyboardInterrupt again if a destructor swallowed it."""
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             self._hook(unraisable)
             return
@@ -143,13 +143,13 @@ class _Watch:
 
 
 def _outlast(grace: float) -> None:
-    """End the process if other threads keep it from ending. Outside of a process's end: nothing."""
+    """End the process if other threads still run after its main thread has ended."""
     threading.main_thread().join()
     time.sleep(grace)
     os._exit(STATUS)
 
 
 def _say(command: str, message: str) -> None:
-    # Behind a progress bar that has no line's end yet.
+    # A progress bar may not have ended its line yet.
     start = "\n" if sys.stderr.isatty() else ""
     print(f"{start}mlx_lm.{command}: {message}", file=sys.stderr, flush=True)

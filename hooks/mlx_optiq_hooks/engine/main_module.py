@@ -54,7 +54,7 @@ def _in_file(arguments: list[str]) -> bool:
         file = parser.parse_known_args(arguments)[0].config
         return file is not None and bool(re.search(_KEY, Path(file).read_bytes()))
     except (argparse.ArgumentError, OSError, ValueError):
-        return False  # which mlx-lm says itself
+        return False  # mlx-lm reports it
 
 
 def redirect(commands: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Parsed options as one frozen dataclass a command."""
+"""Parsed options as frozen dataclasses, one for each command."""
 
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
@@ -9,12 +9,12 @@ Options = TypeVar("Options")
 
 
 def read(kind: type[Options], parsed: SimpleNamespace) -> Options:
-    """A command's options from what argparse made of them.
+    """Make a command's options from argparse's values.
 
     Args:
-        kind: A dataclass whose fields are named as the options are, without ``--optiq-``, and have
+        kind: A dataclass whose fields are named like the options, without ``--optiq-``, and have
             defaults.
-        parsed: None, or no attribute, where an option was not given.
+        parsed: Argparse's values; an option that was not given is None or absent.
     """
     values = {each.name: getattr(parsed, each.name, None) for each in fields(kind)}  # pyright: ignore[reportArgumentType]
     return kind(**{name: value for name, value in values.items() if value is not None})

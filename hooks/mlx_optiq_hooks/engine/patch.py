@@ -24,9 +24,9 @@ class Patch:
         why: One line for the reader of ``status()``.
         upstream: The issue or PR that would make it unnecessary, or ``"none: <reason>"``.
         wrapper: ``(wrapped, instance, args, kwargs)``, for a function or method.
-        replace: Maps the original to its stand-in, for anything that is not called.
-        uses: What else of mlx-lm the patch, or the library behind it, relies on, private or
-            unstated: names as `mlx_optiq_compat.source` records them for each release.
+        replace: Maps the original to its replacement, for a target that is not called.
+        uses: Other names of mlx-lm, private or undocumented, that the patch or the library behind
+            it relies on, as `mlx_optiq_compat.source` records them for each release.
     """
 
     target: str
@@ -93,13 +93,13 @@ class Engine:
             wrapt.register_post_import_hook(self._on_import, module)
 
     def undo(self) -> None:
-        """Put every original back where our stand-in still is, and disable the rest."""
+        """Restore every original whose replacement is still in place, and disable the others."""
         with self._lock:
             self._enabled = False
             self._undo(list(self._applied.values()))
 
     def live(self, patch: Patch) -> bool | None:
-        """Whether consumers call our stand-in; None while the target's module is not loaded."""
+        """Whether callers reach our replacement; None while the target's module is not loaded."""
         module = sys.modules.get(patch.module)
         if module is None:
             return None
@@ -107,7 +107,7 @@ class Engine:
         if applied is None or _aliases(applied.original):
             return False
         try:
-            # Looked up anew: a reload puts other classes in place of the patched ones.
+            # Looked up again: a reload replaces the patched classes.
             parent = _parent(module, patch)
         except AttributeError:
             return False
@@ -144,13 +144,13 @@ class Engine:
         for module in dict.fromkeys(p.module for p in self.patches if p.feature in wanted):
             try:
                 importlib.import_module(module)
-            # An MLX that does not fit shows as an AttributeError somewhere in mlx-lm.
+            # An unsuitable MLX shows as an AttributeError somewhere in mlx-lm.
             except (Exception, SystemExit) as error:
                 failed[module] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return failed
 
     def _on_import(self, module: ModuleType) -> None:
-        # Whatever goes wrong here must not break the import that is going on.
+        # An error here must not break the running import.
         with self._lock:
             if not self._enabled:
                 return
@@ -167,7 +167,7 @@ class Engine:
     def _apply(self, patch: Patch, module: ModuleType) -> None:
         parent, name = _parent(module, patch), patch.attribute.rpartition(".")[2]
         own = name in vars(parent)
-        # vars() keeps staticmethod and classmethod objects, which wrapt needs to bind rightly.
+        # vars() keeps staticmethod and classmethod objects, which wrapt needs for correct binding.
         original = vars(parent)[name] if own else getattr(parent, name)
         switch = {"on": True}
         if patch.replace is not None:
@@ -191,7 +191,7 @@ class Engine:
         # Features may wrap the same attribute; the one on top goes first.
         for entry in reversed(list(entries)):
             entry.switch["on"] = False
-            # Another tool may sit on top by now; then leave it, ours is disabled underneath.
+            # Another tool may have wrapped ours: its wrapper stays, ours below it is disabled.
             if vars(entry.parent).get(entry.name) is entry.stand_in:
                 if entry.own:
                     setattr(entry.parent, entry.name, entry.original)
@@ -228,14 +228,14 @@ def _aliases(value: Any) -> list[tuple[ModuleType, str]]:
 
 
 def _leads_to(value: Any, stand_in: Any) -> bool:
-    """Whether a value is our stand-in, maybe below another tool's wrapper."""
+    """Whether a value is our replacement, possibly below another tool's wrapper."""
     while value is not None and value is not stand_in:
         value = getattr(value, "__wrapped__", None)
     return value is not None
 
 
 def _importers(module: str, name: str) -> list[tuple[ModuleType, str]]:
-    """Loaded mlx_lm modules that took a name of another one at their top, and what they call it."""
+    """Loaded mlx_lm modules that import a name at their top level, and what they call it."""
     return [
         (holder, alias)
         for holder_name, holder in list(sys.modules.items())

@@ -1,4 +1,4 @@
-"""The stock command that runs: what it was asked for, and what its wrappers keep for each other."""
+"""The stock command that runs: its options, and the state that its wrappers share."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ class Session:
         command: Name after ``mlx_lm.``.
         options: Parsed ``--optiq-*`` values without their prefix, ours and the plugins'; None if
             none was given.
-        facts: What every process of ``mlx.launch`` must have alike, by its name in the message.
+        facts: What must be equal in every process of ``mlx.launch``: name in messages -> value.
         failure: An error of another thread that ends the command.
     """
 
@@ -30,7 +30,7 @@ class Session:
     _states: dict[type, Any] = field(default_factory=dict)
 
     def keep(self, state: object) -> None:
-        """Keep the run state of one feature, of which there is one of each type."""
+        """Keep the state of one feature; there is one state of each type."""
         self._states[type(state)] = state
 
     def state(self, kind: type[State]) -> State | None:

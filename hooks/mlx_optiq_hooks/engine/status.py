@@ -12,8 +12,7 @@ def lines(load: bool, verbose: bool) -> list[str]:
     """Verdict, features, plugins.
 
     Args:
-        load: Whether to import every patched module that imports here, so that its patches can be
-            proved live.
+        load: Whether to import every patched module first, so that its patches can be checked.
         verbose: Whether to give each feature's reason and each patch.
     """
     from ..installation import gate, patch_engine, plugin_manager
@@ -59,7 +58,7 @@ def _each(states: dict[str, State]) -> Iterable[str]:
 
 
 def _grouped(states: dict[str, State]) -> Iterable[str]:
-    """The features that are on, and under each reason those that it keeps off."""
+    """The features that are on; then each reason with the features that are off for it."""
     on = [name for name, state in states.items() if state.on]
     yield f"features: {', '.join(on) or 'none'}"
     off: dict[str, list[str]] = {}

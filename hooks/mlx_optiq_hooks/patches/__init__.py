@@ -1,1 +1,1 @@
-"""Patches of mlx-lm, one file a target module, in the shape of its own tree."""
+"""Patches of mlx-lm, one file for each target module, laid out like mlx-lm's own tree."""

@@ -1,6 +1,6 @@
 """``mlx_lm.evaluate``: can be imported without lm-eval, which our own tasks may not need.
 
-Small stand-ins take lm-eval's place while that module is imported, and only for a command line with
+Stub modules replace lm-eval while that module is imported, and only for a command line with
 ``--optiq-task``. Afterwards the real lm-eval can be imported if it is installed.
 """
 
@@ -27,7 +27,7 @@ def install() -> None:
 
 
 class _Loader(imports.Loader):
-    """The real loader, with the stand-ins up while it runs the module."""
+    """The real loader; the stub modules are in place while it runs the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         with stand_ins():
@@ -36,7 +36,7 @@ class _Loader(imports.Loader):
 
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
-    """What ``mlx_lm.evaluate`` names of lm-eval at its top, in any supported release."""
+    """Stub modules for what ``mlx_lm.evaluate`` imports from lm-eval in any supported release."""
     made: dict[str, Any] = {
         name: ModuleType(name)
         for name in (
@@ -52,7 +52,7 @@ def stand_ins() -> Iterator[None]:
     made["lm_eval.api.registry"].register_model = lambda *names: lambda cls: cls
     made["lm_eval.models.huggingface"].HFLM = type("HFLM", (), {"tokenizer_name": None})
     made["lm_eval.models"].huggingface = made["lm_eval.models.huggingface"]
-    # A name that stands there as None must not be imported, and stays so.
+    # A module that is None in sys.modules blocks its import; it is put back.
     before = {name: sys.modules[name] for name in made if name in sys.modules}
     sys.modules.update(made)
     try:

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 _NAME = "_optiq_routes"
 
-#: The routes of the generator that runs, for its batches, which only know the uids of their rows.
+#: Routes of the running generator, for its batches: they only know the uids of their rows.
 _running: ContextVar["Routes | None"] = ContextVar("mlx_optiq_routes", default=None)
 
 
 def insert_segments(wrapped, instance, args, kwargs):
     uids = wrapped(*args, **kwargs)
     if "mlx_optiq_ext.adapters" not in sys.modules:
-        return uids  # unused: nothing is imported for it
+        return uids  # no adapters are in use: import nothing
     from mlx_optiq_ext.adapters import Routes, active, mounts_on
 
     mounts = mounts_on(instance.model)
@@ -72,55 +72,49 @@ def run_batch(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
 
 
-_UPSTREAM = "none: one adapter for a loaded model (server.py)"
-
 RESPONSE = ("finish_reason", "prompt_cache", "uid")
 
+
+def _patch(attribute: str, wrapper, why: str, *uses: str) -> Patch:
+    return Patch(
+        f"mlx_lm.generate:{attribute}",
+        feature="adapters_batched",
+        why=why,
+        upstream="none: one adapter for a loaded model (server.py)",
+        wrapper=wrapper,
+        uses=of("mlx_lm.generate", *uses),
+    )
+
+
 PATCHES = (
-    Patch(
-        "mlx_lm.generate:BatchGenerator.insert_segments",
-        feature="adapters_batched",
-        why="notes the adapter that is active while a row is inserted",
-        upstream=_UPSTREAM,
-        wrapper=insert_segments,
-        uses=of("mlx_lm.generate", "BatchGenerator.model"),
+    _patch(
+        "BatchGenerator.insert_segments",
+        insert_segments,
+        "notes the adapter that is active while a row is inserted",
+        "BatchGenerator.model",
     ),
-    Patch(
-        "mlx_lm.generate:BatchGenerator._next",
-        feature="adapters_batched",
-        why="tells the batches whose rows they hold, and lets adapters of finished rows go",
-        upstream=_UPSTREAM,
-        wrapper=advance,
-        uses=of("mlx_lm.generate", *(f"GenerationBatch.Response.{name}" for name in RESPONSE)),
+    _patch(
+        "BatchGenerator._next",
+        advance,
+        "gives the batches their routes, and releases the adapters of finished rows",
+        *(f"GenerationBatch.Response.{name}" for name in RESPONSE),
     ),
-    Patch(
-        "mlx_lm.generate:BatchGenerator.extract_cache",
-        feature="adapters_batched",
-        why="says which adapter a prompt cache was made with",
-        upstream=_UPSTREAM,
-        wrapper=extract_cache,
+    _patch(
+        "BatchGenerator.extract_cache",
+        extract_cache,
+        "marks a prompt cache with the adapter that made it",
     ),
-    Patch(
-        "mlx_lm.generate:BatchGenerator.remove",
-        feature="adapters_batched",
-        why="lets adapters of cancelled rows go",
-        upstream=_UPSTREAM,
-        wrapper=remove,
+    _patch("BatchGenerator.remove", remove, "releases the adapters of cancelled rows"),
+    _patch(
+        "PromptProcessingBatch.prompt",
+        run_batch,
+        "gives each prompt its adapter",
+        "PromptProcessingBatch.uids",
     ),
-    Patch(
-        "mlx_lm.generate:PromptProcessingBatch.prompt",
-        feature="adapters_batched",
-        why="gives each prompt its adapter",
-        upstream=_UPSTREAM,
-        wrapper=run_batch,
-        uses=of("mlx_lm.generate", "PromptProcessingBatch.uids"),
-    ),
-    Patch(
-        "mlx_lm.generate:GenerationBatch._step",
-        feature="adapters_batched",
-        why="gives each row its adapter, in the order of the batch's uids",
-        upstream=_UPSTREAM,
-        wrapper=run_batch,
-        uses=of("mlx_lm.generate", "GenerationBatch.uids"),
+    _patch(
+        "GenerationBatch._step",
+        run_batch,
+        "gives each row its adapter, in the order of the batch's uids",
+        "GenerationBatch.uids",
     ),
 )

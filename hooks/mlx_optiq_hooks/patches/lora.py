@@ -42,7 +42,7 @@ def train_model(wrapped, instance, args, kwargs):
     given = call["args"]
     lora.check_same_start(given.model, call["train_set"], call["valid_set"])
     run.request = command.request(run.options, given, call["train_set"])
-    # Copies: mlx-lm's defaults live on in its module, and our ranks must not leak into them.
+    # Copies, because mlx-lm's defaults are shared and our ranks must not change them.
     own = {"lora_parameters": dict(given.lora_parameters), "resume_adapter_file": None}
     call["args"] = SimpleNamespace(**{**vars(given), **own})
     layer = type(call["model"].layers[0])
@@ -50,7 +50,7 @@ def train_model(wrapped, instance, args, kwargs):
     try:
         return wrapped(**call)
     finally:
-        # Gradient checkpointing changes the class for good, and would again next time.
+        # Gradient checkpointing changes the class; without this it would be wrapped again.
         layer.__call__ = forward
         run.request = run.checkpoint = None
 
@@ -73,7 +73,7 @@ PATCHES = (
     Patch(
         "mlx_lm.lora:train_model",
         feature="lora",
-        why="says what the running training was asked for",
+        why="passes the options to the running training",
         upstream="none: one rank for all layers",
         wrapper=train_model,
         uses=of("mlx_lm.tuner.datasets", "CacheDataset.__getitem__", "CacheDataset.__len__"),

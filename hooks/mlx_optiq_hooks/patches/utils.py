@@ -35,7 +35,7 @@ def sharded_load(wrapped, instance, args, kwargs):
         folder = find_folder(call["repo"], ["*.json"])
         return utils.load_model(folder, lazy=True, strict=False, **options)[0]
 
-    # As mlx-lm decides: by heads if it is not told.
+    # mlx-lm splits by heads unless a group is given.
     group = call.get("tensor_group")
     if group is None and call.get("pipeline_group") is None and hasattr(model, "shard"):
         group = utils.mx.distributed.init()
@@ -103,7 +103,7 @@ def save_config(wrapped, instance, args, kwargs):
     )
 
 
-#: What tells which layers of a split model a process runs.
+#: Attributes that say which layers of a split model a process runs.
 PIPELINE = ("pipeline_rank", "pipeline_size", "start_idx", "end_idx")
 
 PATCHES = (

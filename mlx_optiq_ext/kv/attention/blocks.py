@@ -1,8 +1,8 @@
 """Attention on a CPU, in blocks of queries and tiles of tokens.
 
-MLX has no fused kernel there, and half precision is emulated: tiles are unpacked to float32, and
-never more scores exist than one block of queries needs. For so few queries that unpacking costs
-more than it saves, MLX's quantized products read packed data as it is.
+MLX has no fused kernel on a CPU, and half precision is emulated. So tiles are unpacked to float32,
+and only the scores of one block of queries are in memory. For few queries unpacking is slower than
+MLX's quantized products, which read packed data directly.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,9 @@ def attend(
         weights = probabilities(score(part), rows_of(mask, start, stop, length, tokens), sinks)
         outputs.append(weigh(weights).flatten(1, 2).astype(queries.dtype))
         if length > block:
-            mx.eval(outputs)  # else MLX sets memory aside for many blocks before it runs the first
+            mx.eval(
+                outputs
+            )  # otherwise MLX allocates memory for many blocks before it runs the first
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
 
 

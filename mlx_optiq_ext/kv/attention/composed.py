@@ -23,7 +23,7 @@ def attend(
 ) -> mx.array:
     """Attention in the stored basis; see `mlx_optiq_ext.kv.attend`.
 
-    The scores of all queries are held at once, so it is for few of them.
+    The scores of all queries are in memory at once, so this is for few queries.
     """
     batch, query_heads, length, _ = queries.shape
     heads, tokens = keys.shape[1:3]

@@ -11,10 +11,10 @@ from . import blocks, composed, fused, kernels
 
 #: ``(queries, keys, values, scale, mask, sinks) -> output``, all in the stored basis.
 Backend = Callable[..., mx.array]
-#: The same, or None for a call that it leaves to others.
+#: Like `Backend`, but returns None for a call that it leaves to others.
 Offered = Callable[..., mx.array | None]
 
-#: Queries up to this many are decoding (speculation included); more are a prompt's chunk.
+#: Up to this many queries count as decoding (with speculation); more are a chunk of a prompt.
 DECODING = 8
 
 
@@ -57,9 +57,10 @@ def attend(
         keys: (batch, heads, tokens, dim), packed or not.
         values: (batch, heads, tokens, value dim), packed or not.
         scale: Factor on the scores.
-        mask: ``"causal"``, or what broadcasts to (batch, query heads, length, tokens): bool with
-            True where to look, or added to the scores.
-        sinks: (query heads,), a logit a head that takes probability and gives nothing (gpt-oss).
+        mask: ``"causal"``, or an array that broadcasts to (batch, query heads, length, tokens):
+            bool, True where a query attends, or values to add to the scores.
+        sinks: (query heads,), one logit for each head that takes probability without a value
+            (gpt-oss).
         backends: Functions asked before the package's own; None from one means the next.
         platform: Where to attend; None for where MLX's default device is.
 
@@ -68,7 +69,7 @@ def attend(
     """
     if keys.shape[2] == 0:  # MLX's products divide by zero on packed data of no rows
         return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
-    # Rotating both sides of a product leaves it as it was.
+    # Rotating both sides of a product does not change it.
     if isinstance(keys, Packed):
         queries = keys.format.turn(queries)
     own = choose(platform or current(), queries, keys, values, mask)

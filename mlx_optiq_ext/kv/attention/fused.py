@@ -1,4 +1,4 @@
-"""One layer's keys and values unpacked for MLX's fused kernel, and dropped after it."""
+"""Attention with MLX's fused kernel, on one layer's keys and values unpacked for it."""
 
 import mlx.core as mx
 

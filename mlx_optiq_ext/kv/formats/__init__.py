@@ -1,4 +1,4 @@
-"""Formats of a KV cache: what they store, how plans name them, and what kernels read them.
+"""Formats of a KV cache: how they quantize, how plans name them, and which kernels read them.
 
 A format of your own takes one file::
 

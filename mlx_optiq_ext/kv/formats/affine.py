@@ -13,7 +13,7 @@ from ...turboquant.hadamard import rotatable, rotate, rotate_back
 from .affine_ranges import pack
 from .format import CodeLayout, Interleaving, Multiplying
 
-#: Widths and group sizes that MLX packs.
+#: Bits and group sizes of MLX's affine quantization.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 #: Group size of an entry of kv_config.json that names none.
@@ -32,8 +32,8 @@ class Affine(Interleaving, Multiplying):
         bits: Width of a code, one of `BITS`.
         group_size: Elements that share a scale and a bias, one of `GROUP_SIZES`; None for the
             largest of 64 and 32 that divides the head dimension.
-        rotated: Whether a Hadamard rotation spreads outliers over the head dimension before packing
-            (QuaRot, Ashkboos et al., arXiv 2404.00456).
+        rotated: Whether a Hadamard rotation spreads outliers over the head dimension before
+            quantization (QuaRot, Ashkboos et al., arXiv 2404.00456).
     """
 
     name: ClassVar[str] = "affine"
@@ -61,7 +61,7 @@ class Affine(Interleaving, Multiplying):
         return cls(bits, group, rotated)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields."""
+        """The fields of kv_config.json: ``bits``, ``group_size`` and ``rotated``."""
         return {"bits": self.bits, "group_size": self.group_size, "rotated": self.rotated}
 
     @cache  # noqa: B019 - formats and dimensions are few
@@ -96,7 +96,7 @@ class Affine(Interleaving, Multiplying):
         return pack(self.turn(array), self.bits, self.group_size or GROUP_SIZE)
 
     def unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
-        """Undo `pack`, but for the rotation."""
+        """Undo `pack`, except for the rotation."""
         codes, scales, biases = parts
         return mx.dequantize(
             codes,
@@ -117,7 +117,7 @@ class Affine(Interleaving, Multiplying):
     def join(self, parts: Sequence[mx.array]) -> mx.array:
         """Codes, scales and biases side by side, in uint32 words."""
         codes, *others = parts
-        if others[0].dtype.size < 4:  # only together do they surely fill words
+        if others[0].dtype.size < 4:  # each alone may not fill whole words
             others = [mx.concatenate(others, axis=-1)]
         return mx.concatenate([codes, *(part.view(mx.uint32) for part in others)], axis=-1)
 
@@ -131,7 +131,7 @@ class Affine(Interleaving, Multiplying):
         return words[..., :width], rest[..., :groups], rest[..., groups:]
 
     def tile(self, parts: Sequence[mx.array]) -> mx.array:
-        """What ``mx.dequantize`` gives in float32, in a third of its time on a CPU."""
+        """The same as ``mx.dequantize`` in float32, in a third of the time on a CPU."""
         if 32 % self.bits:
             return self.unpack(parts, mx.float32)
         codes, scales, biases = parts
@@ -152,11 +152,11 @@ class Affine(Interleaving, Multiplying):
         )
 
     def product_rows(self, *, transpose: bool) -> int:
-        """As measured for keys (with ``transpose``) and values."""
+        """The limit measured for keys (with ``transpose``) or values."""
         return (KEY_ROWS if transpose else VALUE_ROWS)[self.bits]
 
     def code_layout(self, dim: int) -> CodeLayout:
-        """Codes in groups."""
+        """Codes in groups with a scale and a bias."""
         return CodeLayout(dim, self.bits, self.group_size or GROUP_SIZE)
 
     def __str__(self) -> str:

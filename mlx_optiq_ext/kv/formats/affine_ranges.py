@@ -1,8 +1,8 @@
-"""Where a group's codes lie: over less than its range, and where least squares puts them.
+"""Scales and biases of affine groups with less error than MLX's, by clipping and least squares.
 
-MLX's affine quantization spans each group from its least to its largest element. With few codes,
-finer steps for most elements outweigh the error of clipping the largest. Compiled, so that a group
-is read a few times and not once for each operation.
+MLX's affine quantization spans each group from its smallest to its largest element. At few bits,
+finer steps for most elements outweigh the error of clipping the largest. The functions are
+compiled, so that a group is read a few times and not once for each operation.
 """
 
 import math
@@ -11,11 +11,11 @@ from functools import cache
 
 import mlx.core as mx
 
-#: Width -> share of a group's range that codes cover best, at a group size of 64; above 1 all.
+#: Bits -> best share of a group's range to cover, at a group size of 64; above 1 covers all.
 COVERED = {2: 0.65, 3: 0.85, 4: 0.95, 5: 1.05}
-#: How far around it to look, in even steps, and least-squares fits of scale and bias from each.
+#: Offsets around that share to start from, and least-squares fits from each start.
 AROUND, FITS = (-0.1, 0.0, 0.1), 2
-#: Positions up to this many are packed in the few steps that a decoded token has time for.
+#: Up to this many positions are only clipped, because a decoded token leaves little time.
 FEW = 8
 TINY = 1e-9
 
@@ -26,7 +26,7 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     """Pack the last axis as ``mx.quantize`` lays it out, with less error.
 
     Args:
-        array: (..., length, dim); a prompt's positions are searched, few ones are only clipped.
+        array: (..., length, dim); many positions (a prompt) are searched, few are only clipped.
         bits: Width of a code.
         group_size: Divides ``dim``.
 
@@ -48,10 +48,10 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
 
 
 def share_of(bits: int, group_size: int) -> float | None:
-    """Share of a group's range that codes cover best, above 1 all; None where it is not fitted."""
+    """Best share of a group's range to cover, above 1 all of it; None if it was not fitted."""
     if bits not in COVERED:
         return None
-    # A longer group has its extremes further out.
+    # Extremes of a longer group lie further out.
     return COVERED[bits] - 0.05 * math.log2(group_size / 64)
 
 
@@ -62,12 +62,12 @@ def _plain(array: mx.array, bits: int, group_size: int) -> Parts:
 
 @cache
 def _clip(share: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
-    """Groups (..., elements) without their ends and from zero on, and where that was."""
+    """Groups (..., elements) clipped and shifted to start at zero, and their offsets."""
 
     def clip(groups: mx.array) -> tuple[mx.array, mx.array]:
         low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
         cut = (high - low) * ((1 - share) / 2)
-        # MLX moves a range so that zero has a code; one that starts at zero stays as it is.
+        # MLX shifts a range so that zero has a code; a range that starts at zero is not shifted.
         return mx.clip(groups, low + cut, high - cut) - (low + cut), low + cut
 
     return mx.compile(clip, shapeless=True)
@@ -75,7 +75,7 @@ def _clip(share: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
 
 @cache
 def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Parts]:
-    """Codes of groups (..., elements) by the scale and bias, of a few starts, that explain most."""
+    """Codes of groups (..., elements), with the best scale and bias found from a few starts."""
     top = float(2**bits - 1)
     starts = sorted({min(share + step, 1.0) for step in AROUND})
 
@@ -91,15 +91,19 @@ def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Pa
         for _ in range(FITS):
             codes = mx.clip(mx.round((each - bias[..., None]) / scale[..., None]), 0, top)
             middle = codes.mean(axis=-1)
-            product = (codes * centred).sum(axis=-1)  # elements are centred, so codes need not be
+            product = (codes * centred).sum(
+                axis=-1
+            )  # elements are centred, so codes do not have to be
             square = mx.square(codes).sum(axis=-1) - group_size * mx.square(middle)
             square = mx.maximum(square, TINY)
             scale, explained = mx.maximum(product / square, TINY), mx.square(product) / square
             bias = mean - scale * middle
-        if len(starts) > 1:  # MLX before 0.31 mixes up shapes of a choice from one
+        if (
+            len(starts) > 1
+        ):  # MLX before 0.31 confuses shapes when it selects from an axis of size one
             best = mx.argmax(explained, axis=-1, keepdims=True)
             scale, bias = (mx.take_along_axis(found, best, axis=-1) for found in (scale, bias))
-        # Codes go by what is stored, not what was found.
+        # Codes are computed with the stored scale and bias.
         scale, bias = scale.astype(array.dtype), bias.astype(array.dtype)
         safe = mx.maximum(scale.astype(mx.float32), TINY)
         codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
@@ -109,7 +113,7 @@ def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Pa
 
 
 def _words(codes: mx.array, bits: int) -> mx.array:
-    """Codes (..., groups, elements) as one little-endian bit stream a row, in uint32 words."""
+    """Codes (..., groups, elements) as one little-endian bit stream per row, in uint32 words."""
     # Whole codes at once where they fill words, else bit by bit.
     step = 1 if 32 % bits else bits
     if step == 1:

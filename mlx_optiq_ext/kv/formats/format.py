@@ -1,4 +1,4 @@
-"""What every format of a KV cache answers."""
+"""The interface of every KV cache format."""
 
 import abc
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ class CodeLayout:
         dim: Head dimension.
         bits: Width of a code; codes follow each other without gaps, least significant bits first.
         group_size: Elements that share a scale and a bias; ``dim`` with a codebook.
-        levels: Magnitudes that a code without its sign bit stands for, times the vector's norm.
-            Empty where a code is a multiple of its group's scale, above its bias.
+        levels: Magnitude of each code without its sign bit, as a multiple of the vector's norm.
+            Empty if a code is a multiple of its group's scale plus its bias.
     """
 
     dim: int
@@ -29,10 +29,10 @@ class CodeLayout:
 class Format(abc.ABC):
     """How keys or values are stored.
 
-    A format is a frozen dataclass with a field ``bits``. Six methods are its own: `from_json`,
-    `to_json`, `fitted`, `bits_per_element`, `pack` and `unpack`. With these alone attention unpacks
-    one layer at a time. The others let faster kernels read the parts as they are. So do the
-    classes `Interleaving` and `Multiplying`, to inherit in place of this one.
+    A format is a frozen dataclass with a field ``bits``. It must implement six methods:
+    `from_json`, `to_json`, `fitted`, `bits_per_element`, `pack` and `unpack`. With only these,
+    attention unpacks one layer at a time. The others let faster kernels read the parts directly. So
+    do the classes `Interleaving` and `Multiplying`, which can be inherited in place of this one.
 
     Attributes:
         name: ``"method"`` in kv_config.json.
@@ -72,7 +72,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def fitted(self, dim: int) -> "Format":
-        """The same for a head dimension.
+        """This format, adapted to a head dimension.
 
         Raises:
             UnsupportedError: Vectors of ``dim`` elements cannot be packed.

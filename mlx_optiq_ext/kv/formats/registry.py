@@ -7,9 +7,9 @@ from ...errors import InputError
 from ...files import shown
 from .format import Format
 
-#: ``"method"`` of an entry that gives none: the published form of kv_config.json has no other.
+#: ``"method"`` of an entry without one: the published form of kv_config.json has only this.
 DEFAULT = "affine"
-#: Letters that a spec such as ``k8v4g32`` uses itself.
+#: Letters that have a meaning in a spec such as ``k8v4g32``.
 RESERVED = "gkv"
 
 _formats: dict[str, type[Format]] = {}

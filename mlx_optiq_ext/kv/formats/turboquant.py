@@ -19,7 +19,7 @@ class TurboQuant(Format):
 
     Attributes:
         bits: Width of a code, 1 to 4.
-        seed: Of the rotation.
+        seed: Seed of the rotation.
         dim: Head dimension; None until it is known.
     """
 
@@ -44,12 +44,12 @@ class TurboQuant(Format):
         return cls(bits, seed)
 
     def to_json(self) -> dict[str, Any]:
-        """Bits and seed."""
+        """The fields of kv_config.json: ``bits`` and ``seed``."""
         return {"bits": self.bits, "seed": self.seed}
 
     @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, dim: int) -> "TurboQuant":
-        """The same for vectors of ``dim``.
+        """This format for vectors of ``dim`` elements.
 
         Raises:
             UnsupportedError: ``dim`` is no multiple of 32.
@@ -78,7 +78,7 @@ class TurboQuant(Format):
         return quantizer.rotated(Encoded(codes, norms), dtype)
 
     def turn(self, array: mx.array) -> mx.array:
-        """Rotate (..., dim) as packed vectors are."""
+        """Rotate (..., dim) into the basis of packed vectors."""
         return Rotation(array.shape[-1], self.seed)(array)
 
     def turn_back(self, array: mx.array) -> mx.array:
@@ -90,7 +90,7 @@ class TurboQuant(Format):
         return dim * self.bits // 32, 1
 
     def code_layout(self, dim: int) -> CodeLayout:
-        """One group a vector, with a codebook."""
+        """One group for each vector, with a codebook."""
         return CodeLayout(dim, self.bits, dim, levels(dim, self.bits))
 
     def __str__(self) -> str:

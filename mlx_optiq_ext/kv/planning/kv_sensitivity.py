@@ -1,8 +1,9 @@
-"""How much each format of each layer's keys and values hurts the model.
+"""The sensitivity of the model to each format of each layer's keys and values.
 
-Each side of each layer is packed alone at one format, its anchor, and the KL divergence of the
-final logits measured over all positions of long sequences. The other formats follow by how much
-they change that layer's output, relative to the anchor: one layer is run for each, not the model.
+The keys or the values of each layer are quantized alone at one format, the anchor, and the KL
+divergence of the final logits is measured over all positions of long sequences. For the other
+formats it is scaled by how much they change that layer's output, relative to the anchor: this runs
+only one layer.
 """
 
 import hashlib
@@ -26,11 +27,11 @@ from ..layout import Slot, owners
 from ..plan import LayerFormat
 from .replay import Replay
 
-#: Width of the anchor: coarse enough to stand out of rounding noise.
+#: Bits of the anchor: few enough for an effect above rounding noise.
 ANCHOR = 3
-#: Width beyond which each bit is taken to quarter the error, as it does for a uniform quantizer.
+#: Bits beyond which each further bit is taken to quarter the error, as in a uniform quantizer.
 FINEST = 4
-#: Counted up when formats are measured in another way.
+#: Version of the measurements; raised when formats are measured in another way.
 VERSION = 2
 #: Under which a journal keeps that everything of a model is in it.
 COMPLETE = "complete"
@@ -41,7 +42,7 @@ Side = tuple[int, str]
 
 @dataclass(frozen=True)
 class KVSensitivity:
-    """What was measured of a model's keys and values.
+    """Measurements of a model's keys and values.
 
     Attributes:
         slots: Decoder layer -> the caches that it writes to, mostly one.
@@ -56,11 +57,11 @@ class KVSensitivity:
     held_out: list[Replay]
 
     def elements(self, side: Side) -> int:
-        """Numbers that one side holds at the measured length."""
+        """Elements of one side at the measured length."""
         return sum(math.prod(shape) for shape in self.shapes[side])
 
     def bits_per_element(self, choice: Mapping[Side, Format]) -> float:
-        """Stored bits over elements of a whole choice."""
+        """Stored bits per element of a whole choice."""
         total = sum(self.elements(side) for side in choice)
         return sum(self.elements(s) * f.bits_per_element for s, f in choice.items()) / total
 

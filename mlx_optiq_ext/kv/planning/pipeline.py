@@ -19,12 +19,12 @@ from ..plan import FILE, entries
 from .kv_sensitivity import COMPLETE, KVSensitivity, journal_of, measure
 from .plan_search import Found, search
 
-#: File beside the plan that holds what was measured.
+#: File beside the plan with the measurements.
 SENSITIVITY = "kv_sensitivity.json"
-#: Errors of a cache add up over long contexts: a few long sequences, every other one to judge
-#: plans on.
+#: Errors of a cache add up over long contexts, so a few long sequences are used; every other one
+#: is held out to judge plans.
 LONG = Sampling(length=2048, count=4, held_out_every=2)
-#: Tokens of a sequence that measure something at least.
+#: Tokens of the shortest useful sequence.
 SHORTEST = 16
 
 

@@ -21,14 +21,14 @@ SIDES = {"k": "keys", "v": "values"}
 
 @dataclass(frozen=True)
 class Found:
-    """A KV plan and what was measured of it.
+    """A KV plan and its measurements.
 
     Attributes:
         choice: Side of a layer -> its format.
         bits_per_element: Stored bits with scales and biases, over all numbers that the caches hold.
-        kl: Of the whole plan on held-out sequences, in nats per token.
-        name: Which of the plans that were tried it is.
-        tried: Name -> (bits per element, held-out KL) of all of them.
+        kl: KL of the whole plan on held-out sequences, in nats per token.
+        name: Name of this plan among those that were tried.
+        tried: Name -> (bits per element, held-out KL) of every plan that was tried.
         uniform: Name, bits per element and KL of the best uniform plan that fits, if one does.
     """
 
@@ -102,7 +102,7 @@ def choose(
     """The formats of the least KL within a budget of stored bits per element.
 
     Args:
-        found: What was measured.
+        found: The measurements.
         budget: Stored bits per element, scales and biases included.
         allow: Which formats may be taken.
         alike: Whether keys and values of a layer must share one format.

@@ -1,4 +1,4 @@
-"""One sequence through a model, again and again, with one cache changed."""
+"""Runs one sequence through a model repeatedly, with one cache changed each time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from ..plan import LayerFormat
 
 @dataclass
 class _Call:
-    """What a decoder layer was called with and what it returned; ``slots`` are its caches."""
+    """The arguments and the result of a decoder layer's call; ``slots`` are its caches."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -36,7 +36,7 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, tokens: mx.array, found: Mapping[Slot, int] | None = None):
-        """Run ``tokens`` (1, length) and keep what each decoder layer took and gave."""
+        """Run ``tokens`` (1, length) and record each decoder layer's arguments and result."""
         self.model, self.tokens = model, tokens
         self.owners = dict(owners(model) if found is None else found)
         self._calls: list[_Call] = []
@@ -61,7 +61,7 @@ class Replay:
 
     @cached_property
     def _readers(self) -> bool:
-        """Whether a layer looks into a cache that another one writes to."""
+        """Whether a layer reads a cache that another layer writes to."""
         written = {slot[0]: layer for slot, layer in self.owners.items()}
         return any(
             written.get(number, call.index) != call.index
@@ -104,7 +104,7 @@ class Replay:
                 continue
             args, kwargs = self._swapped(call, caches)
             output = decoder_layers(self.model)[call.index](*args, **kwargs)
-            # The hidden state comes first; what is shared behind it is not an output.
+            # The hidden state comes first; shared values after it are not an output.
             one, other = _arrays(output)[0][1], _arrays(call.output)[0][1]
             total += float(mx.square(one.astype(mx.float32) - other.astype(mx.float32)).sum())
         return total

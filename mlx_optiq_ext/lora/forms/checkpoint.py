@@ -1,4 +1,4 @@
-"""Saving an adapter: every file is complete before it takes its name."""
+"""Saves an adapter; every file is written completely or not at all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ class Checkpoint:
     """Where and how one training saves its adapter.
 
     Attributes:
-        folder: The adapter's.
+        folder: The adapter's folder.
         ranks: Path -> rank.
-        scale: Of every layer.
+        scale: Scale of every layer.
         rank: The rank that set the budget.
         naming: PEFT's names.
-        notes: For ``optiq_lora_config.json``.
-        base_model: What is trained on.
-        dropout: During training.
+        notes: Content of ``optiq_lora_config.json``.
+        base_model: The base model's folder or name.
+        dropout: Dropout during training.
         dora: Whether it is DoRA.
     """
 
@@ -96,7 +96,7 @@ class Checkpoint:
             tensors: ``<path>.lora_a``, ``.lora_b`` and ``.m`` at their own ranks.
 
         Raises:
-            OptiqError: They are not finite, or the disk is full. What was there stays.
+            OptiqError: A tensor is not finite, or the disk is full. Existing files stay.
         """
         check_finite(tensors, path)
         layers = collect(tensors, self.scale)
@@ -141,10 +141,10 @@ def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> None:
-    """Write safetensors by moving a complete file into place.
+    """Write a safetensors file completely or not at all.
 
     Raises:
-        OptiqError: It cannot be written; what was there stays.
+        OptiqError: The file cannot be written; an existing one stays.
     """
     try:
         with files.replaced(path) as temporary:

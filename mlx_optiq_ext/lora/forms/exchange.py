@@ -1,4 +1,4 @@
-"""From mlx-lm's form of an adapter to PEFT's, and back, in one folder that then has both."""
+"""Converts an adapter between mlx-lm's and PEFT's form, in one folder that then has both."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def convert(folder: Path) -> str:
         A sentence that says what was written.
 
     Raises:
-        InputError: The folder has both forms, is not one, or the adapter has no twin.
+        InputError: The folder does not exist or has both forms, or the other form cannot hold it.
     """
     if not folder.is_dir():
         raise InputError(
@@ -79,7 +79,7 @@ def _to_mlx_lm(adapter: Adapter) -> str:
             "rank": rank,
             "scale": scale,
             "dropout": 0.0,
-            # Whole paths, so that mlx-lm adapts these layers and no others.
+            # Full paths, so that mlx-lm adapts these layers only.
             "keys": sorted(layers),
         },
     }

@@ -1,4 +1,4 @@
-"""Where an adapter's files are: a folder, or a repository on the Hub."""
+"""Finds an adapter's files in a folder, or in a repository on the Hub."""
 
 import hashlib
 import re
@@ -21,7 +21,7 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 #: Types of matrices, as safetensors names them.
 FLOATS = ("F16", "BF16", "F32")
 
-#: Of an adapter's scale. Real ones are below a hundred.
+#: Largest accepted scale of an adapter; usual ones are below a hundred.
 HIGHEST_SCALE = 1e6
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -80,7 +80,7 @@ def locate(source: str | Path) -> Files:
 
 
 def digest(source: str | Path) -> str:
-    """What an adapter's files hold, to compare it with another host's copy.
+    """Digest of an adapter's files, to compare them with another host's copy.
 
     Raises:
         InputError: There is no adapter, or a file of it is missing or cannot be read.
@@ -123,15 +123,15 @@ def _object(path: Path, source: str | Path) -> Mapping[str, Any]:
 def readable_by_stock(
     source: str | Path, modules: Callable[[], AbstractSet[str]] | None = None
 ) -> bool:
-    """Whether mlx-lm's own loading should read an adapter, or say what is wrong with it.
+    """Whether mlx-lm's own loading should read an adapter, or report what is wrong with it.
 
-    It reads folders with its own ``lora_parameters`` and one rank for all; not PEFT's form, ranks
-    of their own, ours, or what is on the Hub. It would also take numbers that no LoRA has.
+    mlx-lm reads folders with its own ``lora_parameters`` and one rank for all layers. It does not
+    read PEFT's form, different ranks, or the Hub, and it accepts values that are not usable.
 
     Args:
         source: A folder, or a repository on the Hub.
-        modules: Gives the paths of a model's modules. Layers that this model has under another
-            wrapper's prefix are not for mlx-lm.
+        modules: Returns the paths of the model's modules. mlx-lm does not find layers that the
+            model has under another wrapper's prefix.
     """
     folder = Path(source)
     if not folder.exists():
@@ -141,7 +141,7 @@ def readable_by_stock(
     try:
         config = files.read_json(folder / CONFIG)
     except InputError:
-        return False  # NaN, for one, which mlx-lm would take
+        return False  # such as NaN, which mlx-lm would accept
     if not isinstance(config, dict) or config.get("fine_tune_type") == "full":
         return True
     own = "lora_parameters" in config and (folder / MLX_LM_WEIGHTS).is_file()

@@ -1,9 +1,9 @@
 r"""Module patterns of PEFT, matched without running the regular expressions of a file.
 
-PEFT takes the keys of ``rank_pattern`` and ``alpha_pattern`` for regular expressions, tries them as
-``(.*\.)?(KEY)$`` and takes the first that fits. A file's expression may take longer than the
-universe lasts, so none is run here. What people write is understood: names and paths, which fit
-the end of a module's path; groups of alternatives, optional parts and character classes; ``\d+``
+PEFT reads the keys of ``rank_pattern`` and ``alpha_pattern`` as regular expressions, tries them as
+``(.*\.)?(KEY)$`` and uses the first match. A file's expression may take exponential time,
+so none is run here. The usual patterns are supported: names and paths, which match the end of a
+module's path; groups of alternatives, optional parts and character classes; ``\d+``
 for a number between two dots; ``.*`` and ``.+``; ``^`` and ``$``. A dot stands for itself.
 Source: huggingface/peft, ``get_pattern_key`` in src/peft/utils/other.py.
 """
@@ -20,12 +20,12 @@ from ...files import shown
 LONGEST = 300
 #: Patterns of a table that are more than names, and names that one of them stands for.
 COMPLEX, ALTERNATIVES = 100, 256
-#: Of these the ones with ``.*`` or ``.+`` in them, which are tried on each path.
+#: Patterns with ``.*`` or ``.+``, each of which is tried on every path.
 WILD = 64
 #: Comparisons of a table with a model's paths: about a second.
 COMPARISONS = 4_000_000
 
-# Characters that no path has stand for a number, and for any or some characters.
+# Placeholders for a number and for wildcards, which no path contains.
 _NUMBER, _ANY, _SOME = "\0", "\1", "\2"
 _PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 _WORDS = re.compile(r"[A-Za-z0-9_-]+(?![?*+{])|[A-Za-z0-9_-]")
@@ -41,7 +41,7 @@ class _Foreign(ValueError):
 
 @dataclass(frozen=True)
 class _Table:
-    r"""Patterns by what they fit; numbers are their places in the file.
+    r"""Patterns by what they match; numbers are their positions in the file.
 
     Attributes:
         ends: The end of a path -> number of the first pattern.
@@ -122,7 +122,7 @@ def _compiled(keys: Collection[str], source: str) -> _Table:
 
 
 def _names(key: str, source: str) -> list[str]:
-    """The names that a pattern stands for; those that begin a path begin with ``^``."""
+    """The names that a pattern matches; names anchored at the start begin with ``^``."""
     try:
         if len(key) > LONGEST:
             raise _Foreign("is too long")
@@ -164,7 +164,7 @@ def _choice(key: str, at: int, depth: int) -> tuple[list[str], int]:
 
 
 def _part(key: str, at: int, depth: int) -> tuple[list[str], int]:
-    """What stands at ``at``: its alternatives, and where the next part begins."""
+    """Parse the part at ``at``: its alternatives, and the start of the next part."""
     if key[at] == "(":
         start = at + (3 if key.startswith("(?:", at) else 1)
         texts, end = _choice(key, start, depth + 1)
@@ -225,7 +225,7 @@ def _fits(path: str, parts: tuple[str, ...], whole: bool) -> bool:
     if not path.endswith(last):
         return False
     starts = [0] if whole else [0, *(match.end() for match in re.finditer(r"\.", path))]
-    # Of several starts the first one leaves the wildcards the most.
+    # The first of several matches leaves the most for the wildcards.
     at = next((start for start in starts if path.startswith(first, start)), None)
     if at is None:
         return False

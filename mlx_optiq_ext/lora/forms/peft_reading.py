@@ -24,7 +24,7 @@ _NAME = re.compile(
     r"(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.[^.]+)?(\.weight)?"
 )
-#: Settings that give a layer more than the two matrices, or matrices of another meaning.
+#: Settings that add more than the two matrices, or change their meaning.
 _FOREIGN = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -35,7 +35,7 @@ _FOREIGN = (
     "use_bdlora",
     "use_qalora",
 )
-#: Initializations that also change the base weights, which the adapter alone does not carry.
+#: Initializations that also change the base weights, which the adapter does not contain.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -50,7 +50,7 @@ def layers(
         source: For messages.
 
     Raises:
-        InputError: It is no LoRA, or uses something that mlx-lm's LoRA layers do not have.
+        InputError: The adapter is not a LoRA, or uses something that mlx-lm's LoRA layers lack.
     """
     check_config(config, source)
     parts: dict[str, dict[str, mx.array]] = {}
@@ -80,7 +80,7 @@ def layers(
 def _by_path(
     name: str, paths: Collection[str], config: Mapping[str, Any], default: Any, source: str
 ) -> dict[str, Any]:
-    """What a ``rank_pattern`` or ``alpha_pattern`` says of each path."""
+    """The value of a ``rank_pattern`` or ``alpha_pattern`` for each path."""
     table = config.get(name) or {}
     fits = patterns.first_fits(table, paths, f"{source}: {name}")
     values = list(table.values())

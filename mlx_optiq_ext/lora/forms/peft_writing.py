@@ -16,13 +16,13 @@ from .peft_reading import PREFIX
 
 @dataclass(frozen=True)
 class Naming:
-    """How PEFT, which adapts the Hugging Face model, calls a model's layers.
+    """PEFT's names of a model's layers, which are those of the Hugging Face model.
 
     Attributes:
-        wrapped: The checkpoint is a vision-language one, whose text model transformers keeps under
-            ``model.language_model``.
+        wrapped: Whether the checkpoint is a vision-language one, whose text model transformers
+            keeps under ``model.language_model``.
         embeddings: Paths of embeddings.
-        tied: The head is the embedding.
+        tied: Whether the head is the embedding.
     """
 
     wrapped: bool
@@ -53,9 +53,9 @@ class Naming:
 
 
 def split(layers: Mapping[str, LayerAdapter], naming: Naming) -> tuple[dict, tuple[str, ...]]:
-    """What PEFT can hold, under its names, and the paths of what it has no layer for.
+    """The layers that PEFT supports, under its names, and the paths of the others.
 
-    PEFT has no LoRA for stacked experts, and its DoRA of an embedding is another one.
+    PEFT has no LoRA for stacked experts, and its DoRA of embeddings differs from mlx-lm's.
     """
     kept, left_out = {}, []
     for path, layer in layers.items():
@@ -77,7 +77,7 @@ def tensors(kept: Mapping[str, LayerAdapter], naming: Naming) -> dict[str, mx.ar
             found[f"{stem}.lora_embedding_A"] = first
             found[f"{stem}.lora_embedding_B"] = second
             if naming.tied:
-                # mlx-lm's adapter of a tied embedding works on the head as well; PEFT's does not.
+                # mlx-lm applies the adapter of a tied embedding to the head too; PEFT does not.
                 found[f"{PREFIX}lm_head.lora_A.weight"] = mx.contiguous(layer.b)
                 found[f"{PREFIX}lm_head.lora_B.weight"] = mx.contiguous(layer.a)
             continue
@@ -101,9 +101,9 @@ def config(
     Args:
         ranks: PEFT's path -> rank and scale. PEFT scales by alpha over rank.
         naming: See `Naming`.
-        rank: For ``r``; each layer's own stands in ``rank_pattern``.
-        base_model: Its folder or name.
-        dropout: During training.
+        rank: Value of ``r``; each layer's own rank is in ``rank_pattern``.
+        base_model: The base model's folder or name.
+        dropout: Dropout during training.
         dora: Whether it is DoRA.
     """
     named = dict(ranks)
@@ -131,7 +131,7 @@ def config(
 
 
 def base_config(model: str | None) -> Mapping[str, Any]:
-    """A base model's ``config.json`` if it is on this machine; else nothing."""
+    """A base model's ``config.json`` if it is on this machine; otherwise empty."""
     if not model:
         return {}
     path = Path(model) / "config.json"

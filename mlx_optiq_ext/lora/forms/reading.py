@@ -1,4 +1,4 @@
-"""Reading an adapter in any form, without a model."""
+"""Reads an adapter in any form, without a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +26,8 @@ def read_adapter(source: str | Path) -> Adapter:
         are those of the file.
 
     Raises:
-        InputError: Files are missing or damaged, hold numbers that are not finite, or something
-            that is no LoRA.
+        InputError: Files are missing or damaged, contain numbers that are not finite, or are not a
+            LoRA.
     """
     found = locate(source)
     tensors = read_tensors(found.weights)
@@ -43,7 +43,7 @@ def read_adapter(source: str | Path) -> Adapter:
 
 
 def _check_magnitudes(layers: Mapping[str, LayerAdapter], found: Files, form: str) -> None:
-    """Refuse DoRA without its magnitudes, which would compute as another adapter."""
+    """Refuse DoRA without its magnitudes, which would run as plain LoRA."""
     dora = found.config.get("fine_tune_type") == "dora"
     said, part = (
         ("fine_tune_type is dora", "m")
@@ -71,7 +71,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
             infinity.
     """
     try:
-        # MLX would notice a cut file only when an array is used.
+        # MLX notices a truncated file only when an array is used.
         stored = files.read_header(path).tensors
     except InputError as error:
         raise InputError(

@@ -32,7 +32,7 @@ def kl_chart(evidence: Evidence) -> str:
     parts.append(_titles("stored bits per weight", "KL, nats per token"))
     budget = x(plan.target_bpw)
     left = budget < WIDTH - 90
-    free = y(evidence.kl) < HEIGHT - BOTTOM - 40  # else the plan's own name is down there
+    free = y(evidence.kl) < HEIGHT - BOTTOM - 40  # otherwise the plan's label is there
     parts.append(
         f'<line class="budget" x1="{budget:.1f}" x2="{budget:.1f}" y1="{TOP}" '
         f'y2="{HEIGHT - BOTTOM}"><title>budget: {plan.target_bpw:g} bits per weight</title></line>'
@@ -62,14 +62,14 @@ def kl_chart(evidence: Evidence) -> str:
 
 
 def sensitivity_chart(evidence: Evidence) -> str:
-    """Each tensor's cost at the common precision, sorted, and what the plan makes of it.
+    """Sensitivities at the common precision in falling order, and those at the planned one.
 
-    An empty string if no cost is above zero.
+    An empty string if no sensitivity is above zero.
     """
     curve, plan = evidence.curve, evidence.plan
     now = {t.path: plan.sensitivities[t.path] for t, _ in curve}
     values = [v for v in (*(c for _, c in curve), *now.values()) if _drawable(v)]
-    if not any(_drawable(cost) for _, cost in curve):
+    if not any(_drawable(value) for _, value in curve):
         return ""
     y, low, high = _log_scale(values)
     x, floor = _linear(0.5, len(curve) + 0.5), HEIGHT - BOTTOM
@@ -78,25 +78,25 @@ def sensitivity_chart(evidence: Evidence) -> str:
         return y(value) if _drawable(value) else floor
 
     parts = [_grid(y, low, high), _axis(x, _ranks(len(curve)))]
-    parts.append(_titles("tensors, the costliest first", "KL, nats per token"))
-    line = " ".join(f"{x(i):.1f},{height(cost):.1f}" for i, (_, cost) in enumerate(curve, 1))
+    parts.append(_titles("tensors, the most sensitive first", "KL, nats per token"))
+    line = " ".join(f"{x(i):.1f},{height(value):.1f}" for i, (_, value) in enumerate(curve, 1))
     parts.append(f'<polyline class="line" points="{line}"/>')
     radius = min(5.0, max(2.2, 0.36 * (WIDTH - LEFT - RIGHT) / len(curve)))
-    for rank, (tensor, cost) in enumerate(curve, 1):
+    for place, (tensor, value) in enumerate(curve, 1):
         here, chosen = now[tensor.path], plan.precisions[tensor.path]
         title = (
-            f"{tensor.path}: {nats(cost)} at {evidence.common}, {nats(here)} as planned "
+            f"{tensor.path}: {nats(value)} at {evidence.common}, {nats(here)} as planned "
             f"({precision(chosen)})"
         )
         parts.append(
-            f'<g data-path="{escape(tensor.path)}" data-cost="{cost!r}">'
+            f'<g data-path="{escape(tensor.path)}" data-sensitivity="{value!r}">'
             f"<title>{escape(title)}</title>"
-            f'<line class="stem" x1="{x(rank):.1f}" x2="{x(rank):.1f}" y1="{height(cost):.1f}" '
+            f'<line class="stem" x1="{x(place):.1f}" x2="{x(place):.1f}" y1="{height(value):.1f}" '
             f'y2="{height(here):.1f}"/>'
-            f'<circle class="dot {tone(chosen.bits)}" cx="{x(rank):.1f}" '
+            f'<circle class="dot {tone(chosen.bits)}" cx="{x(place):.1f}" '
             f'cy="{height(here):.1f}" r="{radius:.1f}"/></g>'
         )
-    return _svg("Cost of each tensor, sorted", parts)
+    return _svg("Sensitivity of each tensor, sorted", parts)
 
 
 def tone(bits: int) -> str:
@@ -182,7 +182,7 @@ def _titles(horizontal: str, vertical: str) -> str:
 
 
 def _label(x: float, y: float, text: str, kind: str = "label") -> str:
-    """A point's name: right of it and above, where a falling curve leaves room, the plan's below.
+    """A point's label: to its right and above, where a falling curve leaves room; the plan's below.
 
     Near the right edge it moves to the other side.
     """

@@ -1,4 +1,4 @@
-"""What speaks for a plan: uniform precisions judged beside it, and what each tensor gained."""
+"""Evidence for a plan: uniform precisions judged beside it, and each tensor's extra bits."""
 
 import math
 from collections import Counter
@@ -41,17 +41,17 @@ class Gain:
     Attributes:
         tensor: The tensor.
         precision: What the plan gives it.
-        cost: Expected KL at the common precision in nats per token; None if that is no candidate.
-        cost_now: Expected KL as planned.
-        share: Of the summed cost of all tensors at the common precision; None with ``cost``.
+        sensitivity: At the common precision, in nats per token; None if that is no candidate.
+        planned: Its sensitivity at the planned precision.
+        share: Its share of all tensors' sensitivity at the common precision; None without one.
         weight_share: Of all candidate weights.
         extra_bits: Stored bits above those of the common precision.
     """
 
     tensor: Tensor
     precision: Precision
-    cost: float | None
-    cost_now: float
+    sensitivity: float | None
+    planned: float
     share: float | None
     weight_share: float
     extra_bits: int
@@ -59,18 +59,18 @@ class Gain:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that a report shows; every number on the page comes from here.
+    """All data of a report; every number on the page comes from here.
 
     Attributes:
-        name: Of the model, as the user gave it.
+        name: The model's name, as the user gave it.
         plan: The plan.
         tensors: Its candidate tensors, in the model's order.
         layers: Tensor path -> index of its decoder layer; tensors outside of them are absent.
-        sensitivity: Costs of every candidate of every tensor.
-        size: Of the model.
+        sensitivity: Expected KL of every candidate of every tensor, in nats per token.
+        size: The model's counts.
         uniforms: Uniform precisions, judged on the sequences of the plan, by rising stored bits.
-        judged_on: Tokens that they were judged on.
-        held_out: Whether these were kept out of the measurement; too few sequences leave none.
+        judged_on: Number of tokens that they were judged on.
+        held_out: Whether these tokens were not measured on; too few sequences leave none.
         refined: Whether the plan's weights were refined before it was judged.
     """
 
@@ -117,9 +117,9 @@ class Evidence:
 
     @cached_property
     def common(self) -> Precision | None:
-        """The precision to compare tensors at: shared by the most of them, closest to the average.
+        """The precision to compare tensors at: a candidate of most of them, closest to the average.
 
-        It takes no more than the average where one does; None if nothing can be quantized.
+        It takes at most the average bits if possible; None if nothing can be quantized.
         """
         counts = Counter(p for t in self.tensors for p in t.precisions if p.quantized)
         shared = [p for p, count in counts.items() if count == max(counts.values())]
@@ -134,40 +134,41 @@ class Evidence:
         having = [t for t in self.tensors if precision in t.precisions]
         return sum(t.stored_bits(precision) for t in having) / sum(t.size for t in having)
 
-    def cost(self, tensor: Tensor) -> float | None:
-        """Cost at the common precision in nats per token; None if that is no candidate."""
+    def at_common(self, tensor: Tensor) -> float | None:
+        """Sensitivity at the common precision; None if that is no candidate of the tensor."""
         return self.sensitivity[tensor.path].get(self.common) if self.common else None
 
     @cached_property
     def curve(self) -> list[tuple[Tensor, float]]:
-        """Tensors with their cost at the common precision, the costliest first."""
-        costs = [(t, cost) for t in self.tensors if (cost := self.cost(t)) is not None]
-        return sorted(costs, key=lambda entry: (-entry[1], entry[0].path))
+        """Tensors with their sensitivity at the common precision, the most sensitive first."""
+        found = [(t, value) for t in self.tensors if (value := self.at_common(t)) is not None]
+        return sorted(found, key=lambda entry: (-entry[1], entry[0].path))
 
     @property
-    def costliest(self) -> list[tuple[Tensor, float]]:
+    def most_sensitive(self) -> list[tuple[Tensor, float]]:
         """The first tenth of the curve, one tensor at least."""
         return self.curve[: max(1, len(self.curve) // 10)]
 
     @cached_property
-    def total_cost(self) -> float:
-        """Costs at the common precision, summed."""
-        return math.fsum(cost for _, cost in self.curve)
+    def total_sensitivity(self) -> float:
+        """Sum of all sensitivities at the common precision."""
+        return math.fsum(value for _, value in self.curve)
 
     @cached_property
     def gains(self) -> list[Gain]:
-        """Tensors above the average bits per weight, the costliest first."""
+        """Tensors above the average bits per weight, the most sensitive first."""
         common, found = self.common, []
         for tensor in self.tensors:
-            precision, cost = self.plan.precisions[tensor.path], self.cost(tensor)
+            precision, value = self.plan.precisions[tensor.path], self.at_common(tensor)
             bits = tensor.stored_bits(precision)
             if common is None or bits <= self.average * tensor.size:
                 continue
-            share = None if cost is None or self.total_cost <= 0 else cost / self.total_cost
+            total = self.total_sensitivity
+            share = None if value is None or total <= 0 else value / total
             extra = bits - tensor.stored_bits(common)
             part, now = tensor.size / self.elements, self.plan.sensitivities[tensor.path]
-            found.append(Gain(tensor, precision, cost, now, share, part, extra))
-        return sorted(found, key=lambda g: (-(g.cost or 0.0), -g.extra_bits, g.tensor.path))
+            found.append(Gain(tensor, precision, value, now, share, part, extra))
+        return sorted(found, key=lambda g: (-(g.sensitivity or 0.0), -g.extra_bits, g.tensor.path))
 
     @property
     def same_bytes(self) -> Judged | None:
@@ -229,7 +230,7 @@ def gather(study: Study, plan: Plan, name: str) -> Evidence:
     Args:
         study: The measured model that the plan was made from.
         plan: The plan, with the KL that it ended up with.
-        name: Of the model, as the page should call it.
+        name: The model's name on the page.
 
     Raises:
         InputError: The plan was applied from a file, not measured.

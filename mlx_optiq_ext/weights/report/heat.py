@@ -1,4 +1,4 @@
-"""The map of bits: which precision each tensor has, by decoder layer and projection."""
+"""The map of bits: the precision of each tensor, by decoder layer and projection."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ class Cell:
         tensor: The tensor.
         precision: What the plan gives it.
         width: Its stored bits per weight.
-        cost: Its expected KL as planned, in nats per token.
-        title: What pointing at it shows.
+        sensitivity: Its expected KL as planned, in nats per token.
+        title: Tooltip.
     """
 
     tensor: Tensor
     precision: Precision
     width: float
-    cost: float
+    sensitivity: float
     title: str
 
 
@@ -87,7 +87,7 @@ def outside(evidence: Evidence) -> Sequence[Cell]:
 
 def cell(evidence: Evidence, tensor: Tensor) -> Cell:
     """A tensor on the map."""
-    precision, cost = (
+    precision, sensitivity = (
         evidence.plan.precisions[tensor.path],
         evidence.plan.sensitivities[tensor.path],
     )
@@ -95,9 +95,9 @@ def cell(evidence: Evidence, tensor: Tensor) -> Cell:
     title = (
         f"{tensor.path}\n{words.shape(tensor.shape)}\n{words.precision(precision)}: "
         f"{width:.2f} stored bits per weight, {words.size(tensor.stored_bits(precision))}\n"
-        f"cost {words.nats(cost)} nats per token"
+        f"sensitivity {words.nats(sensitivity)} nats per token"
     )
-    return Cell(tensor, precision, width, cost, title)
+    return Cell(tensor, precision, width, sensitivity, title)
 
 
 def _mean(evidence: Evidence, tensors: Iterable[Tensor]) -> float:

@@ -15,8 +15,8 @@ from .heat import heat, legend, outside
 
 #: Rows of the last table that are shown at once; the others are folded up.
 SHOWN = 20
-#: Its columns behind the cost at the common precision.
-LABELS = ("cost now", "share of cost", "bits extra")
+#: Its columns behind the sensitivity at the common precision.
+LABELS = ("as planned", "share of the sum", "bits extra")
 
 
 def check_target(path: Path) -> None:
@@ -37,7 +37,7 @@ def check_target(path: Path) -> None:
 
 
 def write(path: Path, evidence: Evidence) -> None:
-    """Write the page, whole or not at all.
+    """Write the page, completely or not at all.
 
     Raises:
         InputError: The file cannot be written.
@@ -65,12 +65,7 @@ def report(evidence: Evidence) -> str:
         heat=heat(evidence),
         outside=outside(evidence),
         sensitivity_chart=Markup(sensitivity_chart(evidence)),
-        labels=(
-            f"cost at {words.kind(evidence.common)}",
-            "cost now",
-            "share of cost",
-            "bits extra",
-        ),
+        labels=(f"sensitivity at {words.kind(evidence.common)}", *LABELS),
         shown=SHOWN,
     )
 
@@ -91,7 +86,7 @@ def _environment() -> Any:
 
 
 def _tiles(evidence: Evidence) -> list[tuple[str, str]]:
-    """Value and meaning of the figures at the head of the page."""
+    """Values and captions of the figures at the top of the page."""
     plan, total = evidence.plan, evidence.model_bits(evidence.stored_bits)
     original = evidence.model_bits(evidence.unquantized_bits)
     tiles = [
@@ -111,15 +106,16 @@ def _tiles(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def _facts(evidence: Evidence) -> list[tuple[str, str]]:
-    """Name and text of what the plan was made with."""
+    """Names and texts of the facts about the plan."""
     plan, data = evidence.plan, evidence.plan.calibration
-    windows = [f"{data[k]} {word}" for k, word in (("windows", "windows"),) if k in data]
-    windows += [f"of {data['length']} tokens"] if "length" in data else []
+    count = data.get("sequences", data.get("windows"))  # the key of older plans
+    sequences = [] if count is None else [f"{count} sequences"]
+    sequences += [f"of {data['length']} tokens"] if "length" in data else []
     kept = "held out of the measurement" if evidence.held_out else "too few to hold any out"
     refined = ", refined: its KL is that of the refined weights" * evidence.refined
     facts = [
         ("Method", f"{plan.method} (plan: {plan.variant}){refined}"),
-        ("Calibration", ", ".join(filter(None, [data.get("source"), " ".join(windows)]))),
+        ("Calibration", ", ".join(filter(None, [data.get("source"), " ".join(sequences)]))),
         ("Judged on", f"{evidence.judged_on:,} tokens, {kept}"),
         ("Versions", ", ".join(f"{name} {v}" for name, v in plan.versions.items())),
         ("Parameters", words.count(evidence.size.parameters)),
@@ -128,7 +124,7 @@ def _facts(evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def _compared(evidence: Evidence) -> list[tuple[str, str, int, float]]:
-    """Name, kind, stored bits and KL of the plan and of what it is held against, by rising bits."""
+    """Name, kind, stored bits and KL of the plan and of its references, by rising bits."""
     rows = [("This plan", "this", evidence.stored_bits, evidence.kl)]
     rows += [
         (f"Uniform {words.kind(j.precision)}", "", j.stored_bits, j.kl) for j in evidence.references
@@ -140,8 +136,8 @@ def _compared(evidence: Evidence) -> list[tuple[str, str, int, float]]:
 def _values(gain: Gain) -> tuple[str, str, str, str]:
     """Cells of a row of the last table, under ``labels``."""
     return (
-        words.NONE if gain.cost is None else words.nats(gain.cost),
-        words.nats(gain.cost_now),
+        words.NONE if gain.sensitivity is None else words.nats(gain.sensitivity),
+        words.nats(gain.planned),
         words.NONE if gain.share is None else words.percent(gain.share),
         f"{gain.extra_bits:+,}",
     )

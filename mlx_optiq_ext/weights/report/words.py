@@ -1,11 +1,11 @@
-"""How the numbers of a report read."""
+"""Formats the numbers of a report."""
 
 import math
 
 from ..precision import Precision
 from .evidence import Evidence, Gain
 
-#: Where there is no number.
+#: Shown in place of a missing number.
 NONE = "\N{EN DASH}"
 SPACE = "\N{NO-BREAK SPACE}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -97,12 +97,13 @@ def _why(gain: Gain, evidence: Evidence) -> str:
     tensor, name = gain.tensor, kind(evidence.common)
     if tensor.own is not None and (gain.share is None or gain.precision == tensor.own):
         return f"The model's own code asks for at least {kind(tensor.own)} here."
-    if gain.share is None or gain.cost is None:
-        return f"It cannot be packed at {name}."
-    if gain.cost <= 0:
-        return f"At {name} it costs nothing that could be measured."
+    if gain.share is None or gain.sensitivity is None:
+        return f"It cannot be quantized at {name}."
+    if gain.sensitivity <= 0:
+        return f"At {name} its sensitivity is too small to be measured."
     weight = gain.share / gain.weight_share
-    shares = f"{percent(gain.share)} of the cost with {percent(gain.weight_share)} of the weights"
+    part, of_weights = percent(gain.share), percent(gain.weight_share)
+    shares = f"{part} of all sensitivity with {of_weights} of the weights"
     if weight >= 1.05:
         return f"Carries {shares}: {times(weight)}{SPACE}{TIMES} its share."
     if weight > 0.95:
@@ -118,11 +119,11 @@ def _at_an_end(gain: Gain, evidence: Evidence) -> bool:
 
 
 def _what_for(gain: Gain) -> str:
-    if gain.cost is None or gain.cost <= 0 or gain.extra_bits <= 0:
+    if gain.sensitivity is None or gain.sensitivity <= 0 or gain.extra_bits <= 0:
         return ""
     extra = f"{size(gain.extra_bits)} more"
-    if gain.cost_now <= 0:
-        return f"{extra} leave it unquantized, at no cost."
-    if gain.cost_now < gain.cost:
-        return f"{extra} cut its cost {times(gain.cost / gain.cost_now)}-fold."
-    return f"{extra} do not lower its cost."
+    if gain.planned <= 0:
+        return f"{extra} leave it unquantized, without any loss."
+    if gain.planned < gain.sensitivity:
+        return f"{extra} lower its expected KL {times(gain.sensitivity / gain.planned)}-fold."
+    return f"{extra} do not lower its expected KL."

@@ -1,11 +1,11 @@
-"""Refinement: rounding that makes up for its own error, and distillation after it.
+"""Refinement (GPTQ-style rounding), and distillation after it.
 
 A plan decides each tensor's bits and group size; refinement decides the codes, scales and biases:
 
 1. `refinement` goes through the model in the order in which it runs: embeddings, decoder layers,
-   head. What is behind a tensor is quantized already, so its error can be made up for.
-2. `inputs` gathers the second moments of what each layer is fed, by the original and behind the
-   quantized layers; of stacked experts, for each expert the tokens that are routed to it.
+   head. Layers before a tensor are quantized already, so their error can be compensated.
+2. `inputs` gathers the second moments of each layer's inputs, in the original model and after the
+   quantized layers; for stacked experts, over the tokens that are routed to each.
 3. `refinement.compensated` moves the target so that the quantized layers' inputs lead nearer to the
    original's outputs.
 4. `feedback` rounds the target (GPTQ-style rounding): it orders the columns, rounds them one by one

@@ -1,4 +1,4 @@
-"""Packing of affine codes, bit for bit as ``mx.quantize`` lays them out."""
+"""Packs affine codes into words with the layout of ``mx.quantize``."""
 
 import mlx.core as mx
 

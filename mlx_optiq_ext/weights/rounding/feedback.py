@@ -1,4 +1,4 @@
-"""Affine rounding of one weight against the curvature of the loss on both of its sides.
+"""Affine rounding of one weight with the loss's curvature on its input and output side.
 
 Minimises ``tr(G (W - Q) H (W - Q)^T)`` over codes, scales and biases, with ``H`` the second moment
 of the inputs and ``G`` that of the loss's gradients at the outputs. Along the inputs, error
@@ -26,7 +26,7 @@ from .steps import Steps
 #: A weight's words, scales and biases, as ``mx.quantize`` returns them.
 Quantized = tuple[mx.array, ...]
 
-#: Rows that are rounded at once at least, and how many such blocks a weight has at most.
+#: Least rows of a block that is rounded at once, and most blocks of a weight.
 ROWS, BLOCKS = 16, 24
 #: Passes of coordinate descent after the error feedback, along each side.
 SWEEPS = 2
@@ -54,7 +54,7 @@ def round_weight(
         weight: (out, in); (experts, out, in) for stacked experts.
         metric: Of its inputs; of each expert's for stacked experts.
         precision: Bits and group size; the group size divides ``in``.
-        dtype: In which scales and biases are stored; the search sees them rounded to it.
+        dtype: Type of stored scales and biases; the search rounds them to it.
         outputs: Second moment of the gradients at the outputs, (out, out); None for the identity.
         sweeps: Coordinate-descent passes after the error feedback, along each side.
         blocks: Blocks of rows at most, where ``outputs`` is given.
@@ -223,7 +223,7 @@ class _Rounder:
 def _blocks(rows: int, most: int) -> tuple[np.ndarray, list[slice]]:
     """An order of the rows, and blocks of it.
 
-    Neighbours go together most, so a block takes rows from all over the weight.
+    Neighbouring rows are correlated most, so a block takes rows from all over the weight.
     """
     count = min(most, max(1, rows // ROWS))
     strides = [np.arange(start, rows, count) for start in range(count)]

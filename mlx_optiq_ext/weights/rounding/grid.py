@@ -19,7 +19,7 @@ class Format:
     Attributes:
         bits: Code width.
         group_size: Columns that share a scale and a bias.
-        dtype: Of scales and biases.
+        dtype: Type of scales and biases.
     """
 
     bits: int
@@ -37,7 +37,7 @@ class Format:
         return RANGES if self.bits < 6 else RANGES[:3]
 
     def stored(self, values: np.ndarray) -> np.ndarray:
-        """Values as they come back from ``dtype``, in float32."""
+        """Values rounded to ``dtype``, in float32."""
         if self.dtype == mx.float16:
             return values.astype(np.float16).astype(np.float32)
         if self.dtype == mx.bfloat16:

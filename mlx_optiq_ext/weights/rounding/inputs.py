@@ -1,4 +1,4 @@
-"""What a model's linear layers are fed, and its second moments."""
+"""Inputs of a model's linear layers, and their second moments."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PRIOR = 0.25
 
 @dataclass(frozen=True)
 class Fed:
-    """What one layer was fed.
+    """The inputs of one layer.
 
     Attributes:
         inputs: (..., in), not yet repeated for each expert that a token goes to.
@@ -29,7 +29,7 @@ class Fed:
     lead: tuple[int, ...]
 
     def beside(self, other: "Fed") -> bool:
-        """Whether two layers are fed the same array, such as q, k and v."""
+        """Whether two layers have the same input array, as q, k and v have."""
         return self.inputs is other.inputs and self.indices is other.indices
 
     def rows(self) -> mx.array:
@@ -51,7 +51,7 @@ class Moments:
         own: Of ``x x^T``, (in, in); of each expert's rows, (experts, in, in), for stacked experts.
         cross: Of the reference's inputs with these, (in, in); None for stacked experts, whose rows
             differ where the two route differently.
-        uses: Rows of each expert, (experts,); stacked experts only.
+        uses: Number of each expert's rows, (experts,); stacked experts only.
     """
 
     own: mx.array
@@ -83,7 +83,7 @@ class Moments:
         )
 
     def arrays(self) -> list[mx.array]:
-        """For evaluation."""
+        """All arrays, for evaluation."""
         return [part for part in (self.own, self.cross, self.uses) if part is not None]
 
     @property
@@ -102,7 +102,7 @@ class Moments:
 def inputs(
     modules: Mapping[str, nn.Module], run: Callable[[], mx.array], *, evaluate: bool = True
 ) -> dict[str, Fed]:
-    """What a run feeds its plain linear layers and stacked experts, in the order it uses them.
+    """Inputs of plain linear layers and stacked experts during a run, in order of use.
 
     Look-ups, and stacks that take no expert indices (one matrix per head), are left out.
     """
@@ -122,7 +122,7 @@ def inputs(
 
 
 def stages(seen: Mapping[str, Fed]) -> list[list[str]]:
-    """Groups of layers fed by one array, in the order they run."""
+    """Groups of layers with the same input array, in the order they run."""
     groups: list[tuple[Fed, list[str]]] = []
     for path, fed in seen.items():
         for first, paths in groups:

@@ -1,10 +1,10 @@
-"""Refinement of a plan: rounding that makes up for its own error, behind the quantized prefix.
+"""Refinement of a plan: GPTQ-style rounding, each layer after the quantized layers before it.
 
 Every tensor keeps the plan's bits and group size, so the result is a plain MLX model. Decoder
-layers go in order. Each tensor's second moment comes from the inputs it will really see, those
-behind the layers that are quantized already; its target leans towards the reference's output on the
-reference's own inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form). Stacked experts
-are rounded one by one, each against the tokens that the quantized model routes to it.
+layers are rounded in order. Each tensor's second moment comes from its actual inputs, after the
+layers that are quantized already; its target moves towards the reference's output on the
+reference's inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form). Stacked experts are
+rounded one by one, each against the tokens that the quantized model routes to it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ from .inputs import Fed, Moments, inputs, stages
 from .metric import Metric
 from .selection import current
 
-#: How far targets make up for the error of the layers before, from 0 to 1.
+#: How far targets compensate the error of earlier layers, from 0 to 1.
 SHARE = 0.5
 
 #: Tensor path -> (words, scales, biases).
@@ -51,8 +51,8 @@ def refine(
         sweeps: Passes of coordinate descent.
 
     Returns:
-        What to store for each quantized tensor. Models whose layers do not pass a hidden state on
-        plainly, and stacks of one matrix per head, are rounded as MLX does it.
+        The values to store for each quantized tensor. Models whose layers pass on more than a
+        hidden state, and stacks of one matrix per head, are rounded by MLX.
     """
     refiner = _Refiner(problem, precisions, {"blocks": blocks, "sweeps": sweeps})
     index = layer_index(problem.model)
@@ -113,8 +113,8 @@ class _Refiner:
         recorded = recordings(model, data, self.problem.stream)
         if not layers or not all(chained(r) for r in recorded):
             self.problem.note(
-                "The layers of this model do not hand on a hidden state plainly: not refined, but "
-                "rounded as MLX does it"
+                "The layers of this model pass on more than a hidden state: not refined, but "
+                "rounded by MLX"
             )
             for paths in (outer, *own):
                 plain = {path: self.plain(path) for path in paths}
@@ -126,7 +126,7 @@ class _Refiner:
         for path in lookups:
             self.store(path, self.embedding(path, found[path]))
         self.flush()
-        # With the embedding rounded, the first layer sees other inputs than the reference's.
+        # With a rounded embedding, the first layer has other inputs than the reference's.
         hidden = [
             entry(model, t) if lookups else r[0].hidden for t, r in zip(data, recorded, strict=True)
         ]
@@ -142,7 +142,7 @@ class _Refiner:
 
     @contextmanager
     def originals(self, paths: list[str]) -> Iterator[None]:
-        """Puts the weights of some tensors back afterwards."""
+        """Restore the weights of some tensors afterwards."""
         kept = {path: self.modules[path].weight for path in paths}
         try:
             yield
@@ -151,13 +151,13 @@ class _Refiner:
                 self.modules[path].weight = weight
 
     def store(self, path: str, quantized: Quantized) -> None:
-        """Keep a tensor's result and put what it stands for into the model."""
+        """Keep a tensor's result and put its dequantized weight into the model."""
         weight = restored(quantized, self.plan[path], self.problem.dtype)
         mx.eval(quantized, weight)
         self.block[path], self.modules[path].weight = quantized, weight
 
     def flush(self) -> None:
-        """Hand over what was stored."""
+        """Return the kept results."""
         self.result.update(self.block)
         self.block = {}
 
@@ -177,7 +177,7 @@ class _Refiner:
         )  # fmt: skip
 
     def embedding(self, path: str, found: Factors) -> Quantized:
-        """An embedding, tied or not: rows are looked up, and may be multiplied with as the head."""
+        """Round an embedding, which may also be the head."""
         assert found.columns is not None
         assert found.lookups is not None
         moment = found.columns * mx.mean(found.lookups)
@@ -188,7 +188,7 @@ class _Refiner:
     def layer(
         self, layer: nn.Module, paths: list[str], calls: list[Call], hidden: list[mx.array]
     ) -> list[mx.array]:
-        """Refine one decoder layer; returns the hidden states behind it."""
+        """Refine one decoder layer; returns the hidden states after it."""
         modules = {path: self.modules[path] for path in paths}
 
         def run(call: Call, state: mx.array) -> mx.array:
@@ -215,10 +215,10 @@ class _Refiner:
         hidden: list[mx.array],
         run: Callable[[Call, mx.array], mx.array],
     ) -> Moments:
-        """Second moments of a layer's inputs behind the quantized prefix."""
+        """Second moments of a layer's inputs after the quantized layers."""
         own, total = {path: self.modules[path]}, None
         for seen, call, state in zip(reference, calls, hidden, strict=True):
-            # Lazy: of this run only what leads to the layer's inputs is computed.
+            # Lazy: only what the layer's inputs depend on is computed.
             fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
             batch = Moments.of(fed, len(own[path]["weight"]), seen[path])
             total = batch if total is None else total + batch
@@ -233,7 +233,7 @@ class _Refiner:
         recorded: list[Recording],
         hidden: list[mx.array],
     ) -> None:
-        """Refine what comes behind the last decoder layer, such as an untied lm_head."""
+        """Refine the modules after the last decoder layer, such as an untied lm_head."""
         modules = {path: self.modules[path] for path in paths}
         totals: dict[str, mx.array] = {}
         for tokens, recording, state in zip(data, recorded, hidden, strict=True):

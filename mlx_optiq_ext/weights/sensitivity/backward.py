@@ -1,4 +1,4 @@
-"""The backward pass through one stretch of a model, and how to tell that MLX lacks a gradient."""
+"""The backward pass through a part of a model, and detection of gradients that MLX lacks."""
 
 import math
 import re
@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ...model.taps import Use, tapped
 from .moments import Factors
 
-#: How MLX words it, in each of its primitives.
+#: MLX's message for a primitive without a gradient.
 LACKING = re.compile(r"vjp|gradient|function transformation", re.IGNORECASE)
 
 
@@ -23,7 +23,7 @@ class GradientError(Exception):
 def told_apart() -> Iterator[None]:
     """Raises GradientError where MLX has no gradient for an operation or a kernel.
 
-    Everything else, such as memory that runs out, goes through as it is.
+    Other errors, such as running out of memory, pass through.
     """
     try:
         yield
@@ -42,14 +42,14 @@ def gather(
     found: dict[str, Factors],
     across: Collection[str],
 ) -> list[mx.array]:
-    """Differentiate one stretch, add what its layers saw, and return the gradients at its inputs.
+    """Differentiate a part of a model, add to its layers' sums, and return its inputs' gradients.
 
     Args:
-        modules: Layer path -> quantizable layer of this stretch.
-        run: Computes the stretch.
-        inputs: What ``run`` takes.
-        cotangents: Gradients at what ``run`` returns.
-        found: Is added to.
+        modules: Layer path -> quantizable layer of this part.
+        run: Computes the part.
+        inputs: Arguments of ``run``.
+        cotangents: Gradients at the results of ``run``.
+        found: Factors to add to.
         across: Paths whose whole output moment is wanted.
     """
     uses: list[Use] = []
@@ -59,7 +59,7 @@ def gather(
         return use.outputs
 
     with tapped(modules, see):
-        run(*inputs)  # only traced, for the shapes: nothing of it is evaluated
+        run(*inputs)  # only traced for the shapes, not evaluated
     if not uses and not inputs:
         return []
 

@@ -1,10 +1,10 @@
-"""Second moments in a form that predicts the KL of many candidates in little time."""
+"""Second moments in a reduced form that predicts the KL of many candidates quickly."""
 
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-#: Leading directions that are kept of a moment.
+#: Number of leading directions of a moment that are kept.
 RANK = 32
 
 
@@ -13,7 +13,7 @@ class Reduced:
     """A second moment (in, in) as ``diag(diagonal) + vectors vectors^T``.
 
     Attributes:
-        diagonal: (in,), or (experts, in) for one of each expert.
+        diagonal: (in,), or (experts, in) for stacked experts.
         vectors: (in, rank); None for the diagonal alone.
     """
 
@@ -21,7 +21,7 @@ class Reduced:
     vectors: mx.array | None = None
 
     def energy(self, error: mx.array) -> mx.array:
-        """The quadratic form of each row: (..., in) to (...)."""
+        """The quadratic form of each row, (..., in) to (...)."""
         energy = (mx.square(error) @ self.diagonal[..., None])[..., 0]
         if self.vectors is not None:
             energy = energy + mx.square(error @ self.vectors).sum(axis=-1)
@@ -33,11 +33,11 @@ class Curvature:
     """The factored Hessian of the KL divergence in one tensor ``(..., out, in)``; sums over tokens.
 
     Attributes:
-        inputs: Second moment of the inputs; None where the tensor is not multiplied with.
+        inputs: Second moment of the inputs; None if the tensor is only looked up.
         outputs: Squared gradients at the outputs, (out,) or (experts, out).
-        columns: Second moment of the gradients at what was looked up; embeddings only.
+        columns: Second moment of the gradients at looked-up rows; embeddings only.
         lookups: How often each row was looked up, (out,); embeddings only.
-        tokens: Number of tokens, once for each draw.
+        tokens: Number of tokens, times the number of draws.
     """
 
     inputs: Reduced | None
@@ -53,20 +53,20 @@ class Curvature:
             total = total + (self.outputs * self.inputs.energy(error)).sum()
         if self.columns is not None and self.lookups is not None:
             total = total + (self.lookups * self.columns.energy(error)).sum()
-        # Both factors are sums over tokens, and the divergence is a mean of their products.
+        # Both factors are sums over tokens; the divergence is the mean of their products.
         return 0.5 * float(total) / max(self.tokens, 1) ** 2
 
 
 def leading(moment: mx.array, rank: int = RANK) -> Reduced:
-    """A moment's leading directions, with its own diagonal.
+    """Reduce a moment to its leading directions and its diagonal.
 
-    Inputs share a few strong directions, in which the errors of a row add up. What is left off the
-    diagonal is small, and rounding errors meet it with either sign alike. The directions come from
-    the Nystrom approximation behind one subspace iteration (Halko et al., arXiv 0909.4061).
+    Inputs share a few strong directions, in which the errors of a row add up. The remaining
+    off-diagonal part is small, and rounding errors have random signs there. The directions come
+    from the Nystrom approximation after one subspace iteration (Halko et al., arXiv 0909.4061).
 
     Args:
         moment: (in, in), symmetric and positive semidefinite.
-        rank: Directions to keep. A moment of twice that at most is factored exactly.
+        rank: Directions to keep. A moment of at most twice that size is factored exactly.
     """
     size = moment.shape[0]
     if size <= 2 * rank:
@@ -76,7 +76,7 @@ def leading(moment: mx.array, rank: int = RANK) -> Reduced:
     basis = mx.linalg.qr(moment @ start, stream=mx.cpu)[0]
     seen = moment @ basis
     values, turn = mx.linalg.eigh(basis.T @ seen, stream=mx.cpu)
-    # What rounding makes of a direction without energy must not be blown up.
+    # Rounding noise in a direction without energy must not be amplified.
     inverse = mx.where(values > 1e-6 * values[-1], mx.rsqrt(mx.maximum(values, 1e-30)), 0)
     vectors = (seen @ turn) * inverse
     left = mx.diag(moment) - mx.square(vectors).sum(axis=-1)
@@ -84,7 +84,7 @@ def leading(moment: mx.array, rank: int = RANK) -> Reduced:
 
 
 def residual(moment: mx.array, damping: float = 0.02) -> Reduced:
-    """What error feedback leaves of each input's second moment.
+    """The part of each input's second moment that remains after error feedback.
 
     With ``H = U^T D U`` and ``U`` unit upper triangular in the order of rounding, feedback leaves
     an error of ``tr(D noise)`` (QuIP, Chee et al., arXiv 2307.13304).

@@ -1,4 +1,4 @@
-"""Gradients drawn at the logits, the same for a sequence alone as in its batch."""
+"""Random gradients at the logits, equal for a sequence alone and in its batch."""
 
 from dataclasses import dataclass
 
@@ -54,10 +54,9 @@ def rows_together(model: nn.Module, batches: list[mx.array]) -> int:
 def score(logits: mx.array, key: mx.array, row: tuple[int, int] | None = None) -> mx.array:
     """A random gradient at the logits whose covariance is the KL divergence's Hessian there.
 
-    With ``p`` the probabilities that is ``diag(p) - p p^T``, and random signs times
-    ``diag(sqrt p) - p sqrt(p)^T`` are one draw. Tokens drawn from the model have the same
-    covariance, but where it is sure of itself nearly all of their gradients are next to nothing
-    and a few are huge.
+    With probabilities ``p`` the Hessian is ``diag(p) - p p^T``; ``diag(sqrt p) - p sqrt(p)^T``
+    times random signs is one draw. Gradients of tokens sampled from the model have the same
+    covariance, but where the model is confident nearly all of them are tiny and a few are huge.
 
     Args:
         logits: (batch, length, vocabulary).

@@ -17,7 +17,7 @@ from .draws import Drawn, rows_together, score, sequences
 from .moments import Factors
 from .relay import Block, once, relayed
 
-#: Bytes of gradients at the logits that are kept rather than computed twice.
+#: Bytes of gradients at the logits that are kept; beyond that they are computed twice.
 KEPT = 2**28
 
 
@@ -36,21 +36,21 @@ def factors(
     and one layer's activations and moments. A model whose layers cannot be replayed is
     differentiated as a whole.
 
-    The processes of ``mlx.launch`` each take consecutive sequences, and add what they see in a
-    layer to what the process before handed on, while that one is at the next layer. So the sums are
-    those of one process, bit for bit. A model whose layers cannot be replayed, or that runs some of
-    them more than once, is differentiated by every process.
+    Each process of ``mlx.launch`` takes consecutive sequences. It adds their part of a layer's sums
+    to those that the process before passed on, while that one works on the next layer. So the sums
+    are those of one process, bit for bit. A model whose layers cannot be replayed, or that runs
+    some of them more than once, is differentiated by every process.
 
     Args:
-        model: An mlx-lm model; left as it was.
+        model: An mlx-lm model; not changed.
         batches: Token batches, int32 (batch, length).
-        draws: How many gradients are drawn at the logits of each batch.
+        draws: Number of gradients that are drawn at the logits of each batch.
         across: Paths whose whole output moment is wanted.
-        stream: Of the model, if its layers are on disk.
+        stream: The model's stream, if its layers are on disk.
 
     Yields:
-        The factors of each decoder layer, the last one first, then of what is around them; the
-        same in all processes.
+        The factors of each decoder layer, the last one first, then of the modules around them;
+        equal in all processes.
 
     Raises:
         GradientError: MLX has no gradient for an operation of the model, or its layers are on disk
@@ -61,8 +61,10 @@ def factors(
     every, tokens = sequences(batches, together), draws * sum(batch.size for batch in batches)
     own = distributed.span(every)
     parted = 0 < min(distributed.gathered(len(own))) < len(every)
-    training = getattr(model, "training", False)  # recurrent_gemma skips nn.Module's set-up
-    model.train()  # where a fused kernel has no gradient, mlx-lm trains without it
+    training = getattr(
+        model, "training", False
+    )  # recurrent_gemma does not call nn.Module's __init__
+    model.train()  # in training mode mlx-lm avoids fused kernels that have no gradient
     try:
         own = own if parted else every
         recorded = recordings(model, [sequence.tokens for sequence in own], stream)
@@ -102,7 +104,7 @@ def _whole(
 
 
 class _Walk:
-    """Layers from the last to the first, and for each all sequences and draws."""
+    """Goes through the layers from last to first, and for each through all sequences and draws."""
 
     def __init__(
         self,
@@ -115,7 +117,7 @@ class _Walk:
     ):
         self.model, self.sequences, self.recorded = model, sequences, recorded
         self.draws, self.across, self.stream = draws, across, stream
-        # For each sequence and draw: gradients at what each call was handed, as far as known.
+        # For each sequence and draw: the known gradients at each call's inputs.
         calls = len(recorded[0])
         self.pulled: dict[tuple[int, int], list[list[mx.array]]] = {
             (sequence, draw): [[] for _ in range(calls)]
@@ -125,7 +127,7 @@ class _Walk:
         self.scores: dict[tuple[int, int], mx.array] = {}
 
     def run(self, blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
-        """The factors of each block, once all its calls are differentiated."""
+        """Yield the factors of each block once all its calls are differentiated."""
         ran = [call.index for call in self.recorded[0]]
         numbers = [*reversed(range(len(ran))), None]
         found: dict[int | None, dict[str, Factors]] = {}
@@ -138,7 +140,7 @@ class _Walk:
                 yield found.pop(index)
 
     def blocks(self, modules: Mapping[str, nn.Module]) -> list[Block]:
-        """Each call, the last one first, and what is around the layers.
+        """Each call, the last one first, then the modules around the layers.
 
         They must be differentiated in this order.
         """
@@ -151,7 +153,7 @@ class _Walk:
             own = {path: m for path, m in modules.items() if inside.get(id(m)) == index}
             found.append((list(own), partial(self.layer, number, layers[index], own)))
         outer = {path: m for path, m in modules.items() if id(m) not in inside}
-        # Layers that never ran had no gradient.
+        # Layers that never ran have no gradient.
         idle = {path: i for path, m in modules.items() if (i := inside.get(id(m))) is not None}
         rest = [*outer, *(path for path, i in idle.items() if i not in ran)]
         return [*found, (rest, partial(self.around, outer))]
@@ -201,12 +203,12 @@ class _Walk:
             pulled[number] = gather(own, run, inputs, gradients, found, self.across)
             following = number + 1
             if following < len(pulled) and recording[following].follows:
-                # Only this call's output led there. Zeros take no memory until they are used.
+                # Only this call's output was used. Zeros take no memory until they are evaluated.
                 hidden = pulled[following][0]
                 pulled[following][0] = mx.zeros(hidden.shape, hidden.dtype)
 
     def around(self, outer: dict[str, nn.Module], found: dict[str, Factors]) -> None:
-        """Differentiate what is around the layers."""
+        """Differentiate the modules around the layers."""
         for number, sequence in enumerate(self.sequences):
             self.outside(outer, number, sequence.tokens, found)
 
@@ -217,7 +219,7 @@ class _Walk:
         tokens: mx.array,
         found: dict[str, Factors],
     ) -> None:
-        """What is around the layers, for one sequence and all its draws."""
+        """Differentiate the modules around the layers for one sequence and all its draws."""
         model, recording = self.model, self.recorded[sequence]
 
         def run() -> list[mx.array]:
@@ -229,9 +231,9 @@ class _Walk:
             gather(outer, run, [], cotangents, found, self.across)
 
     def cotangents(self, sequence: int) -> list[mx.array]:
-        """Gradients at the logits for each draw, not evaluated: most layers have no need of them.
+        """Gradients at the logits for each draw; not evaluated, as most layers do not need them.
 
-        They are as wide as the vocabulary, so that few are kept.
+        They are as wide as the vocabulary, so only a few are kept.
         """
         keys = [(sequence, draw) for draw in range(self.draws)]
         if keys[0] in self.scores:

@@ -1,7 +1,7 @@
-"""Sensitivities where a low-bit plan stands, rather than at the unquantized model.
+"""Sensitivities around a low-bit plan, rather than around the unquantized model.
 
-At few bits tensors no longer add up as if each were quantized alone (IMPQ, arXiv 2509.15455). The
-Fisher information of the quantized model tells how much each one matters beside the others.
+At low bits the effects of quantized tensors do not add up (IMPQ, arXiv 2509.15455). The Fisher
+information of the quantized model shows how sensitive it is to each tensor beside the others.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from .backward import GradientError
 from .fisher import factors
 from .problem import Problem, Sensitivity, batches
 
-#: How far to trust the quantized model, from 0 to 1: of each a plan is made.
+#: Weights of the quantized model's Fisher information, from 0 to 1; each gives one plan.
 SHARES = (0.5, 1.0)
 
 
@@ -30,12 +30,12 @@ def around(
     predicts at the planned precision, over the one expected so far, to the power of the share.
 
     Args:
-        problem: The problem that was planned; its model is left as it was.
-        sensitivity: From which the plan was made.
+        problem: The planned problem; its model is not changed.
+        sensitivity: The sensitivities that the plan was made from.
         precisions: The plan.
 
     Returns:
-        None of them if MLX cannot differentiate the model, or if its layers are on disk.
+        An empty list if MLX cannot differentiate the model, or if its layers are on disk.
     """
     if problem.stream is not None:
         problem.note("A model that is read layer by layer gets no second round of plans")

@@ -25,20 +25,20 @@ from .problem import BATCH, Problem, Sensitivity, error, journal_key
 
 T = TypeVar("T")
 
-#: Tensors that each process measures before it hands over what it found.
+#: Tensors that each process measures between two exchanges of results.
 ROUND = 8
-#: Nats per token that count as no measured effect; keeps finer precisions preferred even then.
+#: Nats per token below which there is no measured effect; finer precisions are still preferred.
 LEAST = 1e-9
-#: Nats per token below which rounding in the forward pass shows.
+#: Nats per token below which rounding noise of the forward pass matters.
 NOISE = 1e-6
-#: Bits of the precisions that are measured first.
+#: Bits at which tensors are measured first.
 FIRST = (2, 3, 4)
-#: Layers of which one has its tensors measured at several precisions.
+#: One in this many layers has its tensors measured at several precisions.
 APART = 12
-#: Natural logarithm by which two measurements may stray from proportion to their squared errors
-#: before one between them is measured too.
+#: Largest difference, as a natural logarithm, between two neighbours' ratios of divergence to
+#: squared error; beyond it a precision between them is measured too.
 TOLERANCE = 0.2
-#: Bytes of logits that may be computed at once; a larger batch keeps a GPU busier.
+#: Most bytes of logits that are computed at once; larger batches use a GPU better.
 LOGITS = 2**28
 
 
@@ -64,10 +64,10 @@ class _Recorded:
 
 
 class Probes:
-    """Measures single tensors, with the layers before them replayed; what is known is not measured.
+    """Measures single tensors, with the layers before them replayed; known results are reused.
 
-    A change in a layer's experts leaves the routing in that layer as the reference took it; later
-    layers route anew, as they will in the quantized model.
+    A change in a layer's experts does not change the routing in that layer. Later layers route
+    again, as in the quantized model.
     """
 
     def __init__(self, problem: Problem):
@@ -100,7 +100,7 @@ class Probes:
 
 
 def anchor(tensor: Tensor, bits: int = 3) -> Precision:
-    """A precision to measure: 3 bits stand out of the noise and are near to linear."""
+    """The precision to measure first: 3 bits are above the noise and nearly linear."""
     return _nearest((p for p in tensor.precisions if p.quantized), bits)
 
 
@@ -123,7 +123,7 @@ def _shared(
     tensors: Iterable[Tensor],
     work: Callable[[Tensor], T],
 ) -> dict[str, T]:
-    """What is measured of each tensor; the processes of ``mlx.launch`` take some each."""
+    """Measure all tensors; each process of ``mlx.launch`` measures some of them."""
     every, found = list(tensors), dict[str, T]()
     rounds = [
         every[i : i + ROUND * distributed.size()]
@@ -146,10 +146,10 @@ def _shared(
 class KL:
     """KL divergence of the logits, with one tensor quantized at a time.
 
-    It needs no gradients, so any model will do. Most tensors take one forward pass of the layers
-    from their own on, over all measured sequences; one tensor in `APART` layers of each kind takes
-    three or more. Memory holds the model, the hidden states between its layers for all measured
-    sequences, and the reference's leading log-probabilities.
+    It needs no gradients, so it works for any model. Most tensors take one forward pass of the
+    layers from their own on, over all measured sequences; one tensor in `APART` layers of each kind
+    takes three or more. Memory holds the model, the hidden states between its layers for all
+    measured sequences, and the reference's leading log-probabilities.
     """
 
     name: str = "kl"
@@ -167,14 +167,14 @@ def measured(
     """Measure each tensor alone, a few of them at several precisions.
 
     The divergence grows with a precision's squared error, and in proportion to it at medium bits
-    (HIGGS, arXiv 2411.17525). How it strays from that is measured on one tensor in `APART` layers
-    of each kind, at as many precisions as it takes for neighbours to agree; the others of that kind
-    follow the nearest, from one measurement of their own.
+    (HIGGS, arXiv 2411.17525). The deviation from that is measured on the tensors of one in
+    `APART` layers, at as many precisions as it takes for neighbours to agree. Other tensors of the
+    same kind take the curve of the nearest one, scaled by a single measurement.
 
     Args:
         problem: The model to measure.
-        tensors: Those of its tensors to measure.
-        probes: What measures one of them at one precision; None for the divergence.
+        tensors: The tensors to measure.
+        probes: Measures a tensor at a precision; None measures the divergence.
     """
     every, measure = list(tensors), probes or Probes(problem)
     guides = guided(every, layer_index(problem.model))
@@ -204,13 +204,13 @@ def measured(
 
 @dataclass(frozen=True)
 class _Curve:
-    """Squared errors of a tensor's precisions, and divergences in nats of those that are known."""
+    """Squared errors of a tensor's precisions, and the measured divergences in nats."""
 
     errors: dict[Precision, float]
     known: dict[Precision, float]
 
     def strays(self) -> dict[Precision, float]:
-        """What each known divergence is, by its squared error, of what 3 bits give."""
+        """Ratio of each measured divergence to that at 3 bits, by squared error."""
         if not self.known:
             return {}
         at = _nearest(self.known)
@@ -219,17 +219,17 @@ class _Curve:
 
 
 def guided(tensors: Iterable[Tensor], layers: Mapping[str, int]) -> dict[str, str]:
-    """Tensor path -> path of the tensor whose curve it follows, itself for those that lead.
+    """Tensor path -> path of the tensor whose curve it uses; itself if it has its own.
 
     Args:
-        tensors: Those to measure.
-        layers: Path -> decoder layer, without what is in none.
+        tensors: The tensors to measure.
+        layers: Path -> decoder layer, for tensors in one.
     """
     kinds: dict[str, dict[int, str]] = {}
     found = {tensor.path: tensor.path for tensor in tensors}
     for path in found:
         if path in layers:
-            kind = re.sub(r"\.\d+\.", ".", path, count=1)  # experts apart are kinds of their own
+            kind = re.sub(r"\.\d+\.", ".", path, count=1)  # individual experts are separate kinds
             kinds.setdefault(kind, {})[layers[path]] = path
     for members in kinds.values():
         parts = np.array_split(sorted(members), -(-len(members) // APART))
@@ -256,7 +256,7 @@ def _known(
 def doubtful(
     errors: Mapping[Precision, float], known: Mapping[Precision, float]
 ) -> Precision | None:
-    """The precision to measure next, or None when neighbours among the known agree.
+    """The precision to measure next, or None if neighbouring measurements agree.
 
     Args:
         errors: Precision -> its squared error.
@@ -275,9 +275,9 @@ def doubtful(
 def interpolated(
     errors: Mapping[Precision, float], known: Mapping[Precision, float]
 ) -> dict[Precision, float]:
-    """Expected KL at all precisions: on log scales between measured ones, in proportion beyond.
+    """Expected KL at all precisions: interpolated on log scales, proportional beyond.
 
-    They never fall with a larger error, however noisy the measurements.
+    It never falls with a larger error, even if the measurements are noisy.
     """
     order = sorted(known, key=lambda p: errors[p])
     if not order:

@@ -1,4 +1,4 @@
-"""What a sensitivity method is, for those that come with the package and for a plugin's."""
+"""The interface of a sensitivity method, built in or from a plugin."""
 
 from enum import Enum
 from typing import Protocol
@@ -7,7 +7,7 @@ from .problem import Problem, Sensitivity
 
 
 class Need(Enum):
-    """Something that a method cannot do without."""
+    """A requirement of a method."""
 
     CALIBRATION = "calibration sequences"
     GRADIENTS = "gradients of the model"
@@ -16,31 +16,31 @@ class Need(Enum):
 class Method(Protocol):
     """A way to measure how sensitive a model is to the quantization of each tensor.
 
-    The docstring of a class that implements it says what the method costs in time and memory; its
-    first line stands in the command's help.
+    The docstring of an implementation states the method's time and memory; its first line is shown
+    in the command's help.
     """
 
     @property
     def name(self) -> str:
-        """Its name in ``--optiq-sensitivity``."""
+        """The method's name in ``--optiq-sensitivity``."""
         ...
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it cannot do without."""
+        """The method's requirements."""
         ...
 
     @property
     def version(self) -> int:
-        """Of the measurements that it keeps on disk; counted up when it would measure anew."""
+        """Version of the method's stored measurements; raised when they must be measured again."""
         ...
 
     def measure(self, problem: Problem) -> Sensitivity:
         """Measure every candidate precision of every tensor.
 
         Args:
-            problem: The model with its tensors and calibration sequences. It must be left as it
-                was. ``problem.journal`` keeps measurements between runs.
+            problem: The model with its tensors and calibration sequences. It must not be
+                changed. ``problem.journal`` keeps measurements between runs.
 
         Returns:
             For every tensor of the problem the expected KL in nats per token at each of its

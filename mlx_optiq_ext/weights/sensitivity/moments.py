@@ -17,7 +17,7 @@ from .curvature import Curvature, Reduced, leading, residual
 
 @dataclass
 class Factors:
-    """Sums over the tokens seen, for one tensor ``(..., out, in)``.
+    """Sums over tokens for one tensor ``(..., out, in)``.
 
     Attributes:
         inputs: Second moment of the inputs, (in, in); for stacked experts its diagonal,
@@ -25,9 +25,9 @@ class Factors:
         outputs: Squared gradients at the outputs, (out,) or (experts, out).
         uses: Tokens that each expert saw, (experts,); stacked experts only.
         lookups: How often each row was looked up, (vocabulary,); embeddings only.
-        columns: Second moment of the gradients at what was looked up, (dim, dim); embeddings only.
-        across: Second moment of the gradients at the outputs, (out, out), where it was asked for.
-        tokens: Number of tokens in the batches, once for each draw.
+        columns: Second moment of the gradients at looked-up rows, (dim, dim); embeddings only.
+        across: Second moment of the gradients at the outputs, (out, out), if requested.
+        tokens: Number of tokens in the batches, times the number of draws.
     """
 
     inputs: mx.array | None = None
@@ -45,27 +45,27 @@ class Factors:
 
     @property
     def kept(self) -> "Factors":
-        """What rounding needs later, without the moments that only sensitivity uses."""
+        """The factors that rounding needs, without those that only sensitivity uses."""
         if self.columns is not None:
             return self
         return Factors(across=self.across, tokens=self.tokens)
 
     def arrays(self) -> dict[str, mx.array]:
-        """Those that there are, by name."""
+        """The existing arrays, by name."""
         return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}
 
     def curvature(self, *, feedback: bool = False) -> Curvature:
-        """What predicts the KL of an error in the weight.
+        """The curvature that predicts the KL of an error in the weight.
 
         Args:
-            feedback: Predict the KL of what error feedback along both sides leaves of an error. For
-                stacked experts that is not known here.
+            feedback: Predict the KL that remains after error feedback along both sides. For stacked
+                experts this is not available.
         """
         reduce = residual if feedback else leading
         inputs, outputs = None, self.outputs
         if self.inputs is not None and outputs is not None:
             if self.uses is not None:
-                # Means over each expert's own tokens.
+                # Means over each expert's tokens.
                 outputs = outputs * (self.tokens / mx.maximum(self.uses, 1))[:, None]
                 inputs = Reduced(self.inputs)
             else:

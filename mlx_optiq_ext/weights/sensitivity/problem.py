@@ -1,4 +1,4 @@
-"""A model to measure: its tensors, its calibration sequences, and whole plans tried on it."""
+"""A model to measure, with its tensors and calibration sequences; judges whole plans."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,11 +28,11 @@ BATCH, GPU_BATCH = 4, 32
 
 @dataclass
 class Findings:
-    """What one step of a conversion leaves for those that follow.
+    """Results of one step of a conversion for later steps.
 
     Attributes:
-        factors: Tensor path -> its factors, once a backward pass has gathered them.
-        notes: What could not be done as asked, one line each, for the metadata.
+        factors: Tensor path -> its factors, after a backward pass.
+        notes: Requests that could not be met, one line each, for the metadata.
     """
 
     factors: Mapping[str, Factors] | None = None
@@ -47,15 +47,14 @@ class Problem:
         model: The model, with every parameter in the dtype to compute in.
         weights: Tensor path -> weight ``(..., out, in)`` in the dtype it is stored in.
         tensors: The tensors to measure, with their candidates.
-        size: What the model stores, as it was before it was cast to compute in.
-        calibration: What to measure on.
-        key: What identifies the model and the device, under which measurements are kept on disk;
-            None keeps none.
+        size: The model's counts before it was cast.
+        calibration: The calibration sequences.
+        key: Identifies the model and the device for measurements on disk; None keeps none.
         progress: Whether to show a progress bar.
         refine: Whether the quantized weights will be refined, which leaves less error.
         say: Receives one-line messages.
-        findings: What one step leaves for those that follow.
-        stream: Of the model, if its layers are on disk; it is then ``weights`` too.
+        findings: Results of one step for later steps.
+        stream: The model's stream, if its layers are on disk; it is then ``weights`` too.
     """
 
     model: nn.Module
@@ -74,8 +73,8 @@ class Problem:
         """Measurements of this problem that are kept between runs.
 
         Args:
-            name: Of what is measured, such as the method's name.
-            version: Of the method. What another version measured is not read.
+            name: Name of the measurements, such as the method's name.
+            version: Version of the method; measurements of other versions are ignored.
         """
         if self.key is None:
             return Journal(None)
@@ -83,7 +82,7 @@ class Problem:
         return Journal({**self.key, "method": name, "tokens": tokens, "version": version})
 
     def note(self, line: str) -> None:
-        """Say what could not be done as asked, and keep it for the metadata."""
+        """Print a request that could not be met, and keep it for the metadata."""
         self.say(f"[optiq] {line}")
         self.findings.notes.append(line)
 
@@ -94,11 +93,11 @@ class Problem:
         return modules[self.tensors[0].path].weight.dtype
 
     def layer(self, index: int) -> AbstractContextManager[None]:
-        """Keeps a decoder layer in memory while inside, if the model is on disk."""
+        """Keep a decoder layer in memory inside the block, if the model is on disk."""
         return nullcontext() if self.stream is None else self.stream.layer(index)
 
     def quantized(self, choice: dict[str, Precision]) -> AbstractContextManager[None]:
-        """The model with some tensors replaced by what a precision leaves of them."""
+        """The model with some tensors quantized and dequantized."""
         dtype = self.dtype
         return self.replaced(choice, lambda p: dequantized(self.weights[p], choice[p], dtype))
 
@@ -106,8 +105,8 @@ class Problem:
     def replaced(self, paths: Iterable[str], weight: Callable[[str], mx.array]) -> Iterator[None]:
         """The model with other weights.
 
-        Those of several decoder layers are put in as each layer runs, and taken out after: there
-        never is a second model in memory.
+        Weights of several decoder layers are put in when each layer runs, and removed after it, so
+        that there is never a second model in memory.
 
         Args:
             paths: Of the tensors to replace.
@@ -183,7 +182,7 @@ def end_to_end(problem: Problem, choices: list[dict[str, Precision]]) -> list[fl
 
 
 def error(weight: mx.array, precision: Precision) -> float:
-    """Summed squared error that a precision leaves in a weight ``(..., out, in)``."""
+    """Summed squared error of a weight ``(..., out, in)`` at a precision."""
     if not precision.quantized:
         return 0.0
     difference = weight.astype(mx.float32) - dequantized(weight, precision, mx.float32)

@@ -11,7 +11,7 @@ from .kl import KL
 from .method import Method
 from .taylor import Taylor
 
-#: Name of the method that is used when none is asked for.
+#: Name of the default method.
 DEFAULT = "taylor"
 
 _methods: dict[str, Method] = {}
@@ -41,7 +41,7 @@ def register(method: Method) -> None:
 
 
 def unregister(name: str) -> None:
-    """Offer a method no longer; a name that is not known is no error."""
+    """Remove a method; an unknown name is ignored."""
     _methods.pop(name, None)
 
 
@@ -49,7 +49,7 @@ def find(name: str) -> Method:
     """The method of a name.
 
     Raises:
-        InputError: There is none; the message lists those that there are.
+        InputError: There is no such method; the message lists all methods.
     """
     if name not in _methods:
         raise InputError(

@@ -1,7 +1,7 @@
-"""Sums over sequences that several processes see, in the order of a single one.
+"""Sums over the sequences of several processes, in the order of a single process.
 
-Floating-point sums depend on their order. So a process adds what it sees to what the one before it
-hands on, and works one block of the model behind it meanwhile.
+Floating-point sums depend on their order. So each process adds its part to the sums that the
+process before it passes on, one block of the model behind that process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +14,7 @@ from ...model.replay import Recording
 from .backward import GradientError, told_apart
 from .moments import Factors
 
-#: Paths of a stretch of the model, and what adds the sequences' share to their factors.
+#: Paths of a part of the model, and a function that adds the sequences' part to their factors.
 Block = tuple[list[str], Callable[[dict[str, Factors]], None]]
 
 
@@ -35,7 +35,7 @@ def relayed(blocks: list[Block], tokens: int) -> Iterator[dict[str, Factors]]:
             try:
                 with told_apart():
                     add(found)
-            except GradientError as error:  # the other processes have not come to it yet
+            except GradientError as error:  # the other processes have not reached it yet
                 trouble = str(error)
         else:
             found = {}

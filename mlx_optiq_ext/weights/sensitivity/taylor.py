@@ -23,9 +23,9 @@ from .problem import Problem, Sensitivity, batches, journal_key
 
 #: Tensors measured directly, to fit the scale of the expansion.
 DIRECT = 4
-#: Gradients drawn for each batch where whole output moments are wanted, which fewer leave noisy.
+#: Gradients drawn for each batch if whole output moments are needed; fewer are too noisy.
 DRAWS = 2
-#: Bytes for whole output moments together, and outputs beyond which a tensor's is never kept.
+#: Bytes for all whole output moments, and the most outputs of a tensor to keep one for.
 ACROSS, WIDEST = 2**30, 4096
 
 
@@ -33,13 +33,12 @@ ACROSS, WIDEST = 2**30, 4096
 class Taylor:
     """Second-order Taylor expansion of the KL divergence, from one backward pass a sequence.
 
-    The expansion knows which tensors matter and which errors do, per row and input; one scale for
-    all of them is fitted to a few direct measurements. A tensor that no gradient reached is
-    measured directly, as `KL` does.
+    The expansion predicts the KL of errors per row and input. One common scale is fitted to a few
+    direct measurements. A tensor without a gradient is measured directly, as `KL` does.
 
     A conversion takes one forward and one backward pass of the model for each measured sequence;
-    for one that will be refined, `DRAWS` backward passes for each sequence that refines. Then every
-    candidate is quantized once. Memory holds the model, the hidden states between its layers for
+    with refinement, `DRAWS` backward passes for each refinement sequence. Then every candidate is
+    quantized once. Memory holds the model, the hidden states between its layers for
     all sequences, and one layer's activations and second moments.
     """
 
@@ -81,12 +80,12 @@ def _expanded(problem: Problem, version: int) -> Sensitivity:
 
 @dataclass(frozen=True)
 class _Ledger:
-    """What is kept on disk.
+    """The measurements on disk.
 
     Attributes:
         predicted: KL by the expansion, not yet scaled.
-        plain: The same without error feedback and at the precision of `anchor`, as probes measure.
-        direct: Of tensors that no gradient reached.
+        plain: KL by the expansion without error feedback, at the precision of `anchor`.
+        direct: Measured KL of tensors without a gradient.
     """
 
     predicted: Journal
@@ -108,10 +107,10 @@ class _Ledger:
         return (known and anchored) or self.was_measured(tensor)
 
     def write(self, problem: Problem, tensors: list[Tensor], found: Mapping[str, Factors]) -> None:
-        """Predict for some tensors; of several processes each takes some of their candidates."""
+        """Predict the KL of some tensors' candidates; each process takes some of these."""
         every = [(tensor, precision) for tensor in tensors for precision in tensor.precisions]
         mine = distributed.share(every)
-        # What feedback leaves of a tensor's moments is expensive, and best found once.
+        # The moments after feedback are expensive, so they are computed once.
         if problem.refine:
             mine = distributed.span(every, [math.prod(tensor.shape) for tensor, _ in every])
         own: dict[str, list[Precision]] = {}
@@ -136,10 +135,10 @@ def _knows(journal: Journal, tensor: Tensor, precisions: Iterable[Precision]) ->
 
 
 def differentiated(problem: Problem) -> Mapping[str, Factors]:
-    """What rounding needs of every tensor's factors; empty ones if MLX cannot differentiate.
+    """Every tensor's factors for rounding; empty ones if MLX cannot differentiate the model.
 
-    For a problem that will be refined, more sequences and draws are used, and output
-    moments are kept whole as far as `widest` allows. Computed once a problem.
+    With refinement, more sequences and draws are used, and whole output moments are kept as far as
+    `widest` allows. Computed once for each problem.
     """
     if problem.findings.factors is None:
         problem.findings.factors = differentiate(problem, "refining against its inputs only")
@@ -151,13 +150,13 @@ def differentiate(
     instead: str,
     visit: Callable[[Mapping[str, Factors]], None] = lambda found: None,
 ) -> Mapping[str, Factors]:
-    """Show each block's factors to ``visit``, and return what rounding needs of them.
+    """Pass each block's factors to ``visit``, and return those that rounding needs.
 
     Args:
         problem: The model to differentiate.
-        instead: What is done if MLX cannot differentiate it, for the note that says so. All factors
-            are empty then.
-        visit: Is shown the factors of one block after another, by tensor path.
+        instead: The fallback if MLX cannot differentiate it, for the note. All factors are then
+            empty.
+        visit: Called with the factors of one block after another, by tensor path.
     """
     tokens, draws, across = problem.calibration.measured, 1, set()
     if problem.refine:
@@ -175,7 +174,7 @@ def differentiate(
     for found in tqdm(blocks, desc="Measuring", total=total, disable=not problem.progress):
         visit(found)
         kept.update({path: factor.kept for path, factor in found.items()})
-        found.clear()  # one block's moments at a time
+        found.clear()  # only one block's moments are in memory
     return kept
 
 
@@ -190,13 +189,13 @@ def _tried(
 
 
 class SpilledFactors(Mapping[str, Factors]):
-    """Factors on disk: each look-up reads them anew."""
+    """Factors on disk; each look-up reads them again."""
 
     def __init__(self, spill: Spill):
         self._arrays, self._tokens = Spilled(spill), {}
 
     def update(self, found: Mapping[str, Factors]) -> None:
-        """Keep some."""
+        """Write some factors."""
         self._tokens.update({path: factor.tokens for path, factor in found.items()})
         parts = {path: factor.arrays() for path, factor in found.items()}
         self._arrays.add({path: part for path, part in parts.items() if part})
@@ -213,7 +212,7 @@ class SpilledFactors(Mapping[str, Factors]):
 
 
 def widest(tensors: Iterable[Tensor]) -> set[str]:
-    """Paths whose output moments fit `ACROSS` together, the narrowest first.
+    """Paths whose output moments fit into `ACROSS` together, the narrowest first.
 
     A head as wide as the vocabulary is left out.
     """
@@ -236,7 +235,7 @@ def predictions(
 ) -> dict[Precision, float]:
     """KL in nats per token of some candidates of one tensor, or of all; not yet scaled.
 
-    For a problem that will be refined, of what error ``feedback`` leaves.
+    With refinement, the KL that remains after error ``feedback``.
     """
     weight = problem.weights[tensor.path]
     exact = weight.astype(mx.float32)
@@ -251,15 +250,15 @@ def fit(problem: Problem, tensors: list[Tensor], predicted: Mapping[str, float |
     """The factor that brings the expansion to a few directly measured divergences.
 
     Args:
-        problem: To measure.
-        tensors: Those that were expanded.
+        problem: The problem to measure.
+        tensors: Tensors with a prediction.
         predicted: KL of each at the precision of `anchor`, not yet scaled.
     """
     known = {path: kl for path, kl in predicted.items() if kl is not None and kl > 0}
     ordered = sorted((t for t in tensors if t.path in known), key=lambda t: known[t.path])
     if not ordered:
         return 1.0
-    # Spread over the upper half: what matters little stands out of the noise least.
+    # Spread over the upper half, because small effects are lost in noise.
     positions = np.linspace(len(ordered) // 2, len(ordered) - 1, DIRECT).round().astype(int)
     probes = probe(problem, [ordered[i] for i in np.unique(positions)])
     ratios = [np.log(kl / known[path]) for path, kl in probes.items()]

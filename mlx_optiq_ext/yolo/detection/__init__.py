@@ -1,1 +1,1 @@
-"""Judging detections: average precision, comparison with the original, pictures."""
+"""Evaluates detections: average precision, comparison with the original, pictures."""

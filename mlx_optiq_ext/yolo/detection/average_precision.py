@@ -1,7 +1,7 @@
 """Average precision of detections, as COCO defines it.
 
-For each class and each IoU threshold from 0.50 to 0.95: detections, best first, take the free
-object that they overlap most; precision is read at 101 recalls, made to fall. At most 100
+For each class and each IoU threshold from 0.50 to 0.95, detections are matched, best first, to the
+free object that they overlap most. Precision is made monotonic and read at 101 recalls. At most 100
 detections an image count. A crowd may be taken any number of times, and what takes it is neither
 right nor wrong. Source: Lin et al., "Microsoft COCO" (2014), and its evaluation server's rules.
 """
@@ -72,7 +72,7 @@ def _class_precision(
     for objects, rows in zip(truth, found, strict=True):
         mine = objects.classes == index
         boxes, crowd = objects.boxes[mine], objects.crowd[mine]
-        order = np.argsort(crowd, kind="stable")  # crowds last: taken only for want of others
+        order = np.argsort(crowd, kind="stable")  # crowds last: matched only if no other object is
         boxes, crowd = boxes[order], crowd[order]
         rows = rows[rows[:, 5] == index]
         rows = rows[np.argsort(-rows[:, 4], kind="stable")][:MOST]

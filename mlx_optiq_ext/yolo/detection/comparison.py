@@ -1,4 +1,4 @@
-"""How a quantized YOLO26 detects beside its original."""
+"""Compares a quantized YOLO26 with its original."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from ..reading.checkpoint import read
 from .average_precision import Objects, Precision, mean_precision
 from .labels import read_labels
 
-#: Confidence from which the original's own detections count as the truth.
+#: Least confidence of the original's detections that count as the truth.
 SURE = 0.25
 
 
@@ -24,14 +24,15 @@ class Evaluation:
     """A quantized network beside its original.
 
     Attributes:
-        images: How many could be read.
+        images: Number of images that could be read.
         skipped: A line for each image that could not be read or has no labels.
         agreement: Mean average precision against the original's own detections.
-        labelled: Against labels, quantized; None without labels.
-        labelled_original: Against labels, original; None without labels.
+        labelled: Mean average precision of the quantized network against labels; None without
+            labels.
+        labelled_original: The original's; None without labels.
         error: Detection error, mean over images.
         seconds: Median time of one image through the network, quantized.
-        seconds_original: The same, original.
+        seconds_original: Median time of one image through the original network.
     """
 
     images: int
@@ -93,7 +94,7 @@ def evaluate(
 
 
 def _run(model: Any, pictures: list[images.Picture]) -> tuple[list[Any], list[float]]:
-    """Detections and seconds for each image, after one that warms up."""
+    """Detections and seconds for each image, after a warm-up image."""
     mx.eval(model(pictures[0].pixels))
     found, times = [], []
     for picture in pictures:

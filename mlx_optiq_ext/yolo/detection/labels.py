@@ -22,7 +22,7 @@ def read_labels(path: str | Path, classes: int) -> dict[str, Objects]:
         File name of each image -> what is in it.
 
     Raises:
-        InputError: Not such a file, or another number of classes.
+        InputError: The file is not in this format, or has another number of classes.
     """
     path = Path(path)
     data = files.read_json(path, files.LABELS)

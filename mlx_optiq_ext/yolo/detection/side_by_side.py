@@ -7,7 +7,7 @@ from typing import Any
 from ...errors import InputError
 from .. import images, loading, network
 
-#: One colour a class, in turn.
+#: Colours of the classes, in turn.
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 

@@ -1,1 +1,1 @@
-"""Reading checkpoints of YOLO26, whichever package wrote them."""
+"""Reads YOLO26 checkpoints of Ultralytics and yolo-mlx."""

@@ -1,4 +1,4 @@
-"""Reads YOLO26 weights from ``.pt``, ``.safetensors`` or ``.npz`` and tells the network."""
+"""Reads YOLO26 weights from ``.pt``, ``.safetensors`` or ``.npz`` and identifies the network."""
 
 import re
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ SUFFIXES = {"detect": "", "segment": "-seg", "pose": "-pose"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """Which YOLO26 it is.
+    """The kind of a YOLO26.
 
     Attributes:
-        task: What it predicts beside boxes.
+        task: The task: detection, segmentation or pose.
         scale: ``n``, ``s``, ``m``, ``l`` or ``x``.
         classes: Number of classes.
     """
@@ -37,13 +37,13 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """The stem of its file name, by which yolo-mlx knows scale and task."""
+        """The stem of the file name, from which yolo-mlx reads scale and task."""
         return f"yolo26{self.scale}{SUFFIXES[self.task]}"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights as a file holds them.
+    """Weights as read from a file.
 
     Attributes:
         weights: Tensors by the file's own names.
@@ -93,7 +93,7 @@ def _read_arrays(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None
 
 
 def _check_whole(path: Path) -> None:
-    """Raise if a file is cut or altered; MLX reads past that in some releases."""
+    """Raise if a file is truncated or altered, which some releases of MLX do not notice."""
     if path.suffix == ".safetensors":
         files.read_header(path)
         return
@@ -102,7 +102,7 @@ def _check_whole(path: Path) -> None:
 
 
 def identify(weights: Mapping[str, mx.array]) -> Architecture:
-    """Tell task, scale and number of classes from names and shapes.
+    """Identify task, scale and number of classes by names and shapes.
 
     Raises:
         InputError: These are not the weights of a YOLO26 that yolo-mlx has.

@@ -11,15 +11,15 @@ import mlx.core as mx
 
 from ...errors import InputError
 
-#: Bookkeeping of training that no network of yolo-mlx has.
+#: Training state that yolo-mlx's networks do not have.
 IGNORED = "num_batches_tracked"
 
-#: How the axes of a PyTorch weight become MLX's ``(out, height, width, in)``.
+#: Transpositions of a PyTorch weight to MLX's ``(out, height, width, in)``.
 TORCH_AXES = {"conv": (0, 2, 3, 1), "conv_transpose": (1, 2, 3, 0)}
 
 
 def canonical(name: str) -> str:
-    """One name for a tensor, whichever of the two packages named it.
+    """The common name of a tensor named by either package.
 
     ``model.23.cv3.0.1.0.bn.bias`` and ``model.layers.23.cv3.layer0.layers.2.bn.bias`` both become
     ``model.23.cv3.0.2.bn.bias``.
@@ -30,7 +30,7 @@ def canonical(name: str) -> str:
     return _NESTED.sub(_flat, plain) if nested else plain
 
 
-#: A class branch of the head: its level, a block, and a layer of that unless it is the last.
+#: A class branch of the head: its level, a block, and the block's layer except in the last block.
 _NESTED = re.compile(r"((?:^|\.)(?:one2one_)?cv3\.\d+)\.(\d+)(?:\.(\d+))?(?=\.)")
 
 
@@ -54,7 +54,7 @@ def matched(
     expected: Mapping[str, tuple[int, ...]],
     kinds: Mapping[str, str],
 ) -> dict[str, mx.array]:
-    """Rename and turn a checkpoint's tensors to what a network expects.
+    """Rename and transpose a checkpoint's tensors as a network expects them.
 
     Args:
         weights: Tensors by Ultralytics' or yolo-mlx's names, convolutions in either layout.
@@ -99,7 +99,7 @@ def matched(
 
 
 def _is_torch_layout(found, expected, kinds) -> bool:
-    """Whether convolutions are laid out as PyTorch does; some shapes fit both ways."""
+    """Whether convolutions have PyTorch's layout; some shapes fit both layouts."""
     for name, array in found.items():
         if array.ndim == 4 and tuple(array.shape) != expected[name]:
             axes = TORCH_AXES[kinds.get(name, "conv")]

@@ -1,7 +1,7 @@
 """``.npz`` files, checked before MLX reads them.
 
-Such a file is a zip archive of ``.npy`` entries, which may be deflated: a few kilobytes can come to
-gigabytes, and a header can tell of more than what follows it. Format: NumPy's NEP 1.
+Such a file is a zip archive of ``.npy`` entries, which may be deflated: a few kilobytes can inflate
+to gigabytes, and a header can declare more than the data that follows. Format: NumPy's NEP 1.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import BinaryIO
 from . import zip_archive
 from .torch_objects import Damaged
 
-#: What all entries may come to: some bytes, and a multiple of the file's own.
+#: Limits of all entries' inflated size: in bytes, and as a multiple of the file's size.
 BYTES, TIMES = 64 << 20, 16
 
 _HEADER = re.compile(
@@ -21,10 +21,10 @@ _HEADER = re.compile(
 
 
 def check(stream: BinaryIO) -> None:
-    """Make sure that a file is whole and no larger than it looks.
+    """Check that a file is complete and its inflated size is within limits.
 
     Raises:
-        Damaged: It is not.
+        Damaged: The check fails.
     """
     entries = zip_archive.entries(stream)
     if sum(entry.size for entry in entries.values()) > BYTES + TIMES * stream.seek(0, 2):

@@ -1,9 +1,9 @@
-"""A pickle as torch.save writes it, interpreted without the pickle module.
+"""Interprets pickles of torch.save without the pickle module.
 
-A pickle is a program for a small stack machine, which may name any function of any module and have
-it called. This machine imports and calls nothing: a few names have a meaning in `torch_objects`,
-classes of PyTorch and Ultralytics become inert records, and any other name is refused. It takes one
-step an opcode, never copies what the pickle made before, and stops after `STEPS`.
+A pickle is a program for a small stack machine that may call any function of any module. This
+interpreter imports and calls nothing: a few names have a meaning in `torch_objects`, classes of
+PyTorch and Ultralytics become inert records, and any other name is refused. It takes one step for
+each opcode, never copies earlier results, and stops after `STEPS`.
 Format: CPython's Lib/pickletools.py, protocols 2 to 5.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from .torch_objects import Damaged, Name, Record, Tensor, is_dict, named, result, stored
 
-#: Opcodes that are carried out. A YOLO26x with its optimizer takes some 300,000.
+#: Most opcodes to execute. A YOLO26x with its optimizer takes some 300,000.
 STEPS = 1_000_000
 
 
@@ -25,9 +25,9 @@ def interpret(data: bytes, sizes: Mapping[str, int]) -> Any:
         sizes: Key of each storage in the archive -> its bytes.
 
     Raises:
-        Damaged: It is cut off, not a pickle, uses an opcode that torch.save does not write, or has
-            a tensor that does not fit its data.
-        Refused: It names something else than classes of PyTorch and Ultralytics.
+        Damaged: The data is truncated, not a pickle, uses an opcode that torch.save does not write,
+            or has a tensor that does not fit its data.
+        Refused: The pickle names other things than classes of PyTorch and Ultralytics.
     """
     machine = _Machine(data, sizes)
     for _ in range(STEPS):
@@ -156,7 +156,7 @@ def _put(machine: _Machine, items: list[Any]) -> None:
 
 def _fill(target: dict, items: list[Any]) -> dict:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Hashing a tuple of tuples of tuples can take forever; nothing we need has such a key.
+        # Hashing deeply nested tuples can take forever; no needed key is one.
         if isinstance(key, str) or (isinstance(key, int) and -(2**63) <= key < 2**63):
             target[key] = value
     return target
@@ -173,7 +173,7 @@ def _global_on_stack(machine: _Machine) -> None:
     machine.push(named(module, name))
 
 
-#: What each opcode does. There is none for text pickles, extensions, buffers and instances.
+#: The supported opcodes. Text pickles, extensions, buffers and instances are not supported.
 _ACTIONS: dict[bytes, Callable[[_Machine], Any]] = {
     b"\x80": lambda m: m.take(1),  # PROTO
     b"\x95": lambda m: m.take(8),  # FRAME

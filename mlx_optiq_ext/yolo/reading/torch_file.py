@@ -1,8 +1,8 @@
 """Reads a PyTorch ``.pt`` file without PyTorch, and without running any of its code.
 
 Such a file is a zip archive: ``data.pkl`` pickles the object tree, and each tensor's bytes lie in
-an entry of their own. The pickle is interpreted here, never loaded; sizes are compared with the
-file's before anything of that size is made.
+an entry of their own. The pickle is interpreted, never loaded; sizes are compared with the file's
+before memory of that size is allocated.
 Format: torch.save's zip layout (``data.pkl``, ``data/<key>``).
 """
 
@@ -33,13 +33,13 @@ TYPES = {
     "BoolStorage": np.uint8,
 }
 
-#: Bytes of ``data.pkl``; that of a YOLO26x takes less than one megabyte.
+#: Most bytes of ``data.pkl``; that of a YOLO26x takes less than one megabyte.
 PICKLE_BYTES = 16 << 20
 
 #: Modules and tensors of a network, and characters of a tensor's name.
 PARTS, NAME = 100_000, 500
 
-#: Bytes of tensors that repeat their data, beyond the file's own size.
+#: Most bytes of tensors with repeated data, beyond the file's size.
 REPEATED_BYTES = 16 << 20
 
 
@@ -54,7 +54,7 @@ def read(path: Path) -> tuple[dict[str, mx.array], dict[int, str] | None]:
         names if it has them.
 
     Raises:
-        InputError: Not such a file, truncated, or it asks for code to be run.
+        InputError: The file is not a checkpoint, is truncated, or asks for code to be run.
     """
     with files.open_regular(path) as stream:
         try:
@@ -103,7 +103,7 @@ def _read(stream: BinaryIO) -> tuple[dict[str, mx.array], Any]:
 
 
 def _model(tree: Any) -> Any:
-    """The network or the state dict in what was saved."""
+    """The network or the state dict in the saved object."""
     if not isinstance(tree, dict):
         return tree
     averaged = tree.get("ema")

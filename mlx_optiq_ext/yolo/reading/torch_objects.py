@@ -1,4 +1,4 @@
-"""What a checkpoint's pickle may hold: records, tensors, and names that are never imported.
+"""Objects in a checkpoint's pickle: records, tensors, and names that are never imported.
 
 Sources: torch/_utils.py for the arguments of tensors, torch/serialization.py for their data.
 """
@@ -25,7 +25,7 @@ STORAGES = {
 #: Packages whose classes and functions become inert records.
 RECORDED = ("torch", "ultralytics", "models")
 
-#: Containers, paths, dates, numbers and bound methods: records too, they carry nothing we need.
+#: Containers, paths, dates, numbers and bound methods also become records; they are not needed.
 RECORDED_NAMES = {
     ("_codecs", "encode"),
     *((module, "getattr") for module in ("builtins", "__builtin__")),
@@ -51,16 +51,16 @@ _PARAMETER = "_rebuild_parameter"
 
 _NAME = re.compile(r"[A-Za-z_][\w.<>]{0,199}", re.ASCII)
 
-#: Elements of a tensor that repeats its data, as expanded ones do.
+#: Most elements of a tensor with repeated data, such as an expanded one.
 _REPEATED = 1 << 16
 
 
 class Damaged(ValueError):
-    """It is no pickle of torch.save; the text says why."""
+    """The data is not a pickle of torch.save; the text says why."""
 
 
 class Refused(ValueError):
-    """It asks for a function or class that no checkpoint needs; the text is its name."""
+    """The pickle asks for a function or class that no checkpoint needs; the text is its name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class Record:
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """Where a tensor's data lies: the archive's entry ``key``, of ``size`` elements."""
+    """A tensor's data: the archive's entry ``key``, of ``size`` elements."""
 
     kind: str
     key: str
@@ -94,7 +94,7 @@ class Storage:
 
     @property
     def order(self) -> tuple[str, str]:
-        """Brings views of the same elements together."""
+        """Sort key that puts views of the same elements together."""
         return self.key, self.kind
 
 
@@ -109,7 +109,7 @@ class Tensor:
 
     @property
     def elements(self) -> int:
-        """How many it has."""
+        """Number of elements."""
         count = 1
         for side in self.shape:
             count *= side
@@ -117,11 +117,11 @@ class Tensor:
 
 
 def named(module: Any, name: Any) -> Name:
-    """A name that a pickle asks for.
+    """Resolve a name that a pickle asks for.
 
     Raises:
-        Damaged: It is no name.
-        Refused: No checkpoint needs it.
+        Damaged: The value is not a name.
+        Refused: No checkpoint needs the name.
     """
     if not (isinstance(module, str) and isinstance(name, str)):
         raise Damaged("a name that is no string")
@@ -139,7 +139,7 @@ def is_dict(kind: Name) -> bool:
 
 
 def result(called: Name | Record, arguments: tuple[Any, ...]) -> Any:
-    """What stands for the result of a call: a tensor, an empty dict, or a record.
+    """The replacement for a call's result: a tensor, an empty dict, or a record.
 
     Raises:
         Damaged: A tensor does not fit its data.
@@ -174,14 +174,14 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> Tensor:
 
 
 def stored(parts: Any, sizes: Mapping[str, int]) -> Storage:
-    """What a persistent id stands for.
+    """Resolve a persistent id.
 
     Args:
         parts: ``("storage", type, key, device, elements)``.
         sizes: Key of each storage in the archive -> its bytes.
 
     Raises:
-        Damaged: It is no such id, or not of that size.
+        Damaged: The id is malformed, or its size is wrong.
     """
     if not isinstance(parts, tuple) or len(parts) < 5 or parts[0] != "storage":
         raise Damaged("a reference to something other than tensor data")

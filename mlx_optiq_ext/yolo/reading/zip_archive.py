@@ -1,7 +1,7 @@
-"""A zip archive, read by its directory and never beyond what that says.
+"""Reads a zip archive by its directory, within the sizes that the directory declares.
 
-Each entry lies behind the one before it, so that all together take no more than the file; what a
-deflated one comes to is known before it is inflated.
+Entries must not overlap, so that all together are not larger than the file, and the inflated size
+of an entry is checked before it is inflated.
 Format: PKWARE's APPNOTE, 4.3.7 (local header), 4.3.12 (directory) and 4.3.14 to 4.3.16 (ends).
 """
 
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from .torch_objects import Damaged
 
-#: Entries of a file and bytes of their directory; a YOLO26x with its optimizer has about 5,000.
+#: Most entries, and most bytes of their directory; a YOLO26x with its optimizer has 5,000 entries.
 ENTRIES, DIRECTORY_BYTES = 50_000, 8 << 20
 
 _LOCAL = struct.Struct("<4s22x2H")
@@ -29,13 +29,13 @@ class Entry:
     """An entry.
 
     Attributes:
-        name: As the directory has it.
-        header: Where its local header begins.
-        end: Where the next entry or the directory begins.
-        stored: Bytes that it takes in the file.
-        size: Bytes that it comes to.
+        name: Name in the directory.
+        header: Offset of its local header.
+        end: Offset of the next entry or of the directory.
+        stored: Bytes in the file.
+        size: Bytes after inflating.
         deflated: Whether it is compressed.
-        checksum: CRC-32 of what it comes to.
+        checksum: CRC-32 of the inflated bytes.
     """
 
     name: bytes
@@ -51,7 +51,7 @@ def entries(stream: BinaryIO) -> dict[str, Entry]:
     """The entries of an archive by name.
 
     Raises:
-        Damaged: It is no zip archive, cut off, encrypted, or its entries overlap.
+        Damaged: The file is not a zip archive, is truncated or encrypted, or its entries overlap.
     """
     count, size, start = _directory(stream)
     if count > ENTRIES or size > DIRECTORY_BYTES:
@@ -84,7 +84,7 @@ def content(stream: BinaryIO, entry: Entry) -> bytes:
     """The bytes of an entry.
 
     Raises:
-        Damaged: They are cut off or altered.
+        Damaged: The bytes are truncated or altered.
     """
     stream.seek(entry.header)
     local = stream.read(_LOCAL.size)
@@ -138,7 +138,7 @@ def _directory(stream: BinaryIO) -> tuple[int, int, int]:
 
 
 def _wide(extra: bytes, length: int, packed: int, header: int) -> tuple[int, int, int]:
-    """Sizes and place of an entry, of which zip64 keeps large ones in an extra field."""
+    """Sizes and offset of an entry; zip64 keeps large ones in an extra field."""
     if max(length, packed, header) < 0xFFFFFFFF:
         return length, packed, header
     at = 0
@@ -157,7 +157,7 @@ def _wide(extra: bytes, length: int, packed: int, header: int) -> tuple[int, int
 
 
 def _apart(found: list[Entry], end: int) -> dict[str, Entry]:
-    """The entries, each of which ends before the next one begins."""
+    """The entries with their ends, checked to not overlap."""
     placed: dict[str, Entry] = {}
     for entry in sorted(found, key=lambda entry: entry.header, reverse=True):
         name = entry.name.decode("utf-8", "replace")

@@ -14,8 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 #: Tokens decoded before the clock starts, and between its readings.
 WARM, TIMED = 8, 32
@@ -23,28 +25,41 @@ WARM, TIMED = 8, 32
 CHUNK = 2048
 
 
-def model_of(layers: int):
-    """A random model, 4 bits at group size 64."""
-    import mlx.nn as nn
+def random_qwen3(dtype: mx.Dtype, **shape: Any) -> Any:
+    """A random Qwen3 with 32 query heads and 8 heads of 128, tied embeddings, not evaluated yet.
+
+    Args:
+        dtype: Of the weights.
+        shape: Arguments of ``ModelArgs`` that say how large the rest is.
+    """
     from mlx_lm.models import qwen3
 
     model = qwen3.Model(
         qwen3.ModelArgs(
             model_type="qwen3",
-            hidden_size=2560,
-            num_hidden_layers=layers,
-            intermediate_size=9728,
             num_attention_heads=32,
             num_key_value_heads=8,
             head_dim=128,
             rms_norm_eps=1e-6,
-            vocab_size=151936,
-            max_position_embeddings=262144,
-            rope_theta=5e6,
             tie_word_embeddings=True,
+            **shape,
         )
     )
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(dtype)
+    return model
+
+
+def model_of(layers: int):
+    """A random model, 4 bits at group size 64."""
+    model = random_qwen3(
+        mx.bfloat16,
+        hidden_size=2560,
+        num_hidden_layers=layers,
+        intermediate_size=9728,
+        vocab_size=151936,
+        max_position_embeddings=262144,
+        rope_theta=5e6,
+    )
     nn.quantize(model, group_size=64, bits=4)
     mx.eval(model.parameters())
     return model

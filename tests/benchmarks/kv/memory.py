@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import mlx.core as mx
+from decoding import random_qwen3
 
 STOCK = {"16 bit": None, "stock 4": 4}
 
@@ -21,28 +22,21 @@ def prefill(name: str, tokens: int, layers: int) -> dict[str, float]:
     """Run one prefill here; megabytes."""
     import importlib
 
-    from mlx_lm.models import cache, qwen3
+    from mlx_lm.models import cache
 
     from mlx_optiq_ext import kv
 
     generating = importlib.import_module("mlx_lm.generate")
     cpu = mx.default_device() == mx.Device(mx.cpu)
-    arguments = qwen3.ModelArgs(
-        model_type="qwen3",
+    model = random_qwen3(
+        mx.float32 if cpu else mx.bfloat16,
         hidden_size=256,
         num_hidden_layers=layers,
         intermediate_size=256,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-6,
         vocab_size=1024,
         max_position_embeddings=tokens,
         rope_theta=1e6,
-        tie_word_embeddings=True,
     )
-    model = qwen3.Model(arguments)
-    model.set_dtype(mx.float32 if cpu else mx.bfloat16)
     mx.eval(model.parameters())
     options = {}
     if name in STOCK:

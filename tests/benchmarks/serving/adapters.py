@@ -19,7 +19,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
-from clients import start
+from clients import ask, start
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from openai import OpenAI
@@ -27,6 +27,9 @@ from openai import OpenAI
 from mlx_optiq_ext.adapters import mount_adapter_on_model
 
 KEYS = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.up_proj"]
+
+#: The end token is biased away: every answer is of the same length, whatever adapter.
+SAME_LENGTH = {"logit_bias": {"0": -100}}
 
 
 def make(model: str, folder: Path, count: int, rank: int) -> list[Path]:
@@ -65,34 +68,13 @@ def mounting(model: str, adapters: list[Path]) -> str:
     return f"{len(adapters)} adapters mounted in {seconds:.2f} s, {taken:.3f} x their files"
 
 
-def ask(client: OpenAI, limit: int, question: str, fields: dict) -> tuple[int, float]:
-    """Generated tokens, and seconds to the first one."""
-    began, first, count = time.perf_counter(), 0.0, 0
-    stream = client.chat.completions.create(
-        messages=[{"role": "user", "content": question}],
-        temperature=0,
-        max_tokens=limit,
-        # The end token is biased away: every answer is of the same length, whatever adapter.
-        logit_bias={"0": -100},
-        stream=True,
-        stream_options={"include_usage": True},
-        **fields,
-    )
-    for chunk in stream:
-        if chunk.choices and chunk.choices[0].delta.content and not first:
-            first = time.perf_counter() - began
-        if chunk.usage:
-            count = chunk.usage.completion_tokens
-    return count, first
-
-
 def load(url: str, args: argparse.Namespace, questions: list[str], choose) -> tuple[float, float]:
     """Tokens per second over all clients, and the median time to the first token."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
     began = time.perf_counter()
     with ThreadPoolExecutor(args.clients) as pool:
         jobs = [
-            pool.submit(ask, client, args.max_tokens, question, choose(index))
+            pool.submit(ask, client, args.max_tokens, question, **SAME_LENGTH, **choose(index))
             for index, question in enumerate(questions)
         ]
         done = [job.result() for job in jobs]

@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
 
@@ -51,16 +52,19 @@ def start(model: str, options: list[str], log: Path) -> tuple[subprocess.Popen, 
     raise SystemExit(f"the server with {options} does not answer:\n{log.read_text()[-2000:]}")
 
 
-def ask(client: OpenAI, limit: int, question: str) -> tuple[int, float]:
-    """Generated tokens, and seconds to the first one."""
+def ask(
+    client: OpenAI, limit: int, question: str, model: str = "default_model", **fields: Any
+) -> tuple[int, float]:
+    """Generated tokens, and seconds to the first one; ``fields`` go into the request."""
     began, first, count = time.perf_counter(), 0.0, 0
     stream = client.chat.completions.create(
-        model="default_model",
+        model=model,
         messages=[{"role": "user", "content": question}],
         temperature=0,
         max_tokens=limit,
         stream=True,
         stream_options={"include_usage": True},
+        **fields,
     )
     for chunk in stream:
         if chunk.choices and chunk.choices[0].delta.content and not first:

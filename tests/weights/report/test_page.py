@@ -32,7 +32,7 @@ def test_every_tensor_has_one_cell_with_the_numbers_of_the_plan(evidence):
             str(precision.bits),
             str(precision.group_size),
         )
-        assert number(cell["data-cost"]) == plan.sensitivities[tensor.path]
+        assert number(cell["data-sensitivity"]) == plan.sensitivities[tensor.path]
         title = cell["title"] or ""
         assert tensor.path in title
         assert " × ".join(map(str, tensor.shape)) in title  # noqa: RUF001
@@ -83,18 +83,18 @@ def test_the_head_says_what_was_asked_and_what_came_of_it(evidence):
         assert word in text
     for name, version in plan.versions.items():
         assert f"{name} {version}" in text
-    assert f"calibration.txt, {plan.calibration['windows']} windows" in text
+    assert f"calibration.txt, {plan.calibration['sequences']} sequences" in text
     assert nats(evidence.kl) in text
 
 
 def test_the_curve_falls_and_holds_every_tensor(evidence):
     page = Markup(report.report(evidence))
-    points = [a for a, _ in page.all("g") if "data-cost" in a]
-    costs = [number(a["data-cost"]) for a in points]
-    assert costs == sorted(costs, reverse=True)
+    points = [a for a, _ in page.all("g") if "data-sensitivity" in a]
+    values = [number(a["data-sensitivity"]) for a in points]
+    assert values == sorted(values, reverse=True)
     assert {a["data-path"] for a in points} == set(evidence.plan.precisions)
-    for point, cost in zip(points, costs, strict=True):
-        assert evidence.sensitivity[point["data-path"] or ""][evidence.common] == cost
+    for point, value in zip(points, values, strict=True):
+        assert evidence.sensitivity[point["data-path"] or ""][evidence.common] == value
 
 
 def test_tensors_above_the_average_are_listed_with_their_reason(evidence):
@@ -109,12 +109,12 @@ def test_tensors_above_the_average_are_listed_with_their_reason(evidence):
     assert 0 < len(above) < len(evidence.tensors)
     for gain in evidence.gains:
         row = rows[gain.tensor.path]
-        assert gain.cost == evidence.sensitivity[gain.tensor.path][evidence.common]
-        assert gain.share == pytest.approx(gain.cost / evidence.total_cost)
+        assert gain.sensitivity == evidence.sensitivity[gain.tensor.path][evidence.common]
+        assert gain.share == pytest.approx(gain.sensitivity / evidence.total_sensitivity)
         assert f"{gain.extra_bits:+,}" in row
         assert percent(gain.share) in row
         assert row.endswith(".")
-    shares = [cost / evidence.total_cost for _, cost in evidence.curve]
+    shares = [value / evidence.total_sensitivity for _, value in evidence.curve]
     assert math.fsum(shares) == pytest.approx(1)
 
 
@@ -171,7 +171,7 @@ def test_extreme_budgets_and_a_lossless_plan_have_a_page(study, budget):
 
 
 def test_a_model_without_any_loss_has_a_page_without_charts(evidence):
-    flat = {path: dict.fromkeys(costs, 0.0) for path, costs in evidence.sensitivity.items()}
+    flat = {path: dict.fromkeys(values, 0.0) for path, values in evidence.sensitivity.items()}
     plan = dataclasses.replace(
         evidence.plan,
         kl=0.0,

@@ -15,15 +15,15 @@ from .run import Run
 #: Options that say how to choose a plan; one of them at most.
 CHOOSING = ("budget", "min_tps", "plan")
 
-#: Options that a plan for the KV cache uses.
+#: Options for planning the KV cache.
 KV = ("kv_budget", "kv_only", "calibration")
 
-#: Options that a saved plan has decided.
+#: Options that do not go with a saved plan, which has decided them.
 DECIDED = ("budget", "min_tps", "bits", "group_sizes", "sensitivity", "protect")
 
 
 def check(command, parsed, args) -> Instead | None:
-    """Refuse what cannot work; what runs in place of the conversion, if anything."""
+    """Refuse unusable options; returns what runs in place of the conversion, if anything."""
     options = read(Options, parsed)
     if options.model_type is not None:
         return yolo.check(options, args)
@@ -32,14 +32,14 @@ def check(command, parsed, args) -> Instead | None:
         _check_kv(options, args)
     if not kv or set(given(options)) - set(KV):
         _check_weights(options, args)
-    if given(options):  # else only a plugin was asked for something
+    if given(options):  # otherwise only options of plugins were given
         _check_places(options, args)
     session.keep(Run(options))
     return None
 
 
 def _check_places(options: Options, args) -> None:
-    """Refuse a source that is no model, and an output that is there already."""
+    """Refuse a source that is not a model, and an output that exists already."""
     from mlx_optiq_ext.model.source import check_source
 
     if not options.kv_only:
@@ -87,7 +87,7 @@ def _check_weights(options: Options, args) -> None:
                 f"{spelled(names)} needs --optiq-budget, such as --optiq-budget 4.5, "
                 "--optiq-min-tps or --optiq-plan"
             )
-        return  # only options of a plugin
+        return  # only options of plugins were given
     if options.min_tps is not None:
         if options.budget is not None:
             raise InputError(
@@ -120,7 +120,7 @@ def _check_weights(options: Options, args) -> None:
 
 
 def _check_stock(chosen: list[str], args) -> None:
-    """Refuse stock's own ways to quantize."""
+    """Refuse stock options that quantize."""
     stock = {
         "--quant-predicate": args.quant_predicate is not None,
         "--q-bits": args.q_bits is not None,

@@ -16,9 +16,9 @@ class Speed(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """What was given on the command line, and defaults for what was not.
+    """Options of the command line, and defaults for those that were not given.
 
-    Each is named as its option; None, or False, stands for one that was not given.
+    Each field is named after its option; None, or False, if that was not given.
     """
 
     budget: float | None = None
@@ -100,7 +100,7 @@ def _number(text: str) -> float:
 
 
 def add_arguments(group):
-    """Add them to an argparse group."""
+    """Add the options of ``mlx_lm.convert`` to an argparse group."""
     from mlx_optiq_ext.weights import BITS, GROUP_SIZES
     from mlx_optiq_ext.weights.sensitivity import registry
 

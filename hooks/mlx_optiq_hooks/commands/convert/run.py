@@ -19,8 +19,8 @@ class Run:
     """State of a running conversion.
 
     Attributes:
-        options: What was asked for.
-        conversion: The plan and what was refined, once the model was measured.
+        options: The options that were given.
+        conversion: The plan and the refined weights, once the model was measured.
         stripped: What was left out of a multimodal checkpoint, once the model was loaded.
     """
 
@@ -51,7 +51,7 @@ def convert(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
 
 
 def interrupted() -> str:
-    """What Ctrl-C leaves: measurements on disk, and no output."""
+    """What an interrupted conversion leaves: measurements on disk, and no output."""
     from mlx_optiq_ext import files
 
     run = session.state(Run)
@@ -165,7 +165,7 @@ def _plan_kv(options: Options, folder: Path, name: str) -> None:
 
 
 def _request(options: Options, scratch: Path | None) -> "Request":
-    """The library's form of the options."""
+    """The options as the library takes them."""
     from mlx_optiq_ext import weights
 
     speed = options.min_tps

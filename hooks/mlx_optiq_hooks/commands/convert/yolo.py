@@ -8,10 +8,10 @@ from ...engine.flags import Run
 from ...engine.options import given, spelled
 from .options import Options
 
-#: Options that go with it.
+#: Options that go with ``--optiq-model-type yolo``.
 TOGETHER = ("model_type", "budget", "calibration", "protect")
 
-#: Stock options that mean something else than they do for a language model, and their defaults.
+#: Stock options that a detector has no use for, and their defaults.
 STOCK = {
     "--quantize": ("quantize", False),
     "--q-bits": ("q_bits", None),
@@ -25,7 +25,7 @@ STOCK = {
 
 
 def check(options: Options, args) -> Run:
-    """Refuse what a detector cannot be converted with; what runs in place of the conversion."""
+    """Refuse options that do not go with a detector; returns what runs instead of stock."""
     from mlx_optiq_ext.yolo import pipeline
     from mlx_optiq_ext.yolo.network import library
 

@@ -9,14 +9,14 @@ from ...installation import attention_backends
 
 @functools.cache
 def _names(function: Any) -> tuple[str, ...]:
-    """Names of its parameters, cached: binding them at each layer of each token takes longer."""
+    """Names of a function's parameters, cached because this runs at each layer of each token."""
     import inspect
 
     return tuple(inspect.signature(function).parameters)
 
 
 def scaled_dot_product_attention(wrapped, instance, args, kwargs):
-    # The hottest wrapper: without a KV plan it takes two look-ups.
+    # This wrapper is called most often: without a KV plan it takes two look-ups.
     keys = args[1] if len(args) > 1 else kwargs["keys"]
     values = args[2] if len(args) > 2 else kwargs["values"]
     if not (hasattr(keys, "format") or hasattr(values, "format")):
@@ -24,7 +24,7 @@ def scaled_dot_product_attention(wrapped, instance, args, kwargs):
     from mlx_optiq_ext.kv import attend
 
     call = dict(zip(_names(wrapped), args, strict=False)) | kwargs
-    # The cache does not matter: packed keys and values know their format.
+    # The cache is not needed: packed keys and values carry their format.
     call.pop("cache", None)
     return attend(**call, backends=attention_backends())
 

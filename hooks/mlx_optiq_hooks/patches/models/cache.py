@@ -33,14 +33,14 @@ def load_prompt_cache(wrapped, instance, args, kwargs):
     sys.modules["mlx_lm.models.cache"].__dict__.setdefault("PackedKVCache", PackedKVCache)
     path = Path(bind(wrapped, args, kwargs)["file_name"])
     result, plan = saved.load(lambda: wrapped(*args, **kwargs), path), kv.plan()
-    # The notes stand beside the caches if they were asked for.
+    # With return_metadata the result is a pair.
     caches = result[0] if isinstance(result, tuple) else result
     if plan is not None:
         saved.check_plan(caches, plan, path)
     return result
 
 
-#: What `kv.PackedKVCache` reads of the caches whose place it takes, alone and in a batch.
+#: What `kv.PackedKVCache` uses of mlx-lm's caches, for one sequence and for a batch.
 CACHES = of(
     "mlx_lm.models.cache",
     "globals",

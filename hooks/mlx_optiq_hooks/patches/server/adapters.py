@@ -1,7 +1,7 @@
 """``mlx_lm.server``: adapters chosen by each request.
 
-A request's handler runs in a thread of its own, the model in another. The handler holds the adapter
-for as long as it runs and hands it over with the request; rows of a batch hold theirs themselves.
+Each request has a handler thread; the model runs in the generation thread. The handler keeps the
+adapter in use while it runs, and passes it on with the request. Rows of a batch keep their own.
 """
 
 import json
@@ -37,7 +37,7 @@ def __init__(wrapped, instance, args, kwargs):
     call = bind(wrapped, args, kwargs)
     call["prompt_cache"] = AdapterPromptCache(call["prompt_cache"], current)
     result = wrapped(**call)
-    # The thread that reads it has started, but nobody puts requests in before this returns.
+    # The generation thread has started, but no request arrives before this returns.
     instance.requests = RequestQueue(serving.catalogue.jobs)
     return result
 
@@ -50,8 +50,8 @@ def _is_batchable(wrapped, instance, args, kwargs):
 
     from ...installation import gate
 
-    # mlx-lm asks this about every request right before it serves it, in a batch or alone. What the
-    # thread does from here on is for that request, except steps of a batch, which know their rows.
+    # mlx-lm calls this for every request right before it serves it, in a batch or alone. From here
+    # on the thread works for that request, except in steps of a batch, which use their own routes.
     request = bind(wrapped, args, kwargs)["args"]
     activate(serving.catalogue.counterpart(request.optiq_adapter))
     routable = serving.catalogue.routable and gate().state("adapters_batched").on
@@ -65,7 +65,7 @@ def generate(wrapped, instance, args, kwargs):
 
     call = bind(wrapped, args, kwargs)
     request = call["generation_args"]
-    # One model for all requests: those of different adapters may share a batch.
+    # All requests name one model, so that those of different adapters may share a batch.
     request.model.model, request.model.adapter = "default_model", None
     request.optiq_adapter = active()
     return wrapped(**call)
@@ -131,7 +131,7 @@ def handle_models_request(wrapped, instance, args, kwargs):
     from mlx_optiq_ext.adapters import requests
 
     listed = requests.listing(serving.catalogue, serving.base, instance.created)
-    # As stock: a name behind the path filters the list.
+    # Like stock: a name after the path filters the list.
     wanted = unquote(instance.path.removeprefix("/v1/models")).strip("/")
     data = [each for each in listed if wanted in ("", each["id"].strip("/"))]
     _answer(instance, 200, {"object": "list", "data": data})
@@ -147,7 +147,7 @@ def _answer(handler: Any, status: int, body: dict[str, Any]) -> None:
     handler.wfile.flush()
 
 
-#: What the wrappers read and set.
+#: Names of mlx_lm.server that the wrappers read or set.
 USES = of(
     "mlx_lm.server",
     *(

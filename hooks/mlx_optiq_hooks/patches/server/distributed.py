@@ -1,6 +1,6 @@
-"""``mlx_lm.server`` in several processes: what ends one of them ends all, with the reason.
+"""``mlx_lm.server`` in several processes: if one fails, all end and say why.
 
-In stock the other processes wait for a generation thread that died, and the HTTP server stays up.
+Without this the other processes wait for a dead generation thread, and the HTTP server stays up.
 """
 
 from typing import Any
@@ -23,18 +23,18 @@ def _generate(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     try:
         return wrapped(*args, **kwargs)
-    except Exception as error:  # whatever it is, this thread ends, and says why
+    except Exception as error:  # every error ends this thread
         kind = "" if isinstance(error, distributed.RankError) else f"{type(error).__name__}: "
         distributed.leave(f"rank {distributed.rank()} stops serving: {kind}{error}")
 
 
 class _Answers:
-    """The queue that a request's answers go to.
+    """The queue of a request's answers.
 
-    A client that leaves cannot stop them, because the other processes would go on.
+    A client that disconnects does not stop the request, because the other processes would go on.
 
     Attributes:
-        failure: What the request failed with in this process; empty if it did not fail.
+        failure: The error of the request in this process; empty if it did not fail.
     """
 
     def __init__(self, queue: Any):
@@ -42,7 +42,7 @@ class _Answers:
         self._queue = queue
 
     def put(self, item: Any) -> None:
-        """Hand an answer on, and note an error."""
+        """Pass an answer on, and keep an error."""
         if isinstance(item, Exception):
             self.failure = f"{type(item).__name__}: {item}"
         elif hasattr(item, "_should_stop"):
@@ -59,7 +59,7 @@ def _serve_single(wrapped, instance, args, kwargs):
     queue, *request = call["request"]
     answers = _Answers(queue)
     wrapped(**{**call, "request": (answers, *request)})
-    # Stock answers with the error and goes on, while processes without it still wait for this one.
+    # Stock answers with the error and goes on, while the other processes wait for this one.
     own = answers.failure or "the other processes did not finish a request"
     try:
         with distributed.within(

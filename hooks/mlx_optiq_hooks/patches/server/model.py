@@ -24,8 +24,8 @@ class Loading:
     """State of a server that loads its model.
 
     Attributes:
-        inside: Whether `ModelProvider.load` runs already, for another feature.
-        done: Whether it came to its end once.
+        inside: Whether `ModelProvider.load` is running, in another feature's wrapper.
+        done: Whether a model was loaded once.
     """
 
     inside: bool = False
@@ -33,9 +33,9 @@ class Loading:
 
 
 def ending(load):
-    """A wrapper of ``ModelProvider.load`` that ends the command if our part of it fails.
+    """Decorate a wrapper of ``ModelProvider.load``: if our part of it fails, the command ends.
 
-    After a load that succeeded, a later one that fails is an error of its request only. Each
+    Once a load has succeeded, a later failure is an error of its request only. Each
     feature wraps ``load``, and the outermost wrapper acts.
     """
 
@@ -73,7 +73,7 @@ def _end(running: session.Session, error: OptiqError) -> None:
     from mlx_optiq_ext import distributed
 
     if distributed.size() > 1:
-        # All leave at once, and the launcher ends those that are late: each says why.
+        # All processes end at once, each with the reason; the launcher ends those that are late.
         distributed.leave(f"mlx_lm.server: {error}")
     running.failure = error
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -102,7 +102,7 @@ def load_with_plan(wrapped, instance, args, kwargs):
         command.mount(model, run)
     mounted = kv.mounted_on(model)
     if mounted is not None:
-        # A CacheList says that it merges, whatever is in it.
+        # A CacheList claims to merge even if its members cannot.
         instance.is_batchable = instance.is_batchable and mounted.mergeable
     return result
 

@@ -1,4 +1,4 @@
-"""``mlx_lm.tuner.trainer``: checkpoints are written whole, and the step need not be compiled."""
+"""``mlx_lm.tuner.trainer``: complete checkpoints, and an optional uncompiled training step."""
 
 import importlib
 from pathlib import Path
@@ -11,7 +11,7 @@ from ...engine.patch import Patch, bind, of
 
 
 class _View(ModuleType):
-    """``mlx.core`` as the trainer sees it while it trains for us."""
+    """``mlx.core`` as the trainer sees it during a training with our options."""
 
     def __init__(self, real: Any, run: command.Run, compiled: bool):
         super().__init__("mlx.core", real.__doc__)

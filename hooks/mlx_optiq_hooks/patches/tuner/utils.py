@@ -27,7 +27,7 @@ def linear_to_lora_layers(wrapped, instance, args, kwargs):
 
 
 def _choose():
-    """Asks plugins for a layer's rank; None if there is none to ask."""
+    """A function that asks plugins for a layer's rank; None without such plugins."""
     from ...installation import gate, plugin_manager
 
     hook = plugin_manager().hook.optiq_lora_rank
@@ -51,13 +51,13 @@ def load_adapters(wrapped, instance, args, kwargs):
             call["adapter_path"] = str(folder)
     source, model = call["adapter_path"], call["model"]
     if session.current() is not None:
-        lora.adapter_folder(source)  # says in one line that there is none
+        lora.adapter_folder(source)  # refuses a missing adapter in one line
     if lora.readable_by_stock(source, lambda: lora.adaptable(model)):
         return wrapped(**call)
     return lora.attach(model, lora.read_adapter(source))
 
 
-#: LoRA layers, and what they adapt.
+#: mlx-lm's LoRA layers, and the layers that they adapt.
 LAYERS = (
     *(
         name

@@ -1,4 +1,4 @@
-"""Decoding with our own kernels: one reads packed keys and values, one joins its splits."""
+"""Decoding with our own kernels: one attends to splits of the packed data, one joins them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ def supports(
     )
 
 
-# A step of decoding comes here once a layer: one look-up has to find all that does not change.
+# A decoding step calls this once for each layer: one look-up finds all that does not change.
 @cache
 def _fits(format: Format, width: int, queries: mx.Dtype, stored: mx.Dtype) -> bool:
     dim = format.head_dim(width)
@@ -70,7 +70,7 @@ def attend(
     """Attention in the stored basis; see `mlx_optiq_ext.kv.attend`.
 
     Args:
-        platform: One that compiles kernels.
+        platform: A platform that compiles kernels.
         queries: (batch, query heads, length, dim).
         keys: (batch, heads, tokens, dim), packed.
         values: (batch, heads, tokens, value dim), packed.
@@ -108,7 +108,7 @@ def attend(
 
 
 _FLOATS = [mx.float32, mx.float32]
-#: Where there is no mask, or no sink, the kernels are handed the queries and do not look.
+#: Without a mask, or without sinks, the kernels get the queries in that place and ignore them.
 _NO_MASK = ("none", None)
 
 
@@ -118,7 +118,7 @@ def _parts(side: Packed) -> tuple[mx.array, ...]:
 
 
 def _mask(mask: mx.array | str, shape: tuple[int, ...]) -> tuple[str, mx.array | None]:
-    """Which of `MASKS` it is, and its rows in the shape of all scores, without a copy."""
+    """The mask's kind in `MASKS`, and the mask broadcast to the shape of the scores, uncopied."""
     if isinstance(mask, str):
         return mask, None
     if mask.dtype == mx.bool_:
@@ -128,7 +128,7 @@ def _mask(mask: mx.array | str, shape: tuple[int, ...]) -> tuple[str, mx.array |
 
 @dataclass(frozen=True)
 class _Call:
-    """The kernels of a family, and what a launch has to know of it."""
+    """The kernels of a family, and the constants of their launch."""
 
     rows: int
     chunks: int

@@ -1,4 +1,4 @@
-"""Packing new keys and values with a kernel of our own: one launch for what takes MLX dozens."""
+"""Packs new keys and values with one kernel launch, where MLX takes dozens."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +16,7 @@ INPUTS = ("keys", "values")
 
 
 def packs(keys: mx.array, values: mx.array, formats: LayerFormat) -> bool:
-    """Whether the kernel can pack these."""
+    """Whether the kernel can pack keys and values in these formats."""
     return (
         formats.keys is not None
         and formats.values is not None

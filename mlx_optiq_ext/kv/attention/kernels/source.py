@@ -36,7 +36,7 @@ class Family:
         length: Queries of a head.
         scale: Factor on the scores.
         mask: A key of `MASKS`.
-        sinks: Whether each head has a logit that gives nothing.
+        sinks: Whether each head has an attention sink.
         dtype: Of the scales, a key of `TYPES`.
         out: Type of the output.
     """

@@ -1,4 +1,4 @@
-"""What is active, what is off and why."""
+"""Describes what is active, what is off, and why."""
 
 import sys
 from collections.abc import Callable

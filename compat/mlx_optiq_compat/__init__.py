@@ -1,4 +1,4 @@
-"""What is known of mlx-lm's releases: which are supported, and what each feature does there.
+"""Knowledge of mlx-lm's releases: which are supported, and which features work on them.
 
 The standard library only, and nothing heavier than this file until a name is used: the import
 runs inside ``import mlx_lm``, where most programs never ask. The data are ``matrix.toml`` (the

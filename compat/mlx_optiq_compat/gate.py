@@ -10,7 +10,7 @@ from .version import release, within
 
 @dataclass(frozen=True)
 class Verdict:
-    """What we know of one mlx-lm version, beside one MLX.
+    """The verdict on an mlx-lm version with an MLX version.
 
     Attributes:
         version: The version of mlx-lm asked about.
@@ -26,7 +26,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class FeatureState:
-    """What a feature does on one mlx-lm version.
+    """The state of a feature on an mlx-lm version.
 
     Attributes:
         name: The feature, for example ``"kv_batched"``.
@@ -40,7 +40,7 @@ class FeatureState:
 
 
 def verdict(version: str, mlx: str | None = None) -> Verdict:
-    """What we know of an mlx-lm version, and of the MLX beside it.
+    """Judge an mlx-lm version, and the MLX installed with it.
 
     A row of the matrix decides for exactly its release. Everything else newer than the oldest
     supported release is untested: later releases, releases in between that have no row, and
@@ -92,7 +92,7 @@ def _beside(mlx: str | None, row: Row, alone: Verdict) -> Verdict:
 
 
 def feature(name: str, version: str, mlx: str | None = None) -> FeatureState:
-    """What a feature does on an mlx-lm version, beside an MLX.
+    """The state of a feature on an mlx-lm version, with an MLX version.
 
     Args:
         name: A feature of ``matrix.toml``.

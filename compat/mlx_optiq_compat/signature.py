@@ -1,4 +1,4 @@
-"""What mlx-lm's sources looked like in each release, and how the installed one compares.
+"""Recorded signatures of mlx-lm's sources, and their comparison with the installed release.
 
 `source` says what a name and its signature are.
 """
@@ -105,7 +105,7 @@ def unspan(text: str, releases: tuple[str, ...]) -> set[str]:
 
 
 def of_release(version: str) -> dict[str, str]:
-    """What signatures.json says of one release.
+    """The recorded signatures of one release.
 
     Args:
         version: A recorded release.

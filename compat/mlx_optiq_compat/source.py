@@ -1,4 +1,4 @@
-"""What mlx-lm's source files define, read by ast and never imported.
+"""Signatures of mlx-lm's source files, read by ast and never imported.
 
 A name is ``"module:qualname"``, for example ``"mlx_lm.server:APIHandler.do_POST"``. Its signature
 is a text:

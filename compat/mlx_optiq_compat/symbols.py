@@ -87,7 +87,7 @@ def cache_has_meta_state(cache: Any) -> bool:
 
 
 def model_arguments(module: Any) -> dict[str, bool]:
-    """What a model module of mlx-lm reads of a config.
+    """The config keys that a model module of mlx-lm reads.
 
     Args:
         module: For example ``mlx_lm.models.qwen3``.

@@ -41,7 +41,7 @@ class MountedLoRALinear(_Mounted):
 
     Attributes:
         linear: The base layer.
-        mounted: Its adapters.
+        mounted: The layer's adapters.
     """
 
     _base = "linear"
@@ -84,7 +84,7 @@ class MountedLoRASwitchLinear(_Mounted):
 
     Attributes:
         linear: The base layer.
-        mounted: Its adapters.
+        mounted: The layer's adapters.
     """
 
     _base = "linear"
@@ -107,7 +107,7 @@ class MountedLoRAEmbedding(_Mounted):
 
     Attributes:
         embedding: The base layer.
-        mounted: Its adapters.
+        mounted: The layer's adapters.
     """
 
     _base = "embedding"

@@ -1,4 +1,4 @@
-"""What every kernel of our own is built with: the platform, its language, and its source text."""
+"""Shared parts of our own kernels: the platform, its language, and source text."""
 
 from .platform import CPU, Platform, current, detected
 from .source import PLACES, TYPES, header, name_of, text

@@ -70,7 +70,7 @@ def rows_of(
     """The rows of keys and of values for each plane of a position that is all zeros.
 
     Args:
-        dims: Of keys and of values.
+        dims: Dimensions of keys and of values.
         dtype: Name of theirs.
         formats: Fitted to the dimensions.
         planes: How many there are.

@@ -35,7 +35,7 @@ class Mounted:
     Attributes:
         formats: Slot -> formats of its keys and values.
         owners: Slot -> the decoder layer that writes to it.
-        dense: Whether the model's attention must be handed plain arrays.
+        dense: Whether the model's attention needs plain arrays.
         mergeable: Whether mlx-lm's batch engine may merge the caches.
     """
 

@@ -75,7 +75,7 @@ def layer_caches(
     """The cache of every layer that has one.
 
     Args:
-        config: Of the text model.
+        config: Config of the text model.
         modules: Layer -> module name within the layer -> output rows.
     """
     count = layer_count(config) or len(modules)

@@ -33,7 +33,7 @@ class Chip:
         tflops: Dense half-precision matrix arithmetic, 1e12 FLOP a second.
         generation: 3 for M3; an NVIDIA architecture's major compute capability.
         dies: 2 for an Ultra.
-        gpu_cores: Of Apple's chips.
+        gpu_cores: GPU cores of Apple's chips.
         launch_us: Microseconds that a kernel takes beside its memory traffic; None for the
             family's. Where it is given, ``bandwidth_gbs`` is what kernels reach.
         source: Where the numbers come from.

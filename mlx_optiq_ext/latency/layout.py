@@ -71,7 +71,7 @@ class Layout:
         caches: The cache of each layer.
         config: Config of the text model.
         nbytes: Bytes of all tensors that are loaded.
-        dtype: Of activations and unquantized caches, such as ``"bfloat16"``.
+        dtype: Dtype of activations and unquantized caches, such as ``"bfloat16"``.
     """
 
     operators: tuple[Operator, ...]
@@ -105,7 +105,7 @@ def read_layout(
     Args:
         path_or_repo: As for ``mlx_lm.load``.
         adapter: Folder of a LoRA adapter to read beside the model.
-        revision: Of the repository.
+        revision: Revision of the repository.
 
     Raises:
         InputError: There are no headers to read.

@@ -57,7 +57,7 @@ class LayerAdapter:
         return LayerAdapter(a, b, self.scale, self.magnitude)
 
     def padded(self, rank: int, scale: float) -> "LayerAdapter":
-        """The same update with zero components up to ``rank`` and another scale.
+        """The update, padded with zero components to ``rank``, with another scale.
 
         The scales' ratio goes into ``b``, which then is float32.
         """

@@ -76,7 +76,7 @@ class Text:
 
     Attributes:
         model: The text model, unevaluated if the wrapper was.
-        config: Its config.json.
+        config: The model's config.json.
         report: Report of what was left out.
     """
 

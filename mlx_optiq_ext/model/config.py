@@ -122,7 +122,7 @@ def place(name: str, known: AbstractSet[str] | Mapping[str, object]) -> str | No
     It takes the same time for any number of known paths.
 
     Args:
-        name: Of a module, or of its weight.
+        name: Name of a module, or of its weight.
         known: The model's module paths.
 
     Returns:

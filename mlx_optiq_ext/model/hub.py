@@ -33,7 +33,7 @@ def find_folder(
         source: A folder or the name of a Hub repository.
         patterns: Names of the files wanted, as for `fnmatch`. Whether they are there is not
             checked.
-        revision: Of the repository.
+        revision: Revision of the repository.
 
     Raises:
         InputError: There is no such folder, and no repository that can be read.

@@ -55,8 +55,8 @@ def load_unquantized(
     Args:
         path_or_repo: A folder or a Hub repository.
         dtype: Value of ``mlx_lm.convert --dtype``.
-        revision: Of the repository.
-        trust_remote_code: As in mlx-lm.
+        revision: Revision of the repository.
+        trust_remote_code: Whether to run a repository's own code, as in mlx-lm.
 
     Returns:
         The model, not evaluated; its tokenizer; and a hash of its files and dtype.

@@ -17,7 +17,7 @@ def check_source(path_or_repo: str, revision: str | None = None) -> None:
 
     Args:
         path_or_repo: A folder or a Hub repository, whose config is downloaded.
-        revision: Of the repository.
+        revision: Revision of the repository.
 
     Raises:
         InputError: There is no such folder or repository, or no model in it.
@@ -42,7 +42,7 @@ class SourceFiles:
 
     Attributes:
         path_or_repo: The folder or repository.
-        revision: Of the repository.
+        revision: Revision of the repository.
         states: File -> size, time of change and inode; empty before a repository is downloaded.
         digest: Hash that `load_unquantized` returned for them.
     """
@@ -85,7 +85,7 @@ def misread(model: nn.Module, path_or_repo: str, revision: str | None = None) ->
     Args:
         model: As it was loaded; one weight of it is evaluated.
         path_or_repo: The folder or repository that it was loaded from.
-        revision: Of the repository.
+        revision: Revision of the repository.
 
     Returns:
         Its path, or None: no layer is known to be misread.

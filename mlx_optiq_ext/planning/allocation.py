@@ -41,7 +41,7 @@ def allocate(
         costs: ``costs[t][c]``, the cost of candidate ``c`` of tensor ``t``; finite.
         sizes: ``sizes[t][c]``, its stored bits; non-negative.
         capacity: Stored bits that all tensors may take together.
-        names: Of the tensors, for messages.
+        names: Names of the tensors, for messages.
         operations: Bound on the work of the exact step.
 
     Returns:

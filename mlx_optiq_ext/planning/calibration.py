@@ -175,7 +175,7 @@ def load_calibration(
 
     Args:
         model: An mlx-lm model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         path: A file for `read_texts`, or None.
         say: Receives one-line messages.
         sampling: Length and number of the sequences.

@@ -18,7 +18,7 @@ class Encoded:
         codes: uint32 (..., dim * bits / 32). A code's top bit is the sign, the rest the number of
             its magnitude.
         norms: (..., 1) in the vectors' type.
-        signs: Of the residual's projections, uint32 (..., dim / 32); `ProductQuantizer` only.
+        signs: Signs of the residual's projections, uint32 (..., dim / 32); `ProductQuantizer` only.
         residuals: Norms of the residuals, (..., 1); `ProductQuantizer` only.
     """
 

@@ -231,7 +231,7 @@ def ready(model: nn.Module, config: dict[str, Any], conversion: Conversion) -> d
 
     Args:
         model: As ``quantize_model`` gets it; its layers may be replaced.
-        config: Its config.
+        config: The model's config.
         conversion: The planned conversion.
 
     Returns:

@@ -22,7 +22,8 @@ class Uniform:
     """A uniform quantization beside a plan.
 
     Attributes:
-        precision: Of every tensor, except where the model's own predicate asks for another.
+        precision: Precision of every tensor, except where the model's own predicate asks for
+            another.
         bpw: Bits per weight.
         kl: End-to-end KL on the same sequences as the plan's, in nats per token.
     """
@@ -91,7 +92,7 @@ class Plan:
             if module.weight.shape[-1] % precision.group_size:
                 raise OptiqError(
                     f"the plan has {path} in groups of {precision.group_size}, but its last axis "
-                    f"is {module.weight.shape[-1]}: measure this model anew"
+                    f"is {module.weight.shape[-1]}: measure this model again"
                 )
             return precision.settings
 

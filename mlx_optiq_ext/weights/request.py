@@ -29,7 +29,7 @@ class Request:
         protect: Whether both ends of the model must keep 8 bits or more.
         method: How to measure sensitivity: a registered name, or a method itself.
         calibration: A text or JSON-lines file; None for mlx-lm's own text.
-        sampling: How long the calibration sequences are and how many.
+        sampling: Length and number of the calibration sequences.
         refine: Whether to round with error feedback (GPTQ-style rounding).
         distill: Whether to tune scales and biases after that; implies ``refine``.
         scratch: Folder for temporary files of a model too large for memory; None for the cache.

@@ -57,7 +57,7 @@ def plan_model(
 
     Args:
         model: The model, as in `study_model`.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         request: Settings with a budget.
         digest: Hash of the model, as in `study_model`.
         load: Loads the model again, as in `study_model`.
@@ -97,7 +97,7 @@ def study_model(
     Args:
         model: An unquantized mlx-lm model in the dtype it will be saved in. On a CPU its parameters
             are replaced by float32 copies, since half precision is slow there.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         request: Settings; a budget is checked first, if there is one.
         digest: Hash of the model, under which measurements are kept; None keeps none for later.
         load: Loads the model again. With it, a model too large for memory is read layer by layer,
@@ -139,7 +139,7 @@ def calibrated(
 
     Args:
         model: The model, as in `study_model`.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         request: What to choose from, where the calibration text is, and whether the weights will
             be refined; a budget is checked first, if it has one.
         digest: Hash of the model, as in `study_model`.

@@ -58,7 +58,7 @@ def thread():
     ready()
     time.sleep(30)
 
-with interruption.heeded("convert", lambda: "interrupted", grace=float(sys.stdin.readline())):
+with interruption.handled("convert", lambda: "interrupted", grace=float(sys.stdin.readline())):
     with files.staged(Path("out")) as folder:
         folder.mkdir()
         (folder / "half").write_text("x")
@@ -86,7 +86,7 @@ def said(errors: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", ["long", "deaf", "destructor", "pool", "thread"])
-def test_ctrl_c_is_heeded_where_python_cannot_or_will_not(tmp_path, case):
+def test_ctrl_c_is_handled_where_python_cannot_or_will_not(tmp_path, case):
     process = started(["-c", f"{START}        {case}()"], tmp_path)
     assert process.stdin is not None
     assert process.stdout is not None

@@ -31,7 +31,7 @@ def _nothing(*arguments: Any) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """What we add to one stock command.
+    """Our additions to one stock command.
 
     Attributes:
         add_arguments: Adds our options to an argparse group.
@@ -209,7 +209,7 @@ def main(command: str, interrupted: Callable[[], str] | None = str):
     """
 
     def main(wrapped, instance, args, kwargs):
-        with session.opened(command) as running, interruption.heeded(command, message):
+        with session.opened(command) as running, interruption.handled(command, message):
             from mlx_optiq_ext import distributed
 
             try:

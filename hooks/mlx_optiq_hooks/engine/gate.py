@@ -145,7 +145,7 @@ class Gate:
 
 
 def names(patches: Iterable[Patch], feature: str) -> tuple[str, ...]:
-    """What a feature's patches replace, then what they use."""
+    """Names that a feature's patches replace, then names that they use."""
     own = [patch for patch in patches if patch.feature == feature]
     targets = (patch.target for patch in own)
     return tuple(dict.fromkeys([*targets, *(use for patch in own for use in patch.uses)]))

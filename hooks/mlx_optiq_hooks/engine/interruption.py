@@ -44,7 +44,9 @@ def _watched() -> bool:
 
 
 @contextmanager
-def heeded(command: str, message: Callable[[], str | None], grace: float = GRACE) -> Iterator[None]:
+def handled(
+    command: str, message: Callable[[], str | None], grace: float = GRACE
+) -> Iterator[None]:
     """End a command on Ctrl-C, if it was given options of ours.
 
     Args:

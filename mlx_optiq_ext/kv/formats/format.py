@@ -114,7 +114,7 @@ class Format(abc.ABC):
     def code_layout(self, dim: int) -> CodeLayout | None:
         """How the decoding kernels find codes, scales and biases; None if they cannot.
 
-        They are handed the first three parts, or, with a codebook, the first two.
+        They get the first three parts, or, with a codebook, the first two.
         """
         return None
 

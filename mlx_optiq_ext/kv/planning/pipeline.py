@@ -47,9 +47,9 @@ def plan_kv(
         path_or_repo: An MLX model, quantized or not.
         budget: Stored bits per element of the caches, scales and biases included.
         calibration: A text or JSON-lines file, or None for mlx-lm's own text.
-        sampling: How long the calibration sequences are and how many.
-        revision: Of the repository.
-        trust_remote_code: As in mlx-lm.
+        sampling: Length and number of the calibration sequences.
+        revision: Revision of the repository.
+        trust_remote_code: Whether to run a repository's own code, as in mlx-lm.
         progress: Whether to show a progress bar.
         say: Receives one-line messages.
 

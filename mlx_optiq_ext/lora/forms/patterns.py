@@ -70,7 +70,7 @@ def first_fits(keys: Collection[str], paths: Collection[str], source: str) -> di
 
     Args:
         keys: The patterns, in the file's order.
-        paths: Of modules.
+        paths: Paths of modules.
         source: For messages.
 
     Returns:

@@ -45,7 +45,7 @@ def layers(
     """Path -> update of an adapter stored by PEFT.
 
     Args:
-        tensors: Of ``adapter_model.safetensors``.
+        tensors: Tensors of ``adapter_model.safetensors``.
         config: ``adapter_config.json``.
         source: For messages.
 

@@ -42,7 +42,7 @@ class Naming:
 
         Args:
             config: The base model's ``config.json``, or nothing if it is not here.
-            paths: Of the adapted layers.
+            paths: Paths of the adapted layers.
         """
         architectures = config.get("architectures") or ["ForConditionalGeneration"]
         return cls(

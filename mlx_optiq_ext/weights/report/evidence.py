@@ -24,8 +24,9 @@ class Judged:
     """A uniform precision judged end to end.
 
     Attributes:
-        precision: Of every tensor, except where the model's own predicate asks for another.
-        stored_bits: Of all candidate tensors together.
+        precision: Precision of every tensor, except where the model's own predicate asks for
+            another.
+        stored_bits: Stored bits of all candidate tensors together.
         kl: KL on the held-out calibration sequences, in nats per token.
     """
 
@@ -44,7 +45,7 @@ class Gain:
         sensitivity: At the common precision, in nats per token; None if that is no candidate.
         planned: Its sensitivity at the planned precision.
         share: Its share of all tensors' sensitivity at the common precision; None without one.
-        weight_share: Of all candidate weights.
+        weight_share: Share of all candidate weights.
         extra_bits: Stored bits above those of the common precision.
     """
 

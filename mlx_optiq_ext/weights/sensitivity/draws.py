@@ -30,7 +30,7 @@ class Drawn:
 
         Args:
             logits: (sequences, length, vocabulary) of these sequences.
-            key: Of the whole batch.
+            key: Key of the whole batch.
         """
         return score(logits, key, (self.row, self.rows))
 

@@ -109,7 +109,7 @@ class Problem:
         that there is never a second model in memory.
 
         Args:
-            paths: Of the tensors to replace.
+            paths: Paths of the tensors to replace.
             weight: Makes a tensor's weight (..., out, in), in the dtype to compute in.
         """
         modules, index = dict(quantizable(self.model)), layer_index(self.model)

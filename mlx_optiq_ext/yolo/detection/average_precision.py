@@ -18,7 +18,7 @@ MOST = 100
 
 @dataclass(frozen=True)
 class Objects:
-    """What is in an image.
+    """The objects in an image.
 
     Attributes:
         boxes: (n, 4) left, top, right, bottom.

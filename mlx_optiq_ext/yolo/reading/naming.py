@@ -77,7 +77,7 @@ def matched(
         if target is None:
             unknown.append(name)
         elif target in found:
-            raise InputError(f"the file holds {name} under two names: write it anew")
+            raise InputError(f"the file holds {name} under two names: save it again")
         else:
             found[target] = array
     missing = [name for name in expected if name not in found and not name.endswith("stride")]

@@ -1,4 +1,4 @@
-"""What ``mlx_lm.convert`` refuses before anything is loaded."""
+"""Checks of ``mlx_lm.convert`` before anything is loaded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What ``mlx_lm.convert`` does with our options."""
+"""Runs ``mlx_lm.convert`` with our options."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,7 +35,7 @@ def convert(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
     Args:
         run: The state, which the patches of ``mlx_lm.utils`` read.
         stock: ``mlx_lm.convert``.
-        call: What it was called with, by name.
+        call: Its arguments, by name.
     """
     from mlx_optiq_ext import distributed
 

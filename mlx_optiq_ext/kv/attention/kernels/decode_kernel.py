@@ -77,7 +77,7 @@ def attend(
         scale: Factor on the scores.
         mask: None, ``"causal"`` or an array.
         sinks: (query heads,) or None.
-        dtype: Of the output; the queries' by default.
+        dtype: Dtype of the output; the queries' by default.
         blocks: Blocks to spread the call over.
     """
     batch, query_heads, length, _ = queries.shape

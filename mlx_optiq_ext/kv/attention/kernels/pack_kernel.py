@@ -38,7 +38,7 @@ def pack(
         platform: One that compiles kernels.
         keys: (batch, heads, length, dim).
         values: (batch, heads, length, value dim).
-        formats: Of both, such that `packs` is true, fitted to their dimensions.
+        formats: Formats of both, such that `packs` is true, fitted to their dimensions.
     """
     assert formats.keys is not None
     assert formats.values is not None

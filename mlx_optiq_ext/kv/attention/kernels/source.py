@@ -37,7 +37,7 @@ class Family:
         scale: Factor on the scores.
         mask: A key of `MASKS`.
         sinks: Whether each head has an attention sink.
-        dtype: Of the scales, a key of `TYPES`.
+        dtype: Dtype of the scales, a key of `TYPES`.
         out: Type of the output.
     """
 

@@ -36,7 +36,7 @@ def optiq_sensitivity_methods():
 
 
 class BySize:
-    """Treats every element alike: rounding to n bits costs about 4 to the power of -n.
+    """Treats every element alike: the error of n bits is about 4 to the power of -n.
 
     It measures nothing, so it takes no time and no memory.
     """

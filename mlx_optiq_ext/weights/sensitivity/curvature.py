@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 #: Number of leading directions of a moment that are kept.
 RANK = 32
@@ -48,13 +49,17 @@ class Curvature:
 
     def kl(self, error: mx.array) -> float:
         """KL in nats per token that an error ``(..., out, in)`` in the weight adds."""
+        return float(self.expected(error))
+
+    def expected(self, error: mx.array) -> mx.array:
+        """As `kl`, not evaluated."""
         total = mx.array(0.0)
         if self.inputs is not None and self.outputs is not None:
             total = total + (self.outputs * self.inputs.energy(error)).sum()
         if self.columns is not None and self.lookups is not None:
             total = total + (self.lookups * self.columns.energy(error)).sum()
         # Both factors are sums over tokens; the divergence is the mean of their products.
-        return 0.5 * float(total) / max(self.tokens, 1) ** 2
+        return (0.5 / max(self.tokens, 1) ** 2) * total
 
 
 def leading(moment: mx.array, rank: int = RANK) -> Reduced:
@@ -93,7 +98,7 @@ def residual(moment: mx.array, damping: float = 0.02) -> Reduced:
         moment: (in, in), symmetric.
         damping: Share of the mean diagonal that is added to the diagonal.
     """
-    damped = moment + damping * mx.mean(mx.diag(moment)) * mx.eye(moment.shape[0])
-    with mx.stream(mx.cpu):  # MLX factorises on the CPU only
-        lower = mx.linalg.cholesky(damped[::-1, ::-1])
-    return Reduced(mx.square(mx.diag(lower))[::-1])
+    exact = np.array(moment)
+    exact[np.diag_indices(len(exact))] += damping * np.diagonal(exact).mean()
+    lower = np.linalg.cholesky(exact[::-1, ::-1])
+    return Reduced(mx.array(np.square(np.diagonal(lower))[::-1].copy()))

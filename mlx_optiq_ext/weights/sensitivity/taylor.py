@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ... import distributed
 from ...model.layers import decoder_layers
 from ...model.spill import Spill, Spilled
+from ...planning.calibration import spread
 from ...planning.journal import Journal
 from ..candidates import Tensor
 from ..precision import Precision, dequantized
@@ -19,12 +20,12 @@ from .fisher import factors
 from .kl import anchor, measured, probe
 from .method import Need
 from .moments import Factors
-from .problem import Problem, Sensitivity, batches, journal_key
+from .problem import Problem, Sensitivity, journal_key, layer_batches
 
 #: Tensors measured directly, to fit the scale of the expansion.
 DIRECT = 4
-#: Gradients drawn for each batch if whole output moments are needed; fewer are too noisy.
-DRAWS = 2
+#: Most sequences to differentiate if whole output moments are needed.
+DIFFERENTIATED = 64
 #: Bytes for all whole output moments, and the most outputs of a tensor to keep one for.
 ACROSS, WIDEST = 2**30, 4096
 
@@ -37,13 +38,13 @@ class Taylor:
     direct measurements. A tensor without a gradient is measured directly, as `KL` does.
 
     A conversion takes one forward and one backward pass of the model for each measured sequence;
-    with refinement, `DRAWS` backward passes for each refinement sequence. Then every candidate is
-    quantized once. Memory holds the model, the hidden states between its layers for
+    with refinement, for up to `DIFFERENTIATED` of the refinement sequences. Then every candidate
+    is quantized once. Memory holds the model, the hidden states between its layers for
     all sequences, and one layer's activations and second moments.
     """
 
     name: str = "taylor"
-    version: int = 6
+    version: int = 7
     needs: frozenset[Need] = frozenset({Need.CALIBRATION, Need.GRADIENTS})
 
     def measure(self, problem: Problem) -> Sensitivity:
@@ -137,8 +138,8 @@ def _knows(journal: Journal, tensor: Tensor, precisions: Iterable[Precision]) ->
 def differentiated(problem: Problem) -> Mapping[str, Factors]:
     """Every tensor's factors for rounding; empty ones if MLX cannot differentiate the model.
 
-    With refinement, more sequences and draws are used, and whole output moments are kept as far as
-    `widest` allows. Computed once for each problem.
+    With refinement, more sequences are used, and whole output moments are kept as far as `widest`
+    allows. Computed once for each problem.
     """
     if problem.findings.factors is None:
         problem.findings.factors = differentiate(problem, "refining against its inputs only")
@@ -158,16 +159,17 @@ def differentiate(
             empty.
         visit: Called with the factors of one block after another, by tensor path.
     """
-    tokens, draws, across = problem.calibration.measured, 1, set()
+    tokens, across = problem.calibration.measured, set()
     if problem.refine:
-        tokens, draws = problem.calibration.refining, DRAWS
+        tokens = problem.calibration.refining
+        tokens = tokens[spread(len(tokens), DIFFERENTIATED)]
         across = widest(problem.tensors)
     kept: dict[str, Factors] | SpilledFactors = {}
     if problem.stream is not None:
         kept = SpilledFactors(problem.stream.spill)
     blocks = _tried(
         problem,
-        factors(problem.model, batches(tokens), draws=draws, across=across, stream=problem.stream),
+        factors(problem.model, layer_batches(tokens), across=across, stream=problem.stream),
         instead,
     )
     total = len(decoder_layers(problem.model)) + 1
@@ -240,10 +242,14 @@ def predictions(
     weight = problem.weights[tensor.path]
     exact = weight.astype(mx.float32)
     curvature = found.curvature(feedback=problem.refine and feedback)
-    return {
-        p: curvature.kl(dequantized(weight, p, mx.float32) - exact) if p.quantized else 0.0
+    expected = {
+        p: curvature.kl(dequantized(weight, p, mx.float32) - exact)
+        if p.quantized
+        else mx.array(0.0)
         for p in precisions or tensor.precisions
     }
+    mx.eval(expected)
+    return {p: float(kl) for p, kl in expected.items()}
 
 
 def fit(problem: Problem, tensors: list[Tensor], predicted: Mapping[str, float | None]) -> float:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/weights/efforts.py MODEL --texts FOLDER [--calibration FILE]
         [--budgets 4.5 3.5] [--sequences N] [--length N] [--blocks N ...] [--sweeps N ...]
-        [--distill] [--tokens N] [--report FILE.jsonl]
+        [--distill steps=400,rate=0.003 ...] [--drawn N] [--tokens N] [--report FILE.jsonl]
 
 Plans each budget, refines it, and distills it if asked. After each step a JSON line has the seconds
 that it took and the KL from the original on four kinds of text (see kinds.py). Several ``--blocks``
@@ -14,6 +14,7 @@ import json
 import platform
 import sys
 import time
+from ast import literal_eval
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,14 @@ from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Request
 from mlx_optiq_ext.weights.plan_search import search
 from mlx_optiq_ext.weights.precision import dequantized
-from mlx_optiq_ext.weights.rounding.distillation import distill, placed
+from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed, sampled_sequences
 from mlx_optiq_ext.weights.rounding.refinement import refine, restored
 from mlx_optiq_ext.weights.study import study_model
+
+
+def pairs(words: str) -> list[list[str]]:
+    """The settings in ``NAME=VALUE,NAME=VALUE``."""
+    return [word.split("=", 1) for word in words.split(",") if word]
 
 
 def main() -> None:
@@ -41,7 +47,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of one")
     parser.add_argument("--blocks", type=int, nargs="+", default=[24])
     parser.add_argument("--sweeps", type=int, nargs="+", default=[2])
-    parser.add_argument("--distill", action="store_true")
+    parser.add_argument("--distill", nargs="*", default=[], metavar="NAME=VALUE,...")
+    parser.add_argument("--drawn", type=int, default=0, help="sequences sampled to distill on")
     parser.add_argument("--tokens", type=int, default=16384, help="judged, of each kind")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--report", type=Path)
@@ -71,6 +78,11 @@ def main() -> None:
             found = judge.divergences(problem.model)
         say(step=step, seconds=seconds, peak=mx.get_peak_memory() / 2**30, **found, **more)
 
+    drawn = None
+    if args.drawn:
+        started = time.perf_counter()
+        drawn = sampled_sequences(problem.model, tokenizer, args.drawn, args.length)
+        say(step="drawn", seconds=time.perf_counter() - started, shape=list(drawn.shape))
     for budget in args.budgets:
         started = time.perf_counter()
         plan = search(study, budget)
@@ -95,15 +107,18 @@ def main() -> None:
                     "refined", spent, lambda p, v=values, s=stored: s(p, v), chosen,
                     budget=budget, **how,
                 )  # fmt: skip
-        if args.distill:
+        for words in args.distill:
             started = time.perf_counter()
-            found = distill(replace(problem, progress=False), plan.precisions, values)
-            spent, values = time.perf_counter() - started, found.refined
+            settings = Settings(**{n: literal_eval(v) for n, v in pairs(words)})
+            quiet = replace(problem, progress=False)
+            found = distill(quiet, plan.precisions, values, settings, more=drawn)
+            spent, tuned = time.perf_counter() - started, found.refined
             others = {path: a.astype(problem.dtype) for path, a in found.parameters.items()}
             with placed(problem.model, others):
                 judged(
-                    "distilled", spent, lambda p, v=values, s=stored: s(p, v), chosen,
+                    "distilled", spent, lambda p, v=tuned, s=stored: s(p, v), chosen, how=words,
                     budget=budget, steps=found.steps, seconds_a_step=found.seconds,
+                    held_out=found.kl,
                 )  # fmt: skip
 
 

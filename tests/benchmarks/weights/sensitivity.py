@@ -6,7 +6,7 @@
 
 ``plain`` measures every candidate with a forward pass of the whole model. mlx-optiq 0.7.7 (see
 rivals/mlx_optiq.py for its environment) measures ``--bits`` at one group size, this package all of
-its bits and group sizes. Three in four windows of 256 tokens are measured on; ``--windows`` cuts
+its bits and group sizes. Three in four sequences of 256 tokens are measured on; ``--windows`` cuts
 them for all. Each method runs in a process of its own; only the measurement counts, not the
 loading. ``--report`` keeps what was found, and a later run measures only what is not in it. A
 ``*`` says that other programs used more than a quarter of a core meanwhile; processor seconds

@@ -11,7 +11,7 @@ Rows are added to ``--rows`` as they finish; a run that was stopped goes on behi
 behind a time says that other programs used more than a quarter of a core meanwhile; processor
 seconds suffer less from that.
 
-Rivals calibrate on this package's calibration windows: gptq on all that refinement may use,
+Rivals calibrate on this package's calibration sequences: gptq on all that refinement may use,
 dynamic_quant on those that plans are measured and judged on, mlx-optiq (0.7.7, see
 rivals/mlx_optiq.py for its environment) on those that they are measured on. Its sweep serves all
 budgets and its time counts in each; ``--sweep-windows`` cuts it where that takes too long.

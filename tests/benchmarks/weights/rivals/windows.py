@@ -1,4 +1,4 @@
-"""Write the calibration windows that this package uses as int32 arrays, for rivals to use too.
+"""Write the calibration sequences that this package uses as int32 arrays, for rivals to use too.
 
     python windows.py MODEL CALIBRATION OUT.npz [--windows N]
 

@@ -21,6 +21,8 @@ REPEATS, SECONDS = 7, 0.4
 #: many there are at most.
 HIDES = 3
 LARGE = 100
+#: Share of a core below which others have taken too much of it for the times to mean anything.
+BUSY = 0.7
 #: Two kernels of `probes.between` that no layer has.
 EXTRA = 2
 
@@ -56,7 +58,7 @@ def calibrate(
         dtypes: Of activations.
         seconds: After which a probe is not run again.
         clock: Seconds.
-        say: Receives a line for each probe that failed.
+        say: Receives a line for each probe that failed, and one if the CPU was busy.
 
     Returns:
         A chip with ``measured``. What could not be measured is named in it and left out.
@@ -67,6 +69,7 @@ def calibrate(
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     own = sizes or (probes.CPU if on_cpu else probes.GPU)
     failed: list[str] = []
+    started, used = clock(), time.process_time()
 
     def attempt(what: str, run: Callable[[], T]) -> T | None:
         try:
@@ -90,6 +93,12 @@ def calibrate(
         attempt(f"attention and norms in {dtype}", lambda d=dtype: _layers(own, d, timing))
         for dtype in dtypes
     ]
+    share = (time.process_time() - used) / max(clock() - started, 1e-9)
+    if on_cpu and share < BUSY:
+        say(
+            f"[optiq] This machine was busy: the probes had {share:.0%} of a core, and predictions "
+            "will be too low. Measure again when nothing else runs"
+        )
     products = tuple(each for each in found if each is not None)
     dense = [p for p in products if not p.quantized]
     if launches is None or not dense:

@@ -61,9 +61,9 @@ def layout(dtype, bits=None):
     return layout_of({"quantization": {"bits": bits, "group_size": 64}}, norm | packed)
 
 
-def rising_clock():
+def rising_clock(step=1e-12):
     """Each interval is longer than the one before, and by more."""
-    ticks = itertools.accumulate(n * n * 1e-9 for n in itertools.count(1))
+    ticks = itertools.accumulate(n * n * step for n in itertools.count(1))
     return lambda: float(next(ticks))
 
 
@@ -222,6 +222,17 @@ def test_a_probe_that_fails_is_said_and_left_out(monkeypatch):
     assert not any(p.quantized for p in chip.measured.products)
     with pytest.raises(InputError, match=r"float32 products with quantized weights.*such kernel"):
         predict(layout("F32", 4), chip)
+
+
+def test_a_busy_cpu_is_told_to_measure_again():
+    said, device = [], mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        calibrate(sizes=SMALL, dtypes=("float32",), clock=rising_clock(1.0), say=said.append)
+    finally:
+        mx.set_default_device(device)
+    assert len(said) == 1
+    assert "busy: the probes had 0% of a core" in said[0]
 
 
 def test_times_that_make_no_rate_are_a_failure_not_a_rate():

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ REPEATS, SECONDS = 7, 0.4
 #: many there are at most.
 HIDES = 3
 LARGE = 100
+#: Runs of a probe whose times make no rate, since others took the processor meanwhile.
+TRIES = 3
 #: Share of a core below which others have taken too much of it for the times to mean anything.
 BUSY = 0.7
 #: Two kernels of `probes.between` that no layer has.
@@ -73,6 +76,9 @@ def calibrate(
 
     def attempt(what: str, run: Callable[[], T]) -> T | None:
         try:
+            for _ in range(TRIES - 1):
+                with suppress(_ProbeError):
+                    return run()
             return run()
         except (_ProbeError, RuntimeError, ValueError, MemoryError) as error:
             failed.append(f"{what}: {str(error).strip().partition(chr(10))[0]}"[:200])
@@ -201,8 +207,8 @@ def _products(sizes: probes.Sizes, dtype: str, bits: int | None, timing: _Timing
     def each(rows: int, few: int, many: int) -> float:
         return timing.each(probes.products(choices, rows, sizes.columns, kind, bits), few, many)
 
-    one = each(1, count, 3 * count)
-    part, whole = (each(rows, 1, 2 + 6 * (count > 1)) for rows in (prompt // 4, prompt))
+    one = each(1, count, 3 * count if count > 1 else 5)
+    part, whole = (each(rows, 1, 8 if count > 1 else 3) for rows in (prompt // 4, prompt))
     row = (whole - part) / (prompt - prompt // 4)
     if not row > 0:
         raise _ProbeError(f"{prompt} rows took no longer than {prompt // 4}")

@@ -29,7 +29,7 @@ def loaded(toy):
 def text(tmp_path) -> Path:
     """A calibration file of a few hundred tokens."""
     path = tmp_path / "calibration.txt"
-    path.write_text(TEXT * 10)
+    path.write_text(TEXT * 12)
     return path
 
 

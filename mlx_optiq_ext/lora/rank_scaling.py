@@ -9,6 +9,7 @@ from typing import Any
 from .. import files
 from ..errors import InputError
 from ..model.config import place
+from ..planning.calibration import SAMPLED
 from .geometry import Geometry
 
 CONSTANT, BY_BITS, BY_KL = "constant", "by_bits", "by_kl"
@@ -128,6 +129,17 @@ def measured_kl(model: str, paths: Mapping[str, Any]) -> dict[str, float]:
             )
         found[own] = float(value)
     return found
+
+
+def measured_on(model: str) -> str | None:
+    """The text that ``optiq_metadata.json`` beside a model was measured on, if it says so."""
+    path = metadata_path(model)
+    content = files.read_json(path) if path is not None else None
+    data = content.get("calibration") if isinstance(content, dict) else None
+    source = data.get("source") if isinstance(data, dict) else None
+    if not isinstance(source, str):
+        return None
+    return source if source == SAMPLED else files.shown(source).strip("'")
 
 
 def metadata_path(model: str) -> Path | None:

@@ -10,6 +10,7 @@ from mlx.utils import tree_unflatten
 
 from .. import distributed
 from ..errors import InputError
+from ..planning.calibration import on
 from . import rank_scaling
 from .averaging import hand_out_start
 from .choice import Choose
@@ -148,6 +149,8 @@ def summary(checkpoint: Checkpoint) -> str:
         if notes["asked"] == rank_scaling.BY_KL:
             why = "this model has no measured KL (optiq_metadata.json)"
         line += f"; {notes['asked']} has nothing to go by: {why}"
+    if source := notes.get("measured_on"):
+        line += f"; KL measured on text {on(source)}"
     if left_out := notes["not_in_peft"]:
         line += (
             f"\n[optiq] not in the PEFT form, which has no layer for them: {', '.join(left_out)}"
@@ -227,6 +230,8 @@ def _checkpoint(
         "not_in_peft": left_out,
         "base_model": request.model,
     }
+    if scaling == rank_scaling.BY_KL:
+        notes["measured_on"] = rank_scaling.measured_on(request.model)
     return Checkpoint(
         folder=request.folder,
         ranks=ranks,

@@ -14,6 +14,18 @@ from ..errors import InputError
 from .config import convert_dtype
 from .hub import CONFIG, cached_folder
 
+#: Files of which one at least makes a tokenizer.
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.*",
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
+    "tokenization_*.py",
+)
+
 
 def to_compute_dtype(array: mx.array) -> mx.array:
     """The dtype to compute in: float32 on a CPU, which emulates half precision."""
@@ -122,16 +134,29 @@ def _packed(model: nn.Module) -> list[Any]:
 def load(
     path_or_repo: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any, dict]:
-    """The model, not evaluated, its tokenizer and its config, as ``mlx_lm.load`` returns them."""
+    """The model, not evaluated, its tokenizer and its config, as ``mlx_lm.load`` returns them.
+
+    Raises:
+        InputError: There is no file to make a tokenizer of, and mlx-lm fails for it.
+    """
     from mlx_optiq_compat import symbols
 
-    return symbols.load(
-        path_or_repo,
-        lazy=True,
-        return_config=True,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    try:
+        return symbols.load(
+            path_or_repo,
+            lazy=True,
+            return_config=True,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, TypeError, ValueError, AttributeError, ImportError) as error:
+        folder = cached_folder(path_or_repo, revision)
+        if any(path.exists() for name in TOKENIZERS for path in folder.glob(name)):
+            raise
+        raise InputError(
+            f"{path_or_repo} has no tokenizer: put its tokenizer files (such as tokenizer.json) "
+            "beside the weights"
+        ) from error
 
 
 def cast(model: nn.Module, config: dict, dtype: str | None) -> None:

@@ -21,7 +21,7 @@ class Sampling:
     """How calibration sequences are cut from a text.
 
     Attributes:
-        length: Tokens of a sequence; a shorter text is one sequence of all its tokens.
+        length: Tokens of a sequence; of a short text they are shorter, so that one is held out.
         count: Sequences to plan with, spread evenly over the text.
         held_out_every: One in this many sequences is held out to judge finished plans.
         refining: Most sequences for GPTQ-style rounding and distillation, including those measured
@@ -36,6 +36,13 @@ class Sampling:
 
 DEFAULT = Sampling()
 
+#: Tokens of a text that say anything of a model.
+LEAST = 256
+#: Tokens below which plans suit the text and little else.
+FEW = 2048
+
+SAMPLED = "sampled from the model"
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -43,7 +50,7 @@ class Calibration:
 
     Attributes:
         tokens: Sequences to plan with, int32 (sequences, length).
-        source: A file's name, ``"mlx-lm"`` or ``"sampled from the model"``.
+        source: A file's name, ``"mlx-lm"`` or `SAMPLED`.
         more: Further sequences of the same text, int32 (n, length), for refinement only.
         held_out_every: One in this many of ``tokens`` is held out.
     """
@@ -105,12 +112,18 @@ def from_texts(
         sampling: Length and number of the sequences.
 
     Raises:
-        InputError: The texts have fewer than two tokens.
+        InputError: The texts have fewer than two tokens, or the model has no tokenizer.
     """
     tokens = tokenized(texts, tokenizer)
     if len(tokens) < 2:
         raise InputError(f"the calibration data ({source}) has no tokens: give it some text")
-    sequences = cut(tokens, min(sampling.length, len(tokens)))
+    return sequences_of(tokens, source, sampling)
+
+
+def sequences_of(tokens: np.ndarray, source: str, sampling: Sampling = DEFAULT) -> Calibration:
+    """Evenly spread sequences of a text's tokens (n,)."""
+    longest = max(len(tokens) // sampling.held_out_every, 2)
+    sequences = cut(tokens, min(sampling.length, longest))
     chosen = spread(len(sequences), sampling.count)
     others = np.delete(sequences, chosen, axis=0)
     wanted = min(len(others), sampling.refining - len(chosen))
@@ -136,18 +149,22 @@ def sampled(
 
     Its sequences are half as long as ``sampling`` says: drawing them is slow.
     """
+    check_tokenizer(tokenizer)
     start = _start(tokenizer, sampling.count, seed, embedding_rows(model))
     tokens = np.stack(list(_sample(model, start, sampling.length // 2, seed)), axis=1)
     every = sampling.held_out_every
-    return Calibration(tokens.astype(np.int32), "sampled from the model", None, every)
+    return Calibration(tokens.astype(np.int32), SAMPLED, None, every)
 
 
 def _start(tokenizer: Any, count: int, seed: int, rows: int | None) -> np.ndarray:
-    rng = np.random.default_rng(seed)
+    return np.random.default_rng(seed).choice(_ordinary(tokenizer, rows), size=count)
+
+
+def _ordinary(tokenizer: Any, rows: int | None = None) -> list[int]:
+    """Tokens that stand for text."""
     special = set(getattr(tokenizer, "all_special_ids", None) or [])
     known = tokenizer.vocab_size if rows is None else min(rows, tokenizer.vocab_size)
-    ordinary = [t for t in range(known) if t not in special]
-    return rng.choice(ordinary, size=count)
+    return [t for t in range(known) if t not in special]
 
 
 def _sample(model: Any, start: np.ndarray, length: int, seed: int) -> Iterator[np.ndarray]:
@@ -181,28 +198,81 @@ def load_calibration(
         sampling: Length and number of the sequences.
 
     Raises:
-        InputError: The file cannot be used, or its tokens are not the model's.
+        InputError: The file cannot be used or has fewer than `LEAST` tokens, its tokens are not
+            the model's, no sequence can be held out, or the model has no tokenizer.
     """
+    check_tokenizer(tokenizer)
     found = _texts(path, say)
-    if found is not None:
-        data = from_texts(found[0], tokenizer, found[1], sampling)
-        check_tokens(model, data.refining)
-        check_tokens(model, data.tokens)
-        return data
-    return distributed.first(lambda: sampled(model, tokenizer, sampling))
+    if found is None:
+        data = distributed.first(lambda: sampled(model, tokenizer, sampling))
+    else:
+        tokens = tokenized(found[0], tokenizer)
+        check_tokens(model, tokens)
+        check_enough(tokens, found[1], say)
+        data = sequences_of(tokens, found[1], sampling)
+    if not data.holds_out:
+        raise InputError(
+            f"{len(data.tokens)} calibration sequences, one in {data.held_out_every} of which is "
+            "held out to judge plans on, leave none: take more of them"
+        )
+    return data
 
 
 def load_tokens(
     model: nn.Module, tokenizer: Any, path: Path | None, say: Callable[[str], None] = print
 ) -> tuple[np.ndarray, str]:
-    """The whole text of `load_calibration` as one row of int32 tokens, and its source."""
+    """The whole text of `load_calibration` as one row of int32 tokens, and its source.
+
+    Raises:
+        InputError: As for `load_calibration`.
+    """
+    check_tokenizer(tokenizer)
     found = _texts(path, say)
     if found is not None:
         tokens = tokenized(found[0], tokenizer)
         check_tokens(model, tokens)
+        check_enough(tokens, found[1], say)
         return tokens, found[1]
     drawn = distributed.first(lambda: sampled(model, tokenizer))
     return drawn.tokens.ravel(), drawn.source
+
+
+def check_enough(tokens: np.ndarray, source: str, say: Callable[[str], None] = print) -> None:
+    """Refuse a text of too few tokens (n,), and warn of one that has few.
+
+    Raises:
+        InputError: There are fewer than `LEAST`.
+    """
+    count = f"the calibration text ({source}) has {len(tokens):,} tokens"
+    if len(tokens) < LEAST:
+        raise InputError(
+            f"{count}, too few to measure or judge anything on: give at least {LEAST}, better "
+            f"{FEW:,} or more, with --optiq-calibration"
+        )
+    if len(tokens) < FEW:
+        say(
+            f"[optiq] Warning: {count}; with fewer than {FEW:,} a plan may suit this text and "
+            "little else"
+        )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse to calibrate a model without a tokenizer, of which mlx-lm makes an empty one.
+
+    Raises:
+        InputError: The tokenizer knows no token.
+    """
+    if hasattr(tokenizer, "vocab_size") and not _ordinary(tokenizer):
+        name = getattr(tokenizer, "name_or_path", None) or "this model"
+        raise InputError(
+            f"{name} has no tokenizer, which calibration needs: put its tokenizer files "
+            "(tokenizer.json, tokenizer_config.json) beside the weights"
+        )
+
+
+def on(source: str) -> str:
+    """How a figure names the text of a `Calibration.source` that it is on, behind "text"."""
+    return f"{source} itself" if source == SAMPLED else f"of {source}"
 
 
 def _texts(path: Path | None, say: Callable[[str], None]) -> tuple[list[Text], str] | None:

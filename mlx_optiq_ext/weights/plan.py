@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError, OptiqError
+from ..planning.calibration import on
 from .precision import Precision
 
 FILE = "optiq_metadata.json"
@@ -108,8 +109,7 @@ class Plan:
         lines = [f"[optiq] {self.achieved_bpw:.3f} bits per weight{aim}: {parts} ({made})"]
         if self.kl is not None:
             lines.append(
-                f"[optiq] KL to the unquantized model on held-out calibration text{self._text}: "
-                f"{self.kl:.4g} nats per token"
+                f"[optiq] KL to the unquantized model on {self._text}: {self.kl:.4g} nats per token"
             )
             for side, other in (("below", self.below), ("above", self.above)):
                 if other is not None and other.kl > 0:
@@ -123,7 +123,7 @@ class Plan:
     @property
     def _text(self) -> str:
         source = self.calibration.get("source")
-        return f" ({source})" if source else ""
+        return f"held-out text {on(source)}" if source else "held-out calibration text"
 
     def save(self, folder: Path, post_processing: Sequence[dict[str, Any]] = ()) -> None:
         """Write ``optiq_metadata.json`` into a model folder.

@@ -19,6 +19,8 @@ from .steps import DetectionPlan, Detector
 
 #: More images than this take time without a benefit.
 MOST_IMAGES = 32
+#: Fewer images than this are warned of.
+FEW_IMAGES = 8
 
 METADATA = "optiq_metadata.json"
 
@@ -84,6 +86,12 @@ def run_yolo_pipeline(
     pictures, skipped = images.load(paths if len(paths) <= MOST_IMAGES else chosen, image_size)
     for line in skipped:
         print(f"[optiq] {line}", file=sys.stderr)
+    if len(pictures) < FEW_IMAGES:
+        print(
+            f"[optiq] Warning: {len(pictures)} images calibrate and judge; with fewer than "
+            f"{FEW_IMAGES} a plan may suit them and little else",
+            file=sys.stderr,
+        )
     calibrating, judging = split(pictures)
     detector, model = study(checkpoint, calibrating, protect=protect)
     references = [(picture, network.outputs(model, picture.pixels)) for picture in judging]
@@ -111,10 +119,18 @@ def check(source: Path, out: Path, calibration: str | Path, budget: float) -> No
 
 
 def split(pictures: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Split images for calibration and judging: every fourth is held out; one alone does both."""
+    """Split images for calibration and judging: every fourth is held out, or the last of fewer.
+
+    Raises:
+        InputError: There is a single one.
+    """
+    if len(pictures) < 2:
+        raise InputError(
+            f"{pictures[0].path} is the only image to calibrate on, and none is left to judge "
+            f"plans on: give two at least, better {FEW_IMAGES} or more"
+        )
     judging = pictures[3::4] or pictures[-1:]
-    calibrating = [p for p in pictures if all(p is not q for q in judging)]
-    return calibrating or pictures, judging
+    return [p for p in pictures if all(p is not q for q in judging)], judging
 
 
 def study(

@@ -125,6 +125,8 @@ def test_only_the_plan_is_written_beside_a_model(exact, tiny, tmp_path, run):
     done = run("mlx_lm.convert", "--hf-path", folder, "--mlx-path", tmp_path / "out", *options)
     assert done.returncode == 0, done.stderr
     assert "Measuring keys and values: 100%" in done.stderr
+    assert "[optiq] Warning: the calibration text (short.jsonl) has " in done.stdout
+    assert "KL on held-out text of short.jsonl: 0." in done.stdout
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert after.keys() - before.keys() == {"kv_config.json", "kv_sensitivity.json"}
     assert {name: after[name] for name in before} == before

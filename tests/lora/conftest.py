@@ -99,7 +99,9 @@ def packed(tiny, tmp_path_factory) -> Path:
         for n in range(6)
         for kind, kl in (("q", 0.004 + 0.001 * n), ("v", 0.01))
     }
-    (folder / "optiq_metadata.json").write_text(json.dumps({"per_layer": per_layer}))
+    (folder / "optiq_metadata.json").write_text(
+        json.dumps({"per_layer": per_layer, "calibration": {"source": "sampled from the model"}})
+    )
     return folder
 
 

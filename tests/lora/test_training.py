@@ -70,6 +70,7 @@ def test_by_kl_reads_what_was_measured(lora, packed, tmp_path, capsys, key):
     lora(packed, tmp_path / "a", *keys)
     notes = notes_of(tmp_path / "a")
     assert notes["scaling"] == "by_kl"
+    assert "; KL measured on text sampled from the model itself" in capsys.readouterr().out
     ranks = [notes["ranks"][PATH.format(n, "q")] for n in range(6)]
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[-1] < notes["ranks"][V]

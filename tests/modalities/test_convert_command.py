@@ -23,7 +23,7 @@ print(type(model).__module__)
 def convert(run, tmp_path):
     """Runs the command on a checkpoint with a few words of calibration text."""
     calibration = tmp_path / "calibration.txt"
-    calibration.write_text(TEXT * 10)
+    calibration.write_text(TEXT * 12)
 
     def convert(source, *options, env=None):
         paths = ("--hf-path", source, "--mlx-path", tmp_path / "out")

@@ -1,10 +1,14 @@
+import shutil
 from urllib.error import URLError
 
+import mlx_lm
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_qwen3 import TEXT
 
+from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.planning.calibration import (
     DEFAULT,
     Calibration,
@@ -37,13 +41,16 @@ def test_sequences_are_cut_as_asked_and_none_serves_twice(tokens, length, count,
 
     sampling = Sampling(length, count, held_out_every=3, refining=refining)
     data = from_texts(["text"], Counting(), "numbers", sampling)
-    available = tokens // min(length, tokens)
-    assert data.tokens.shape == (min(count, available), min(length, tokens))
+    own = min(length, max(tokens // 3, 2))  # of a short text one sequence is held out too
+    available = tokens // own
+    assert data.tokens.shape == (min(count, available), own)
     further = 0 if data.more is None else len(data.more)
     assert further == max(min(refining, available) - len(data.tokens), 0)
     every = data.tokens.ravel().tolist() + ([] if data.more is None else data.more.ravel().tolist())
     assert len(every) == len(set(every))
     assert data.holds_out == (len(data.tokens) >= 3)
+    if tokens >= 6 and count >= 3:
+        assert data.holds_out
     if data.holds_out:
         assert not set(data.refining.ravel()) & set(data.held_out.ravel())
 
@@ -82,6 +89,40 @@ def test_without_any_text_the_model_is_sampled(loaded, home):
     assert "--optiq-calibration" in line
     again = load_calibration(loaded[0], loaded[1], None, said.append, sampling)
     assert data.digest == again.digest
+
+
+@pytest.mark.parametrize("read", [load_calibration, load_tokens])
+def test_a_text_of_few_tokens_is_refused_and_a_short_one_warned_of(loaded, tmp_path, read):
+    path, said = tmp_path / "some.txt", []
+    path.write_text(TEXT * 10)
+    with pytest.raises(InputError, match=r"text \(some\.txt\) has 2\d\d tokens, too few"):
+        read(*loaded, path, said.append)
+    assert said == []
+    path.write_text(TEXT * 12)
+    read(*loaded, path, said.append)
+    (line,) = said
+    assert "Warning: the calibration text (some.txt) has 267 tokens" in line
+    path.write_text(TEXT * 120)
+    read(*loaded, path, said.append)
+    assert len(said) == 1
+
+
+def test_without_a_sequence_to_judge_on_nothing_is_measured(loaded, text):
+    sampling = Sampling(length=32, count=3)
+    with pytest.raises(InputError, match=r"one in 4 of which is held out .* leave none"):
+        load_calibration(*loaded, text, sampling=sampling)
+    assert load_calibration(*loaded, text).holds_out
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("read", [load_calibration, load_tokens])
+def test_a_model_without_a_tokenizer_is_said_to_have_none(toy, text, home, tmp_path, read, given):
+    bare = tmp_path / "bare"
+    shutil.copytree(toy, bare)
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match=f"^{bare} has no tokenizer, which calibration needs"):
+        read(*mlx_lm.load(str(bare))[:2], text if given else None)
 
 
 def test_a_text_that_upstream_keeps_elsewhere_is_missed_in_one_line(loaded, home, monkeypatch):

@@ -70,8 +70,8 @@ def uncompiled() -> Iterator[None]:
     mx.enable_compile()
 
 
-#: Two short calibration sequences.
-SHORT = Sampling(length=8, count=2)
+#: Two short calibration sequences, one of them held out.
+SHORT = Sampling(length=8, count=2, held_out_every=2)
 
 
 def test_every_architecture_has_a_toy_config_or_a_reason():

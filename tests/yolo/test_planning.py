@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_optiq_ext.errors import BudgetError, InputError
-from mlx_optiq_ext.yolo import archive, hessian, network, steps
+from mlx_optiq_ext.yolo import archive, hessian, network, pipeline, steps
 from mlx_optiq_ext.yolo.divergence import divergence
 from mlx_optiq_ext.yolo.network import Outputs
 from mlx_optiq_ext.yolo.steps import Detector
@@ -27,6 +27,15 @@ def study():
     found = network.layers(model)
     measured = hessian.measure(model, found, pictures(4), draws=64)
     return model, Detector(tuple(found), arrays, measured)
+
+
+def test_one_image_at_least_is_kept_to_judge_on(study):
+    four = pictures(4)
+    for count in (2, 3, 4):
+        calibrating, judging = pipeline.split(four[:count])
+        assert [len(calibrating), len(judging)] == [count - 1, 1]
+    with pytest.raises(InputError, match="the only image to calibrate on, and none is left"):
+        pipeline.split(four[:1])
 
 
 def restore(model, detector):

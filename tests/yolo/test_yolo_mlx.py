@@ -207,13 +207,15 @@ def test_without_mlx_lm_the_same_images_give_the_same_file(converted, checkpoint
 
 
 def test_the_command(run, checkpoint, photos, tmp_path):
-    one = tmp_path / "one"  # a single image calibrates and judges
-    one.mkdir()
-    (one / "0.png").write_bytes((photos / "0.png").read_bytes())
+    two = tmp_path / "two"  # one calibrates, one judges
+    two.mkdir()
+    for name in ("0.png", "1.png"):
+        (two / name).write_bytes((photos / name).read_bytes())
     done = run(
         "mlx_lm.convert", "--optiq-model-type", "yolo", "--hf-path", checkpoint, "--mlx-path",
-        tmp_path / "out", "--optiq-budget", "5", "--optiq-calibration", one, timeout=600,
+        tmp_path / "out", "--optiq-budget", "5", "--optiq-calibration", two, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "yolo26n.npz" in done.stdout
+    assert "Warning: 2 images calibrate and judge" in done.stderr
     assert (tmp_path / "out" / "yolo26n.npz").stat().st_size <= 5 * 2_591_848 / 8

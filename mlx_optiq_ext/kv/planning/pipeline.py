@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def plan_kv(
     if not kept:
         journal.add(COMPLETE, 1.0)
         journal.exchange()
-    return search(found, budget), found
+    return replace(search(found, budget), text=source), found
 
 
 def write(
@@ -112,6 +113,7 @@ def _record(found: Found, measured: KVSensitivity, model: str, budget: float) ->
         "target_bits": budget,
         "achieved_bits": found.bits_per_element,
         "kl": found.kl,
+        "text": found.text,
         "plans": {name: {"bits": b, "kl": kl} for name, (b, kl) in found.tried.items()},
         "layers": layers,
     }

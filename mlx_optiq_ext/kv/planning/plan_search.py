@@ -11,6 +11,7 @@ import numpy as np
 from ... import distributed
 from ...errors import BudgetError
 from ...planning.allocation import allocate
+from ...planning.calibration import on
 from ..formats import Affine, Format
 from ..plan import LayerFormat
 from .kv_sensitivity import KVSensitivity, Side, as_layers
@@ -30,6 +31,7 @@ class Found:
         name: Name of this plan among those that were tried.
         tried: Name -> (bits per element, held-out KL) of every plan that was tried.
         uniform: Name, bits per element and KL of the best uniform plan that fits, if one does.
+        text: That all of it was measured and judged on, as `Calibration.source` has it.
     """
 
     choice: Mapping[Side, Affine]
@@ -38,6 +40,7 @@ class Found:
     name: str
     tried: Mapping[str, tuple[float, float]]
     uniform: tuple[str, float, float] | None
+    text: str = ""
 
     @property
     def layers(self) -> dict[int, LayerFormat]:
@@ -46,9 +49,10 @@ class Found:
 
     def summary(self) -> str:
         """One line for the terminal."""
+        where = f" {on(self.text)}" if self.text else ""
         text = (
-            f"[optiq] KV plan: {self.bits_per_element:.3f} bits per element ({self.name}), "
-            f"held-out KL {self.kl:.5f} nats per token"
+            f"[optiq] KV plan: {self.bits_per_element:.3f} bits per element ({self.name}), KL on "
+            f"held-out text{where}: {self.kl:.5f} nats per token"
         )
         if self.uniform is not None:
             name, bits, kl = self.uniform

@@ -6,7 +6,7 @@ bits per weight, plans from sensitivities that are re-measured around the best o
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from .._version import versions
@@ -14,12 +14,12 @@ from ..errors import BudgetError, InputError
 from ..model.layers import decoder_layers, layer_index
 from ..planning.allocation import allocate
 from .candidates import Size, Tensor
+from .judgement import Judged, Judgements, Measure, Precisions
 from .plan import Plan, Uniform
 from .precision import BITS, GROUP_SIZES, Precision
 from .sensitivity.interaction import SHARES, around
-from .sensitivity.problem import Problem, Sensitivity, end_to_end
+from .sensitivity.problem import Problem, Sensitivity, divergences
 
-Precisions = dict[str, Precision]
 #: Whether a variant may give a tensor a precision.
 Rule = Callable[[Tensor, Precision], bool]
 
@@ -49,7 +49,12 @@ class Study:
 
 
 def search(
-    study: Study, budget: float, *, protect: bool = False, remeasure_below: float = REMEASURED
+    study: Study,
+    budget: float,
+    *,
+    protect: bool = False,
+    remeasure_below: float = REMEASURED,
+    measure: Measure = divergences,
 ) -> Plan:
     """Allocate a budget over measured tensors.
 
@@ -58,45 +63,52 @@ def search(
         budget: Bits per weight.
         protect: Whether the plan must keep the tensors at both ends at 8 bits or more.
         remeasure_below: Budget below which sensitivities are measured once more around the plan.
+        measure: What judges plans.
 
     Returns:
-        Of the plans in `variants` and those re-measured around the best of them, the one with the
-        least KL on the held-out sequences. Every uniform quantization within the budget is among
-        them, unless both ends are protected. Before a refinement this KL is not informative,
-        because plain rounding is worst at the lowest bits and refinement improves these most. Then
-        the plan with the least expected KL is returned.
+        Of the plans in `variants`, those re-measured around the best of them, every uniform
+        quantization and every plan judged earlier, the one with the least KL on the held-out
+        sequences that fits the budget and the candidates; see `chosen`. Before a refinement this KL
+        is not informative, because plain rounding is worst at the lowest bits and refinement
+        improves these most. Then the plan with the least expected KL is returned.
 
     Raises:
         BudgetError: No plan fits, or none that protects both ends.
     """
     problem, size = study.problem, study.size
-    plans, free = _plans(study, budget, protect), not (protect or problem.refine)
+    plans, judgements = _plans(study, budget, protect), Judgements(problem, measure)
     within, beyond = uniforms(problem.tensors, size, budget)
     beside = {
-        f"uniform {p}": Uniform(p, size.bits_per_weight(bits), math.inf)
-        for p, bits in [*(within if free else within[-1:]), *beyond[:1]]
+        f"uniform {p}": (p, size.bits_per_weight(bits))
+        for p, bits in [*(within[-1:] if problem.refine else within), *beyond[:1]]
     }
-    precisions = {n: uniformly(problem.tensors, each.precision) for n, each in beside.items()}
-    kls = _judged(problem, plans | precisions)
+    standard = {name: uniformly(problem.tensors, p) for name, (p, _) in beside.items()}
+    found = judgements.of(plans | standard, budget)
     if budget < remeasure_below and not problem.refine:
-        more = remeasured(study, budget, min(plans, key=lambda n: kls[n]), plans)
+        best = min(plans, key=lambda n: found[n].kl)
+        more = remeasured(study, budget, best, plans)
         plans |= more
-        kls |= _judged(problem, more)
-    beside = {n: replace(each, kl=kls[n]) for n, each in beside.items()}
-    below = [each for each in beside.values() if each.bpw <= budget]
-    above = [each for each in beside.values() if each.bpw > budget]
-    if free:
-        plans |= {n: precisions[n] for n, each in beside.items() if each.bpw <= budget}
-    name = min(plans, key=lambda n: kls[n])
-    chosen, data, expected = plans[name], problem.calibration, study.sensitivity
+        found |= judgements.of(more, budget)
+    judged = [Judged(n, plan, found[n]) for n, plan in plans.items()]
+    if problem.refine:
+        (plan,) = judged
+    else:
+        fits = _allowance(problem, size.room(budget), protect)
+        known = [each for each in judgements if fits(each.precisions)]
+        plan = chosen([*judged, *known], list(standard.values()))
+        judgements.choose(plan.precisions)
+    sides = [Uniform(p, bpw, found[n].kl) for n, (p, bpw) in beside.items()]
+    below = [each for each in sides if each.bpw <= budget]
+    above = [each for each in sides if each.bpw > budget]
+    precisions, data, expected = plan.precisions, problem.calibration, study.sensitivity
     return Plan(
-        precisions=chosen,
-        sensitivities={path: expected[path].get(p, 0.0) for path, p in chosen.items()},
+        precisions=precisions,
+        sensitivities={path: expected[path].get(p, 0.0) for path, p in precisions.items()},
         method=study.method,
         target_bpw=budget,
-        achieved_bpw=size.bits_per_weight(stored(problem.tensors, chosen)),
-        kl=kls[name],
-        variant=name,
+        achieved_bpw=size.bits_per_weight(stored(problem.tensors, precisions)),
+        kl=plan.verdict.kl,
+        variant=plan.name,
         below=below[-1] if below else None,
         above=above[0] if above else None,
         calibration={
@@ -123,10 +135,41 @@ def _plans(study: Study, budget: float, protect: bool) -> dict[str, Precisions]:
     return {"allocated": plans["allocated"]} if study.problem.refine else plans
 
 
-def _judged(problem: Problem, plans: dict[str, Precisions]) -> dict[str, float]:
-    """KL of each plan on the held-out sequences; infinite where it overflows."""
-    found = end_to_end(problem, list(plans.values()))
-    return {n: math.inf if math.isnan(kl) else kl for n, kl in zip(plans, found, strict=True)}
+def chosen(plans: Sequence[Judged], standard: Sequence[Precisions]) -> Judged:
+    """The plan to take of some that were judged.
+
+    Args:
+        plans: All that fit; of equal ones the first is taken.
+        standard: Stock's uniform quantizations, which may be among them.
+
+    Returns:
+        The one with the least KL. It must beat the best uniform quantization beyond noise, else
+        that one is taken, unless it is worse than what an earlier conversion ended with.
+    """
+    best = min(plans, key=lambda each: each.verdict.kl)
+    plain = min(
+        (each for each in plans if each.precisions in standard),
+        key=lambda each: each.verdict.kl,
+        default=best,
+    )
+    reached = min((each.verdict.kl for each in plans if each.chosen), default=math.inf)
+    if best.verdict.beats(plain.verdict) or plain.verdict.kl > reached:
+        return best
+    return plain
+
+
+def _allowance(problem: Problem, room: int, protect: bool) -> Callable[[Precisions], bool]:
+    """Whether a plan takes no more stored bits than there are, and nothing that is no candidate."""
+    rule = rules(problem)[PROTECTED if protect else "allocated"]
+
+    def fits(plan: Precisions) -> bool:
+        for tensor in problem.tensors:
+            precision = plan[tensor.path]
+            if precision not in (*tensor.precisions, tensor.own) or not rule(tensor, precision):
+                return False
+        return stored(problem.tensors, plan) <= room
+
+    return fits
 
 
 def remeasured(

@@ -1,4 +1,3 @@
-import importlib
 import json
 from dataclasses import replace
 
@@ -14,7 +13,14 @@ from mlx_optiq_ext.errors import BudgetError, InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.loading import model_digest
 from mlx_optiq_ext.planning.journal import Journal
-from mlx_optiq_ext.weights import Precision, Request, plan_folder, plan_model
+from mlx_optiq_ext.weights import (
+    Precision,
+    Request,
+    plan_folder,
+    plan_model,
+    search,
+    study_model,
+)
 from mlx_optiq_ext.weights.plan import Plan, Uniform, check_written
 from mlx_optiq_ext.weights.sensitivity.kl import KL
 
@@ -47,38 +53,37 @@ def test_the_plan_converts_with_stock_and_takes_what_it_says(toy, text, tmp_path
     assert set(found.precisions) == set(modules)
 
 
-@pytest.mark.parametrize(("refine", "variant"), [(False, "other"), (True, "allocated")])
-def test_plain_rounding_does_not_choose_what_to_refine(toy, text, monkeypatch, refine, variant):
-    search = importlib.import_module("mlx_optiq_ext.weights.plan_search")  # its function hides it
-    rule = search.variants
-
-    def two(*args):
-        found = rule(*args)["allocated"]
-        return {"allocated": found, "other": found}
-
-    monkeypatch.setattr(search, "variants", two)
-    # Rounded plainly, the second is the better one.
-    monkeypatch.setattr(
-        search, "end_to_end", lambda _, plans: [2.0, 1.0, *[3.0] * len(plans)][: len(plans)]
-    )
-    assert plan(toy, 4.5, text, refine=refine).variant == variant
+def found(toy, text, **settings):
+    model, tokenizer = mlx_lm.load(str(toy))[:2]
+    return study_model(model, tokenizer, quiet(calibration=text, **settings))
 
 
-def test_a_uniform_quantization_that_is_better_is_taken(toy, text, monkeypatch):
-    search = importlib.import_module("mlx_optiq_ext.weights.plan_search")
+def test_plain_rounding_does_not_choose_what_to_refine(toy, text):
+    # Rounded plainly, every other plan is better than the allocated one.
+    def measure(_, plans):
+        return [np.full((1, 64), 1.0 + (n == 0)) for n in range(len(plans))]
+
+    assert search(found(toy, text, refine=True), 4.5, measure=measure).variant == "allocated"
+    assert search(found(toy, text), 4.5, measure=measure).variant != "allocated"
+
+
+def test_a_uniform_quantization_that_is_better_is_taken(toy, text):
     # Last of all comes the smallest one beyond the budget, before it the largest within.
-    monkeypatch.setattr(search, "end_to_end", lambda _, plans: [2.0] * (len(plans) - 2) + [1, 0.5])
-    found = plan(toy, 4.5, text)
-    assert found.below is not None
-    assert found.above is not None
-    assert found.variant == f"uniform {found.below.precision}"
-    assert set(found.precisions.values()) == {found.below.precision}
-    assert found.below.bpw <= 4.5 < found.above.bpw
-    lines = found.summary().splitlines()
-    assert f"plan: uniform {found.below.precision}" in lines[0]
+    def measure(_, plans):
+        return [np.full((1, 64), kl) for kl in [2.0] * (len(plans) - 2) + [1.0, 0.5]]
+
+    plan = search(found(toy, text), 4.5, measure=measure)
+    assert plan.below is not None
+    assert plan.above is not None
+    assert plan.variant == f"uniform {plan.below.precision}"
+    assert set(plan.precisions.values()) == {plan.below.precision}
+    assert plan.below.bpw <= 4.5 < plan.above.bpw
+    lines = plan.summary().splitlines()
+    assert f"plan: uniform {plan.below.precision}" in lines[0]
+    assert "held-out text of calibration.txt: 1 nats per token" in lines[1]
     assert "nearest stock uniform below" in lines[2]
     assert "(the plan has 1.00 x that)" in lines[2]
-    assert f"above: {found.above.precision} at {found.above.bpw:.3f} bits per weight" in lines[3]
+    assert f"above: {plan.above.precision} at {plan.above.bpw:.3f} bits per weight" in lines[3]
     assert "(the plan has 2.00 x that)" in lines[3]
 
 

@@ -33,10 +33,12 @@ class Findings:
     Attributes:
         factors: Tensor path -> its factors, after a backward pass.
         notes: Requests that could not be met, one line each, for the metadata.
+        judged: Whole plans that were judged, by what they give each tensor.
     """
 
     factors: Mapping[str, Factors] | None = None
     notes: list[str] = field(default_factory=list)
+    judged: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,21 +165,27 @@ def layer_batches(tokens: np.ndarray) -> list[mx.array]:
 
 
 def end_to_end(problem: Problem, choices: list[dict[str, Precision]]) -> list[float]:
-    """KL(reference || plan) of whole plans on the held-out sequences, in nats per token.
+    """KL(reference || plan) of whole plans on the held-out sequences, in nats per token."""
+    return [float(each.mean(dtype=np.float64)) for each in divergences(problem, choices)]
+
+
+def divergences(problem: Problem, choices: list[dict[str, Precision]]) -> list[np.ndarray]:
+    """KL(reference || plan) of whole plans at each held-out token, in nats.
 
     The processes of ``mlx.launch`` judge some plans each, and all get every result.
+
+    Returns:
+        For each plan float32 (held-out sequences, length).
     """
     own = distributed.share(range(len(choices)))
-    totals, count = dict.fromkeys(own, 0.0), 0
+    rows: dict[int, list[np.ndarray]] = {index: [] for index in own}
     for batch in batches(problem.calibration.held_out) if own else ():
         reference = Reference.of(problem.model(batch))
         for index in own:
             with problem.quantized(choices[index]):
-                divergence = reference.divergence(problem.model(batch))
-                totals[index] += float(divergence.sum())
-        count += batch.size
-    parts = distributed.gathered({index: total / count for index, total in totals.items()})
-    found = {index: kl for part in parts for index, kl in part.items()}
+                rows[index].append(np.array(reference.divergence(problem.model(batch))))
+    parts = distributed.gathered({index: np.concatenate(each) for index, each in rows.items()})
+    found = {index: each for part in parts for index, each in part.items()}
     return [found[index] for index in range(len(choices))]
 
 

@@ -1,4 +1,5 @@
 import importlib
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -11,7 +12,7 @@ from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, search, study_model
 from mlx_optiq_ext.weights.plan_search import PROTECTED, rules
 from mlx_optiq_ext.weights.sensitivity.interaction import SHARES, around
-from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
+from mlx_optiq_ext.weights.sensitivity.problem import Findings, divergences, end_to_end
 
 pytestmark = pytest.mark.newest
 
@@ -57,9 +58,14 @@ def test_measuring_around_a_plan_leaves_the_model_as_it_was(study):
         assert mx.array_equal(module.weight, before[path]), path
 
 
+def forgetting(study):
+    """The study without the plans that were judged before."""
+    return replace(study, problem=replace(study.problem, findings=Findings()))
+
+
 def test_the_second_round_is_kept_only_if_it_lowers_the_divergence(study, monkeypatch):
     first = search(study, 3.0, remeasure_below=0.0)
-    both = search(study, 3.0)
+    both = search(forgetting(study), 3.0)
     assert both.kl is not None
     assert first.kl is not None
     assert both.kl <= first.kl
@@ -67,18 +73,17 @@ def test_the_second_round_is_kept_only_if_it_lowers_the_divergence(study, monkey
     assert end_to_end(study.problem, [both.precisions]) == pytest.approx([both.kl])
     worse = {p: {q: -c for q, c in row.items()} for p, row in study.sensitivity.items()}
     monkeypatch.setattr(module, "around", lambda *_: [worse])
-    assert search(study, 3.0).precisions == first.precisions
+    assert search(forgetting(study), 3.0).precisions == first.precisions
 
 
-def test_the_second_round_keeps_both_ends_protected(study, monkeypatch):
+def test_the_second_round_keeps_both_ends_protected(study):
     tried = []
 
     def watched(problem, choices):
         tried.extend(choices)
-        return end_to_end(problem, choices)
+        return divergences(problem, choices)
 
-    monkeypatch.setattr(module, "end_to_end", watched)
-    plan = search(study, 5.0, protect=True, remeasure_below=6.0)
+    plan = search(study, 5.0, protect=True, remeasure_below=6.0, measure=watched)
     allowed = rules(study.problem)[PROTECTED]
     assert plan.variant.startswith(PROTECTED)
     planned = [choice for choice in tried if len(set(choice.values())) > 1]  # the others: stock's

@@ -1,18 +1,18 @@
 """Calibration text, cut into sequences of tokens."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .. import distributed
 from ..errors import InputError
-from ..model.vocabulary import check_tokens, embedding_rows
+from ..model.vocabulary import check_tokens
+from .generation import check_tokenizer, generated
 from .texts import Text, read_texts, stock_text, tokenized
 
 
@@ -145,38 +145,14 @@ def spread(total: int, count: int) -> np.ndarray:
 def sampled(
     model: Any, tokenizer: Any, sampling: Sampling = DEFAULT, *, seed: int = 0
 ) -> Calibration:
-    """Text sampled from the model itself at temperature 1, if there is no other text.
+    """Text sampled from the model itself, if there is no other text; of every kind one is held out.
+
 
     Its sequences are half as long as ``sampling`` says: drawing them is slow.
     """
-    check_tokenizer(tokenizer)
-    start = _start(tokenizer, sampling.count, seed, embedding_rows(model))
-    tokens = np.stack(list(_sample(model, start, sampling.length // 2, seed)), axis=1)
-    every = sampling.held_out_every
-    return Calibration(tokens.astype(np.int32), SAMPLED, None, every)
-
-
-def _start(tokenizer: Any, count: int, seed: int, rows: int | None) -> np.ndarray:
-    return np.random.default_rng(seed).choice(_ordinary(tokenizer, rows), size=count)
-
-
-def _ordinary(tokenizer: Any, rows: int | None = None) -> list[int]:
-    """Tokens that stand for text."""
-    special = set(getattr(tokenizer, "all_special_ids", None) or [])
-    known = tokenizer.vocab_size if rows is None else min(rows, tokenizer.vocab_size)
-    return [t for t in range(known) if t not in special]
-
-
-def _sample(model: Any, start: np.ndarray, length: int, seed: int) -> Iterator[np.ndarray]:
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache, token, key = make_prompt_cache(model), mx.array(start), mx.random.key(seed)
-    yield start
-    for _ in range(length - 1):
-        key, draw = mx.random.split(key)
-        logits = model(token[:, None], cache=cache)[:, -1].astype(mx.float32)
-        token = mx.random.categorical(logits, key=draw)
-        yield np.array(token)
+    every, length = sampling.held_out_every, sampling.length // 2
+    tokens = generated(model, tokenizer, sampling.count, length, each=every, seed=seed)
+    return Calibration(tokens, SAMPLED, None, every)
 
 
 def load_calibration(
@@ -253,20 +229,6 @@ def check_enough(tokens: np.ndarray, source: str, say: Callable[[str], None] = p
         say(
             f"[optiq] Warning: {count}; with fewer than {FEW:,} a plan may suit this text and "
             "little else"
-        )
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse to calibrate a model without a tokenizer, of which mlx-lm makes an empty one.
-
-    Raises:
-        InputError: The tokenizer knows no token.
-    """
-    if hasattr(tokenizer, "vocab_size") and not _ordinary(tokenizer):
-        name = getattr(tokenizer, "name_or_path", None) or "this model"
-        raise InputError(
-            f"{name} has no tokenizer, which calibration needs: put its tokenizer files "
-            "(tokenizer.json, tokenizer_config.json) beside the weights"
         )
 
 

@@ -1,6 +1,8 @@
 import shutil
 from urllib.error import URLError
 
+import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from mlx_optiq_ext.planning.calibration import (
     from_texts,
     load_calibration,
     load_tokens,
+    sampled,
 )
+from mlx_optiq_ext.planning.generation import KINDS, generated
 
 
 def test_sequences_are_spread_over_the_whole_text(loaded):
@@ -123,6 +127,26 @@ def test_a_model_without_a_tokenizer_is_said_to_have_none(toy, text, home, tmp_p
         path.unlink()
     with pytest.raises(InputError, match=f"^{bare} has no tokenizer, which calibration needs"):
         read(*mlx_lm.load(str(bare))[:2], text if given else None)
+
+
+def test_sampled_text_is_of_every_kind_where_it_is_measured_and_where_plans_are_judged(loaded):
+    data = sampled(*loaded, Sampling(length=128, count=16))
+    first, kinds = loaded[1].bos_token_id, [begins for begins, _ in KINDS]
+    assert [row[0] == first for row in data.held_out] == kinds
+    assert [row[0] == first for row in data.measured] == [k for k in kinds for _ in range(3)]
+
+    class Certain(nn.Module):
+        """Always writes the token 5."""
+
+        layers = ()
+
+        def __call__(self, tokens, cache):
+            return mx.broadcast_to(100.0 * (mx.arange(1024) == 5), (len(tokens), 1, 1024))
+
+    rows = generated(Certain(), loaded[1], 8, 400)
+    surprises = (rows[:, 1:] != 5).mean(axis=1)
+    expected = [share for _, share in KINDS]
+    assert surprises.reshape(2, 4) == pytest.approx(np.array([expected] * 2), abs=0.06)
 
 
 def test_a_text_that_upstream_keeps_elsewhere_is_missed_in_one_line(loaded, home, monkeypatch):

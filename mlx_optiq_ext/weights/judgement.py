@@ -26,6 +26,8 @@ Measure = Callable[[Problem, list[Precisions]], Sequence[np.ndarray]]
 VERSION = 1
 #: Tokens whose mean counts as one observation when two plans are compared.
 PIECE = 64
+#: Nats per token that float32 cannot tell from nothing.
+LEAST = 1e-7
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,16 @@ class Verdict:
         return cls(kl if math.isfinite(kl) else math.inf, tuple(map(float, parts)))
 
     def beats(self, other: "Verdict") -> bool:
-        """Whether it is better by more than two standard errors of the mean paired difference."""
-        if not math.isfinite(other.kl) or len(self.pieces) < 2:
+        """Whether it is better beyond noise.
+
+        That is on the mean, and by more than two standard errors of the mean log ratio over paired
+        pieces: in it a piece of hard text counts no more than one of easy text.
+        """
+        if not (math.isfinite(self.kl) and math.isfinite(other.kl)) or len(self.pieces) < 2:
             return self.kl < other.kl
-        difference = np.subtract(self.pieces, other.pieces)
-        error = difference.std(ddof=1) / math.sqrt(len(difference))
-        return bool(difference.mean() < -2 * error)
+        ratios = np.subtract(*(np.log(np.maximum(v.pieces, LEAST)) for v in (self, other)))
+        error = ratios.std(ddof=1) / math.sqrt(len(ratios))
+        return self.kl < other.kl and bool(ratios.mean() < -2 * error)
 
 
 @dataclass(frozen=True)

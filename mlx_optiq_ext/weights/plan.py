@@ -143,6 +143,7 @@ class Plan:
                 "uniform": self.below
                 and {
                     **_entry(self.below.precision),
+                    "bpw": round(self.below.bpw, 6),
                     "kl": self.below.kl,
                 },
                 "uniform_above": self.above

@@ -39,6 +39,13 @@ def test_what_overflows_loses_to_everything():
     assert not fine.beats(fine)
 
 
+def test_a_piece_of_hard_text_does_not_drown_the_others():
+    other = Verdict(0.325, (0.02, 0.03, 0.02, 0.03, 0.35, 1.5))
+    better = Verdict(0.323, (0.002, 0.003, 0.002, 0.003, 0.32, 1.6))
+    assert better.beats(other)
+    assert not Verdict(0.33, better.pieces).beats(other)
+
+
 @pytest.fixture
 def study(toy, text):
     """Opens the toy model's study, as a process of its own would."""

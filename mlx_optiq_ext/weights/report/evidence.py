@@ -172,18 +172,23 @@ class Evidence:
         return sorted(found, key=lambda g: (-(g.sensitivity or 0.0), -g.extra_bits, g.tensor.path))
 
     @property
-    def same_bytes(self) -> Judged | None:
-        """The best uniform precision within the budget, judged with the plan."""
-        below = self.plan.below
-        if below is None:
-            return None
-        bits = stored(self.tensors, uniformly(self.tensors, below.precision))
-        return Judged(below.precision, bits, below.kl)
+    def nearest(self) -> dict[str, Judged]:
+        """The uniform precisions next to the budget, judged with the plan, by their side of it."""
+        sides = {"below": self.plan.below, "above": self.plan.above}
+        return {
+            side: Judged(
+                uniform.precision,
+                stored(self.tensors, uniformly(self.tensors, uniform.precision)),
+                uniform.kl,
+            )
+            for side, uniform in sides.items()
+            if uniform is not None
+        }
 
     @cached_property
     def references(self) -> list[Judged]:
-        """The uniform precisions, with the best one within the budget among them."""
-        found = {j.precision: j for j in (*self.uniforms, self.same_bytes) if j is not None}
+        """The uniform precisions, with those next to the budget among them."""
+        found = {j.precision: j for j in (*self.uniforms, *self.nearest.values())}
         return sorted(found.values(), key=lambda j: (j.stored_bits, j.precision))
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 from ... import files
 from ..._version import __version__
 from ...errors import InputError
+from ...planning.calibration import on
 from . import words
 from .charts import kl_chart, sensitivity_chart, tone
 from .evidence import Evidence, Gain
@@ -89,19 +90,23 @@ def _tiles(evidence: Evidence) -> list[tuple[str, str]]:
     """Values and captions of the figures at the top of the page."""
     plan, total = evidence.plan, evidence.model_bits(evidence.stored_bits)
     original = evidence.model_bits(evidence.unquantized_bits)
+    source = plan.calibration.get("source")
+    text = f" on text {on(source)}" if source else ""
     tiles = [
         (f"{plan.achieved_bpw:.3f}", f"bits per weight (budget: {plan.target_bpw:g})"),
         (words.size(total), f"of {words.size(original)} unquantized"),
-        (words.nats(evidence.kl), "KL to the unquantized model, nats per token"),
+        (words.nats(evidence.kl), f"KL to the unquantized model{text}, nats per token"),
     ]
-    if (uniform := evidence.same_bytes) is not None and uniform.kl > 0:
-        ratio = words.ratio(evidence.kl, uniform.kl)
-        tiles.append(
-            (
-                ratio,
-                f"the KL of uniform {words.kind(uniform.precision)}, the best within the budget",
+    for side, uniform in evidence.nearest.items():
+        if uniform.kl > 0:
+            bpw = evidence.size.bits_per_weight(uniform.stored_bits)
+            tiles.append(
+                (
+                    words.ratio(evidence.kl, uniform.kl),
+                    f"the KL of uniform {words.kind(uniform.precision)} at {bpw:.3f} bits per "
+                    f"weight, the nearest {side} the budget",
+                )
             )
-        )
     return tiles
 
 

@@ -10,7 +10,7 @@ import pytest
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.weights import Precision, report, search
 from mlx_optiq_ext.weights.report import gather
-from mlx_optiq_ext.weights.report.words import nats, percent, size
+from mlx_optiq_ext.weights.report.words import nats, percent, ratio, size
 
 from .markup import Markup
 
@@ -85,6 +85,23 @@ def test_the_head_says_what_was_asked_and_what_came_of_it(evidence):
         assert f"{name} {version}" in text
     assert f"calibration.txt, {plan.calibration['sequences']} sequences" in text
     assert nats(evidence.kl) in text
+
+
+def test_the_head_names_the_uniform_packings_on_both_sides_and_the_text(evidence):
+    page, plan = Markup(report.report(evidence)), evidence.plan
+    tiles = [" ".join(text.split()) for _, text in page.all("div", **{"class": "tile"})]
+    assert plan.below is not None
+    assert plan.above is not None
+    assert plan.below.bpw <= plan.target_bpw < plan.above.bpw
+    for side, uniform in (("below", plan.below), ("above", plan.above)):
+        (tile,) = [t for t in tiles if t.endswith(f"the nearest {side} the budget")]
+        assert f"at {uniform.bpw:.3f} bits per weight" in tile
+        assert tile.startswith(ratio(plan.kl, uniform.kl).replace("\N{NO-BREAK SPACE}", " "))
+        assert uniform.precision in {j.precision for j in evidence.references}
+    assert any("on text of calibration.txt, nats per token" in tile for tile in tiles)
+    drawn = dataclasses.replace(plan, calibration={"source": "sampled from the model"})
+    page = report.report(dataclasses.replace(evidence, plan=drawn))
+    assert "on text sampled from the model itself, nats per token" in page
 
 
 def test_the_curve_falls_and_holds_every_tensor(evidence):

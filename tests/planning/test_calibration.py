@@ -113,9 +113,10 @@ def test_a_text_of_few_tokens_is_refused_and_a_short_one_warned_of(loaded, tmp_p
 
 def test_without_a_sequence_to_judge_on_nothing_is_measured(loaded, text):
     sampling = Sampling(length=32, count=3)
+    model, tokenizer = loaded
     with pytest.raises(InputError, match=r"one in 4 of which is held out .* leave none"):
-        load_calibration(*loaded, text, sampling=sampling)
-    assert load_calibration(*loaded, text).holds_out
+        load_calibration(model, tokenizer, text, sampling=sampling)
+    assert load_calibration(model, tokenizer, text).holds_out
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -130,8 +131,9 @@ def test_a_model_without_a_tokenizer_is_said_to_have_none(toy, text, home, tmp_p
 
 
 def test_sampled_text_is_of_every_kind_where_it_is_measured_and_where_plans_are_judged(loaded):
-    data = sampled(*loaded, Sampling(length=128, count=16))
-    first, kinds = loaded[1].bos_token_id, [begins for begins, _ in KINDS]
+    model, tokenizer = loaded
+    data = sampled(model, tokenizer, Sampling(length=128, count=16))
+    first, kinds = tokenizer.bos_token_id, [begins for begins, _ in KINDS]
     assert [row[0] == first for row in data.held_out] == kinds
     assert [row[0] == first for row in data.measured] == [k for k in kinds for _ in range(3)]
 
@@ -143,7 +145,7 @@ def test_sampled_text_is_of_every_kind_where_it_is_measured_and_where_plans_are_
         def __call__(self, tokens, cache):
             return mx.broadcast_to(100.0 * (mx.arange(1024) == 5), (len(tokens), 1, 1024))
 
-    rows = generated(Certain(), loaded[1], 8, 400)
+    rows = generated(Certain(), tokenizer, 8, 400)
     surprises = (rows[:, 1:] != 5).mean(axis=1)
     expected = [share for _, share in KINDS]
     assert surprises.reshape(2, 4) == pytest.approx(np.array([expected] * 2), abs=0.06)

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def uniforms(folder: Path) -> Iterator[tuple[str, float, Any]]:
     """Name, bits per weight and model of each of stock's quantizations."""
     for bits in BITS:
         for group in GROUP_SIZES:
-            model, _, config = mlx_lm.load(str(folder), return_config=True, lazy=True)
+            loaded: Any = mlx_lm.load(str(folder), return_config=True, lazy=True)
+            model, _, config = loaded
             predicate = getattr(model, "quant_predicate", None)
             try:
                 model, _ = quantize_model(model, config, group, bits, quant_predicate=predicate)
@@ -204,8 +206,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    made = {"machine": platform.platform(), "cores": os.cpu_count(), "mlx": mx.__version__}
-    lines = [json.dumps({**made, "mlx_lm": mlx_lm.__version__, "command": sys.argv})]
+    made = {"machine": platform.platform(), "cores": os.cpu_count(), "command": sys.argv}
+    lines = [json.dumps({**made, **{name: version(name) for name in ("mlx", "mlx-lm")}})]
     with tempfile.TemporaryDirectory() as home:
         for name in args.only:
             for row in rows_of(name, args, Path(home)):

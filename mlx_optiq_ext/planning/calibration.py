@@ -147,7 +147,6 @@ def sampled(
 ) -> Calibration:
     """Text sampled from the model itself, if there is no other text; of every kind one is held out.
 
-
     Its sequences are half as long as ``sampling`` says: drawing them is slow.
     """
     every, length = sampling.held_out_every, sampling.length // 2

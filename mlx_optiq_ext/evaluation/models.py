@@ -15,6 +15,7 @@ from ..kv import KVPlan, mount
 from ..latency import read_layout
 from ..model.hub import CONFIG, find_folder
 from ..model.loading import load, model_digest, to_compute
+from ..planning.generation import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,16 @@ def subject(name: str, kv_plan: KVPlan | None = None) -> Subject:
 
 
 def tokenizer_of(model: Subject) -> Any:
-    """A model's tokenizer, loaded without the weights."""
+    """A model's tokenizer, loaded without the weights.
+
+    Raises:
+        InputError: It has none.
+    """
     from mlx_lm.utils import load_tokenizer
 
-    return load_tokenizer(model.folder)
+    found = load_tokenizer(model.folder)
+    check_tokenizer(found)
+    return found
 
 
 def check_same_tokens(first: Subject, second: Subject, texts: Sequence[Any]) -> None:

@@ -22,7 +22,7 @@ KINDS = ((False, 0.0), (True, 0.0), (False, SURPRISES), (True, SURPRISES))
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse to calibrate a model without a tokenizer, of which mlx-lm makes an empty one.
+    """Refuse a model without a tokenizer, for which mlx-lm makes an empty one.
 
     Raises:
         InputError: The tokenizer knows no token.
@@ -30,7 +30,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     if hasattr(tokenizer, "vocab_size") and not ordinary(tokenizer):
         name = getattr(tokenizer, "name_or_path", None) or "this model"
         raise InputError(
-            f"{name} has no tokenizer, which calibration needs: put its tokenizer files "
+            f"{name} has no tokenizer, which reading a text needs: put its tokenizer files "
             "(tokenizer.json, tokenizer_config.json) beside the weights"
         )
 

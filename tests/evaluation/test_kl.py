@@ -217,3 +217,12 @@ def test_perplexity_with_a_kv_plan_and_without(tiny, packed, text):
     p = log_probs(tiny, rows)[:, :-1]
     loss = -np.take_along_axis(p, rows[:, 1:, None].astype(np.int64), -1).mean()
     assert without == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_a_model_without_a_tokenizer_is_said_to_have_none(tiny, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare)
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(InputError, match=f"^{bare} has no tokenizer"):
+        tokenizer_of(evaluation.subject(str(bare)))

@@ -133,7 +133,7 @@ def test_memory_holds_one_layer_not_the_model(deep, text, monkeypatch):
     stored = sum(path.stat().st_size for path in deep.glob("model*.safetensors"))
     assert stored > 200e6
     monkeypatch.setenv(memory.SWITCH, "1")
-    sampling = replace(SHORT, count=2)
+    sampling = replace(SHORT, count=2, held_out_every=2)
     settings = {"bits": (4,), "group_sizes": (64,), "calibration": text, "sampling": sampling}
     prepare(str(deep), quiet(budget=4.6, **settings))
     # A layer takes 10 MB in float32, its moments and what is computed with them some more.

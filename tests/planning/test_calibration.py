@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_fixtures import quiet
 from toy_qwen3 import TEXT
 
 from mlx_optiq_ext.errors import InputError
@@ -21,6 +22,7 @@ from mlx_optiq_ext.planning.calibration import (
     sampled,
 )
 from mlx_optiq_ext.planning.generation import KINDS, generated
+from mlx_optiq_ext.weights import plan_folder
 
 
 def test_sequences_are_spread_over_the_whole_text(loaded):
@@ -126,8 +128,16 @@ def test_a_model_without_a_tokenizer_is_said_to_have_none(toy, text, home, tmp_p
     shutil.copytree(toy, bare)
     for path in bare.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(InputError, match=f"^{bare} has no tokenizer, which calibration needs"):
+    with pytest.raises(InputError, match=f"^{bare} has no tokenizer, which reading a text needs"):
         read(*mlx_lm.load(str(bare))[:2], text if given else None)
+
+
+def test_a_tokenizer_that_cannot_be_made_is_said_to_be_missing(toy, text, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(toy, bare)
+    (bare / "tokenizer.json").unlink()  # its config stays
+    with pytest.raises(InputError, match=f"^{bare} has no tokenizer: put its tokenizer files"):
+        plan_folder(str(bare), quiet(budget=4.0, calibration=text))
 
 
 def test_sampled_text_is_of_every_kind_where_it_is_measured_and_where_plans_are_judged(loaded):

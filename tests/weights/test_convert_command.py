@@ -95,7 +95,7 @@ def test_ctrl_c_keeps_what_was_measured(text, tmp_path, monkeypatch):
     assert measured.strip()
     subprocess.run(command, check=True, capture_output=True)
     assert journals[0].read_text().startswith(measured)
-    assert list(cache.rglob("*.jsonl")) == journals
+    assert list((cache / "sensitivity").rglob("*.jsonl")) == journals
 
 
 def test_a_staged_folder_appears_whole_or_not_at_all(tmp_path):

@@ -20,7 +20,7 @@ ARROWS = {
     "kv": ("distributed", "kernels", "model", "planning", "turboquant"),
     "latency": ("kv", "model"),
     "weights": ("distributed", "kernels", "latency", "model", "planning"),
-    "lora": ("distributed", "model"),
+    "lora": ("distributed", "model", "planning"),
     "adapters": ("distributed", "lora"),
     "modalities": ("model",),
     "yolo": ("model", "planning"),

@@ -24,7 +24,7 @@ from .plan_file import read_plan
 from .plan_search import Study, search
 from .precision import AFFINE
 from .request import Request
-from .rounding.distillation import distill, placed
+from .rounding.distillation import Settings, distill, placed, sampled_sequences
 from .rounding.refinement import Refined, judge, refine
 from .sensitivity.problem import Problem
 from .sensitivity.taylor import differentiated
@@ -144,7 +144,7 @@ def _from_file(source: _Source, request: Request) -> Conversion:
     problem = calibrated(
         source.model, source.tokenizer, request, digest=source.digest, load=source.load
     )
-    return _finished(Conversion(plan), problem, request)
+    return _finished(Conversion(plan), problem, source.tokenizer, request)
 
 
 def _measured(source: _Source, request: Request) -> Conversion:
@@ -164,7 +164,7 @@ def _measured(source: _Source, request: Request) -> Conversion:
     else:
         assert request.budget is not None
         plan = search(study, request.budget, protect=request.protect)
-    return _finished(Conversion(plan, study=study), study.problem, request)
+    return _finished(Conversion(plan, study=study), study.problem, source.tokenizer, request)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -176,7 +176,9 @@ def _check_room(request: Request, needed: float) -> None:
         files.check_room(request.scratch, needed)
 
 
-def _finished(conversion: Conversion, problem: Problem, request: Request) -> Conversion:
+def _finished(
+    conversion: Conversion, problem: Problem, tokenizer: Any, request: Request
+) -> Conversion:
     """Refine and distill if requested, in the first process only."""
     if not request.refine:
         return conversion
@@ -185,7 +187,8 @@ def _finished(conversion: Conversion, problem: Problem, request: Request) -> Con
 
     def finish() -> Conversion:
         done = refined(conversion, problem)
-        done = distilled(done, problem) if request.distill else done
+        if request.distill:
+            done = distilled(done, problem, tokenizer, request.distillation)
         notes = (*conversion.plan.notes, *problem.findings.notes)
         return replace(done, plan=replace(done.plan, notes=tuple(dict.fromkeys(notes))))
 
@@ -209,10 +212,15 @@ def refined(conversion: Conversion, problem: Problem) -> Conversion:
     )
 
 
-def distilled(conversion: Conversion, problem: Problem) -> Conversion:
+def distilled(
+    conversion: Conversion, problem: Problem, tokenizer: Any, settings: Settings
+) -> Conversion:
     """Tune what a refined conversion stores; keep it if the held-out KL falls."""
-    plan = conversion.plan
-    found = distill(problem, plan.precisions, conversion.refined)
+    plan, more = conversion.plan, None
+    if settings.sampled:
+        length = problem.calibration.refining.shape[1]
+        more = sampled_sequences(problem.model, tokenizer, settings.sampled, length)
+    found = distill(problem, plan.precisions, conversion.refined, settings, more=more)
     in_model = {path: value.astype(problem.dtype) for path, value in found.parameters.items()}
     with placed(problem.model, in_model):
         kl = judge(problem, plan.precisions, found.refined)

@@ -1,7 +1,7 @@
 """Settings of a conversion."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from ..errors import InputError
 from ..planning.calibration import DEFAULT, Sampling
 from .candidates import Tensor, tensors
 from .precision import BITS, GROUP_SIZES
+from .rounding.distillation.settings import Settings
 from .sensitivity import registry
 from .sensitivity.method import Method
 
@@ -31,7 +32,8 @@ class Request:
         calibration: A text or JSON-lines file; None for mlx-lm's own text.
         sampling: Length and number of the calibration sequences.
         refine: Whether to round with error feedback (GPTQ-style rounding).
-        distill: Whether to tune scales and biases after that; implies ``refine``.
+        distill: Whether to tune what is stored after that; implies ``refine``.
+        distillation: Settings of the latter.
         scratch: Folder for temporary files of a model too large for memory; None for the cache.
         progress: Whether to show progress bars.
         say: Receives one-line messages.
@@ -49,6 +51,7 @@ class Request:
     sampling: Sampling = DEFAULT
     refine: bool = False
     distill: bool = False
+    distillation: Settings = field(default_factory=Settings)
     scratch: Path | None = None
     progress: bool = True
     say: Callable[[str], None] = print

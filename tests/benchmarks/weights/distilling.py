@@ -4,11 +4,10 @@
         --text FILE [--try "steps=300 codes_rate=0.003 parameters_rate=0.001 sampled=256"]...
 
 Starts from a converted folder (``--start``), from a plan for ``--budget`` that is refined first,
-or from MLX's own rounding to ``--bits``. Each ``--try`` names fields of the library's ``Settings``,
-and ``sampled``: how many sequences to draw from the model beside the calibration text. It prints
-one JSON object: the settings, KL on the text and on held-out sequences, steps, seconds and peak
-memory. KL on the text is computed in float32, as by quality.py, over the first ``--tokens`` tokens
-in windows of ``--window``.
+or from MLX's own rounding to ``--bits``. Each ``--try`` names fields of the library's ``Settings``
+and prints one JSON object: the settings, KL on the text and on held-out sequences, steps, seconds
+and peak memory. KL on the text is computed in float32, as by quality.py, over the first
+``--tokens`` tokens in windows of ``--window``.
 """
 
 import argparse
@@ -31,14 +30,13 @@ from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, place
 from mlx_optiq_ext.weights.rounding.refinement import restored
 
 
-def settings(text: str) -> tuple[Settings, int]:
-    """Settings from ``name=value`` pairs, and how many sequences to sample."""
+def settings(text: str) -> Settings:
+    """Settings from ``name=value`` pairs."""
     given = dict(pair.split("=", 1) for pair in text.split())
-    count = int(given.pop("sampled", 0))
     unknown = given.keys() - {field.name for field in fields(Settings)}
     if unknown:
         raise SystemExit(f"no such setting: {', '.join(sorted(unknown))}")
-    return Settings(**{name: json.loads(value) for name, value in given.items()}), count
+    return Settings(**{name: json.loads(value) for name, value in given.items()})
 
 
 def converted(folder: str):
@@ -112,8 +110,8 @@ def main() -> None:
 
     before = kl(stored, {})
     drawn: dict[int, np.ndarray | None] = {0: None}
-    for text, (chosen, count) in zip(args.tries or [""], tries, strict=True):
-        began = time.perf_counter()
+    for text, chosen in zip(args.tries or [""], tries, strict=True):
+        began, count = time.perf_counter(), chosen.sampled
         if count not in drawn:
             drawn[count] = sampled_sequences(problem.model, tokenizer, count, args.length)
         sampling = time.perf_counter() - began

@@ -161,6 +161,21 @@ def test_more_sequences_are_cut_and_trained_on():
     assert not kept & {tuple(row) for row in held_out.tolist()}
 
 
+def test_sampled_sequences_are_trained_on(problem, rounded, loaded, monkeypatch):
+    given = []
+
+    def distilled(*args, more):
+        given.append(more)
+        return Distilled(rounded[1])
+
+    monkeypatch.setattr(pipeline, "distill", distilled)
+    plan = Plan(rounded[0], {}, "taylor", 3.0, 3.0, kl=0.0)
+    conversion = pipeline.Conversion(plan, rounded[1])
+    pipeline.distilled(conversion, problem, loaded[1], replace(SMALL, sampled=3))
+    assert given[0].shape == (3, problem.calibration.refining.shape[1])
+    assert len(np.unique(given[0], axis=0)) == 3
+
+
 def test_every_sequence_is_seen_before_any_comes_again():
     batches = drawn(10, 4, seed=0)
     seen = np.concatenate([next(batches) for _ in range(5)])
@@ -201,11 +216,11 @@ def test_only_what_helps_on_held_out_sequences_is_kept(problem, rounded, monkeyp
     plan = Plan(precisions, {}, "taylor", 3.0, 3.0, kl=1.0)
     norm = {"model.norm.weight": mx.ones((128,))}
     found = Distilled({"tuned": ()}, norm, steps=7)
-    monkeypatch.setattr(pipeline, "distill", lambda *args: found)
+    monkeypatch.setattr(pipeline, "distill", lambda *args, more: found)
     monkeypatch.setattr(pipeline, "judge", lambda *args: factor)
     said = []
     problem = replace(problem, say=said.append)
-    done = pipeline.distilled(pipeline.Conversion(plan, start), problem)
+    done = pipeline.distilled(pipeline.Conversion(plan, start), problem, None, SMALL)
     assert done.post_processing[-1]["kept"] == (factor < 1)
     assert done.post_processing[-1]["steps"] == 7
     assert (done.refined == {"tuned": ()}) == (factor < 1)

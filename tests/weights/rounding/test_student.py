@@ -101,6 +101,28 @@ def test_chunks_add_up_to_the_whole(rows):
     assert mx.allclose(found, of_hidden, atol=1e-6)
 
 
+def test_logits_of_a_chunk_are_held_at_a_time():
+    weight, expected = mx.random.normal((20_000, 8)), mx.random.normal((512, 8))
+    other, hidden = {"w": weight + 0.1}, expected * 0.9
+    mx.eval(weight, expected, other, hidden)
+
+    def peak(rows):
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(
+            chunked(
+                lambda rows: rows @ weight.T,
+                lambda weights, rows: rows @ weights["w"].T,
+                *(other, expected, hidden, rows),
+            )
+        )
+        return mx.get_peak_memory() - before
+
+    whole = 512 * 20_000 * 4  # bytes of logits in float32
+    assert peak(16) < whole < 4 * whole < peak(512)
+
+
 def test_looking_up_has_the_gradient_of_indexing():
     weight, tokens = mx.random.normal((12, 4)), mx.array([[3, 0, 3], [11, 3, 0]])
     shares = mx.random.normal((2, 3, 4))

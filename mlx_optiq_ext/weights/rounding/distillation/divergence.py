@@ -53,12 +53,13 @@ def chunked(
     if missing:
         expected, hidden = (mx.pad(a, [(0, missing), (0, 0)]) for a in (expected, hidden))
         share = mx.pad(share, [(0, missing)])
-    total, own, rows, done = mx.array(0.0), {}, [], []
+    total, own, slopes, done = mx.array(0.0), {}, [], []
     for start in range(0, count, tokens):
         # One after another: what is evaluated at once is held at once.
-        part = hidden[start : start + tokens]
-        part = mx.depends([part], done)[0] if done else part
-        others = expected[start : start + tokens], share[start : start + tokens]
+        part, wanted = (rows[start : start + tokens] for rows in (hidden, expected))
+        if done:
+            part, wanted = mx.depends([part, wanted], done)
+        others = wanted, share[start : start + tokens]
         if not gradients:
             kl = loss(weights, part, *others)
             total, done = total + kl, [kl]
@@ -66,8 +67,8 @@ def chunked(
         kl, (found, row) = mx.value_and_grad(loss, argnums=(0, 1))(weights, part, *others)
         own = {name: own[name] + g if own else g for name, g in found.items()}
         total = total + kl
-        rows.append(row)
+        slopes.append(row)
         done = [total, row, *own.values()]
     if not gradients:
         return total, weights, hidden[:count]
-    return total, own, mx.concatenate(rows)[:count]
+    return total, own, mx.concatenate(slopes)[:count]

@@ -14,8 +14,9 @@ import mlx.nn as nn
 from ....model.layers import calls_replaced, decoder_layers
 from ....model.replay import Recording, chained, finish, record
 
-#: Bytes of one float32 array (tokens, vocabulary).
-CHUNK = 256 << 20
+#: Bytes of one float32 array (tokens, vocabulary). MLX holds up to twenty of them at once: those of
+#: a chunk, and those that wait for operations in flight.
+CHUNK = 64 << 20
 
 #: Takes over a decoder layer's call: ``(index, original, args, kwargs) -> output``.
 LayerCall = Callable[[int, Any, tuple, dict], Any]

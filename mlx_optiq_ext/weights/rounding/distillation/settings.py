@@ -26,6 +26,7 @@ class Settings:
             the unquantized weight, or the nearest in the cell.
         judged_every: Updates between two judgements on held-out sequences. The best result is kept.
         held_out: Sequences to judge on, at least; fewer if there are not twice as many.
+        sampled: Sequences drawn from the model, to train on beside the calibration sequences.
         seed: Of the order of sequences and of stochastic rounding.
         checkpoint: Whether a layer's activations are computed once more for the gradients instead
             of kept; None decides by the memory that they need.
@@ -45,6 +46,7 @@ class Settings:
     anchor: float = 0.9
     judged_every: int = 50
     held_out: int = 16
+    sampled: int = 0
     seed: int = 0
     checkpoint: bool | None = None
     compiled: bool | None = None
@@ -55,7 +57,7 @@ class Settings:
                 raise InputError(
                     f"cannot distill with {name} {getattr(self, name)}: give at least 1"
                 )
-        for name in ("rate", "codes_rate", "parameters_rate"):
+        for name in ("rate", "codes_rate", "parameters_rate", "sampled"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(
                     f"cannot distill at a {name} of {getattr(self, name):g}: give 0 or more"

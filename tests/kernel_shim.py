@@ -45,7 +45,6 @@ def kernel_factory(platform: str, folder: Path, *, gaps: bool = False) -> Callab
         header: str,
         ensure_row_contiguous: bool,
     ) -> Callable[..., list[mx.array]]:
-        assert not ensure_row_contiguous
         libraries: dict[str, ctypes.CDLL] = {}
 
         def call(
@@ -66,7 +65,8 @@ def kernel_factory(platform: str, folder: Path, *, gaps: bool = False) -> Callab
             text = _program(platform, header, "\n".join(arguments), source)
             if text not in libraries:
                 libraries[text] = _compiled(text, folder / f"{name}_{len(libraries)}")
-            given = [_spread(array, gaps) for array in inputs]
+            spread = gaps and not ensure_row_contiguous
+            given = [_spread(array, spread, ensure_row_contiguous) for array in inputs]
             return _launched(
                 libraries[text], given, grid, threadgroup, output_shapes, output_dtypes
             )
@@ -127,10 +127,10 @@ def _launched(library, given, grid, threadgroup, output_shapes, output_dtypes) -
     return [mx.array(a).view(t) for a, t in zip(found, output_dtypes, strict=True)]
 
 
-def _spread(array: mx.array, gaps: bool) -> np.ndarray:
+def _spread(array: mx.array, gaps: bool, contiguous: bool) -> np.ndarray:
     """The array's bits with room between its rows, as in a cache that has space to grow."""
     words = np.array(array.view(getattr(mx, f"uint{8 * array.itemsize}")))
-    if array.ndim != 4:
+    if array.ndim != 4 or contiguous:
         return np.ascontiguousarray(words)
     b, h, t, w = words.shape
     room = np.full((b, h + 1, t + 3, w * (1 + gaps)), np.iinfo(words.dtype).max, words.dtype)

@@ -5,6 +5,7 @@
 #define CONSTANT
 #define INLINE __device__ __forceinline__
 #define BARRIER __syncthreads()
+#define BARRIER_ALL __syncthreads()
 
 typedef unsigned int uint;
 

@@ -9,6 +9,7 @@ using namespace metal;
 #define CONSTANT constant
 #define INLINE inline
 #define BARRIER threadgroup_barrier(mem_flags::mem_threadgroup)
+#define BARRIER_ALL threadgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup)
 
 inline float exp2_fast(float x) { return fast::exp2(x); }
 

@@ -10,6 +10,7 @@
 #define CONSTANT
 #define INLINE inline
 #define BARRIER lockstep::meet(lockstep::block)
+#define BARRIER_ALL lockstep::meet(lockstep::block)
 #define __shared__ static
 
 typedef unsigned int uint;

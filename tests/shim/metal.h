@@ -14,6 +14,7 @@
 #define CONSTANT constant
 #define INLINE inline
 #define BARRIER lockstep::meet(lockstep::block)
+#define BARRIER_ALL lockstep::meet(lockstep::block)
 
 typedef unsigned int uint;
 typedef lockstep::bfloat16 bfloat16_t;

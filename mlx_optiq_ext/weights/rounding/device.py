@@ -1,4 +1,4 @@
-"""The steps of rounding on a GPU: a kernel for a group of columns, MLX's products for the rest."""
+"""The steps of rounding on a GPU: a kernel for each pass over columns, and MLX's products."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,21 @@ import mlx.core as mx
 import numpy as np
 
 from ...kernels import PLACES, TYPES, header, name_of, text
-from .grid import Format, Group
+from .grid import Format, Rounded
+from .metric import Ordered
 
 FEEDBACK = (
-    ("weight", "shift", "share", "coupling", "limits"),
+    ("weight", "share", "unmixed", "inside_coupling", "coupling", "limits"),
     ("codes", "scales", "biases", "error"),
 )
 SWEEP = (
     ("slope", "codes", "scales", "biases", "moment", "limits"),
     ("new_codes", "new_scales", "new_biases", "change"),
 )
-#: Lanes of a row.
-LANES = 32
+#: Threads of a block, and rows that it rounds: one, or enough to share what is read of a moment.
+THREADS, MOST_ROWS = 128, 4
+#: Blocks that keep a large GPU busy.
+BLOCKS = 1024
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,6 @@ class Split:
         high = values.astype(mx.bfloat16).astype(mx.float32)
         return cls(high, values - high)
 
-    def __getitem__(self, at: Any) -> "Split":
-        return Split(self.high[at], self.low[at])
-
-    def swapaxes(self, first: int, second: int) -> "Split":
-        """With two axes in each other's place."""
-        return Split(self.high.swapaxes(first, second), self.low.swapaxes(first, second))
-
 
 @dataclass(frozen=True, eq=False)
 class Device:
@@ -56,23 +52,21 @@ class Device:
     Attributes:
         platform: ``"metal"`` or ``"cuda"``.
         compile: ``mx.fast.metal_kernel`` or ``mx.fast.cuda_kernel``.
+        blocks: Blocks of threads to run, beyond which each takes more rows.
     """
 
     platform: str
     compile: Callable[..., Any]
+    blocks: int = BLOCKS
 
     def array(self, values: Any) -> mx.array:
         """Values in float32."""
         return mx.array(values).astype(mx.float32)
 
-    def factor(self, values: mx.array) -> Split:
-        """What a product takes as its right factor."""
-        return Split.of(values)
-
-    def product(self, left: mx.array, right: Split) -> mx.array:
+    def product(self, left: mx.array, right: mx.array) -> mx.array:
         """``left @ right`` to about 19 bits."""
-        own = Split.of(left)
-        return own.high @ right.high + (own.high @ right.low + own.low @ right.high)
+        a, b = Split.of(left), Split.of(right)
+        return a.high @ b.high + (a.high @ b.low + a.low @ b.high)
 
     def concatenate(self, parts: Sequence[mx.array], axis: int = -1) -> mx.array:
         """Parts side by side."""
@@ -92,43 +86,38 @@ class Device:
         """Begin to compute, while the next steps are put together."""
         mx.async_eval(*arrays)
 
-    def feedback(
-        self,
-        weight: mx.array,
-        shift: mx.array | None,
-        share: mx.array,
-        coupling: mx.array,
-        form: Format,
-    ) -> tuple[Group, mx.array]:
-        """Round one group column by column; see `steps.Steps`."""
-        shift = mx.broadcast_to(mx.array(0.0), weight.shape) if shift is None else shift
-        call = _kernel(self, "feedback", FEEDBACK, form.group_size, str(form.dtype))
-        codes, scales, biases, error = call(
-            inputs=[weight, shift, share, coupling, _limits(form)],
-            **_launch(weight.shape, form.group_size),
-        )
-        return Group(codes, scales, biases), error
+    def feedback(self, target: mx.array, found: Ordered, form: Format) -> Rounded:
+        """Round rows column by column; see `steps.Steps`."""
+        given = found.shares, found.unmixed, found.inside, found.coupling
+        return Rounded(*self._launch("feedback", FEEDBACK, [target, *given], form))
 
     def sweep(
-        self, slope: mx.array, group: Group, moment: mx.array, form: Format
-    ) -> tuple[Group, mx.array]:
-        """Coordinate descent in one group; see `steps.Steps`."""
-        call = _kernel(self, "sweep", SWEEP, form.group_size, str(form.dtype))
-        codes, scales, biases, change = call(
-            inputs=[slope, *group, moment, _limits(form)], **_launch(slope.shape, form.group_size)
+        self, done: Rounded, slope: mx.array, found: Ordered, form: Format
+    ) -> tuple[Rounded, mx.array]:
+        """One pass of coordinate descent; see `steps.Steps`."""
+        given = [slope, done.codes, done.scales, done.biases, found.moment]
+        codes, scales, biases, change = self._launch("sweep", SWEEP, given, form)
+        return Rounded(codes, scales, biases, done.error + change), change
+
+    def _launch(
+        self,
+        name: str,
+        arguments: tuple[tuple[str, ...], tuple[str, ...]],
+        given: list[mx.array],
+        form: Format,
+    ) -> list[mx.array]:
+        """Run a kernel over the rows of its first input (batch, rows, in)."""
+        batch, rows, columns = given[0].shape
+        each = MOST_ROWS if batch * rows > self.blocks else 1
+        call = _kernel(self, name, arguments, form.group_size, str(form.dtype), each)
+        groups = (batch, rows, columns // form.group_size)
+        return call(
+            inputs=[*given, _limits(form)],
+            grid=(THREADS * -(-rows // each), batch, 1),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[given[0].shape, groups, groups, given[0].shape],
+            output_dtypes=[mx.uint8, mx.float32, mx.float32, mx.float32],
         )
-        return Group(codes, scales, biases), change
-
-
-def _launch(shape: tuple[int, ...], size: int) -> dict[str, Any]:
-    """Where a kernel runs for arrays (batch, rows, size), and what it returns."""
-    batch, rows, _ = shape
-    return {
-        "grid": (LANES * rows, batch, 1),
-        "threadgroup": (LANES, 1, 1),
-        "output_shapes": [(batch, rows, size), (batch, rows, 1), (batch, rows, 1), shape],
-        "output_dtypes": [mx.uint8, mx.float32, mx.float32, mx.float32],
-    }
 
 
 @cache
@@ -144,11 +133,12 @@ def _kernel(
     arguments: tuple[tuple[str, ...], tuple[str, ...]],
     size: int,
     dtype: str,
+    rows: int,
 ) -> Callable[..., list[mx.array]]:
     folder = Path(__file__).parent / "kernels"
     constants = (
         f"namespace family {{}}\ntypedef {TYPES[device.platform][dtype.split('.')[-1]]} T;\n"
-        f"constexpr CONSTANT int SIZE = {size};\n"
+        f"constexpr CONSTANT int SIZE = {size}, ROWS = {rows}, THREADS = {THREADS};\n"
     )
     above = "\n".join([header(device.platform), constants, text(folder / "rounding.h")])
     body = PLACES[device.platform] + text(folder / f"{name}.body")
@@ -158,5 +148,5 @@ def _kernel(
         output_names=list(arguments[1]),
         header=above,
         source=body,
-        ensure_row_contiguous=False,
+        ensure_row_contiguous=True,
     )

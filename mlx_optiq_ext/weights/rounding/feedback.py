@@ -6,7 +6,7 @@ feedback follows GPTQ (Frantar et al., arXiv 2210.17323) and the coordinate desc
 QuantEase (Behdin et al., arXiv 2309.01885). Along the outputs, rows that are rounded already hand
 their error to those that follow, as in YAQA (Tseng et al., arXiv 2505.22988), in blocks of rows.
 
-The same lines run in numpy and on a GPU: ``steps`` has the arrays and what is done to one group.
+The same lines run in numpy and on a GPU: ``steps`` has the arrays and the passes over columns.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np
 from ..precision import Precision
 from .codes import pack
 from .elimination import blocked
-from .grid import Format, Group
+from .grid import Format, Rounded
 from .metric import Metric, Ordered, damped
 from .steps import Steps
 
@@ -79,19 +79,6 @@ def round_weight(
 
 
 @dataclass(frozen=True)
-class _Rounded:
-    """Rows that are rounded.
-
-    Attributes:
-        groups: Codes, scales and biases, in the order of rounding.
-        error: The target minus what they stand for, (rows, in).
-    """
-
-    groups: list[Group]
-    error: Any
-
-
-@dataclass(frozen=True)
 class _Rounder:
     steps: Steps
     found: Ordered
@@ -107,54 +94,16 @@ class _Rounder:
             return target
         return target + share * metric.made_up(plain, self.found, self.steps)
 
-    def rows(self, target: Any) -> _Rounded:
+    def rows(self, target: Any) -> Rounded:
         """Round rows that do not depend on each other."""
-        steps, found = self.steps, self.found
-        groups: list[Group] = []
-        errors: list[Any] = []
-        for number, at in enumerate(found.slices):
-            own = target[..., at]
-            shift = None
-            if errors:
-                earlier = found.coupling[..., : at.start, at]
-                shift = steps.product(steps.concatenate(errors), earlier)
-                shift = steps.product(shift, found.unmixed[number])
-            group, error = steps.feedback(
-                own, shift, found.shares[number], found.inside[number], self.form
-            )
-            groups.append(group)
-            errors.append(error)
-        done = _Rounded(groups, steps.concatenate(errors))
+        done = self.steps.feedback(target, self.found, self.form)
         for _ in range(self.sweeps):
-            done, _change = self.swept(done, steps.product(done.error, found.moment))
+            done, _change = self.swept(done, self.steps.product(done.error, self.found.moment))
         return done
 
-    def swept(self, done: _Rounded, slope: Any, across: Any = None) -> tuple[_Rounded, Any]:
-        """One pass of coordinate descent over all groups.
-
-        Args:
-            done: Where to start.
-            slope: Error times curvature, (rows, in), per row in units of the row's own curvature.
-            across: How a change of one row moves the slope of the others, (rows, rows).
-
-        Returns:
-            The rows anew, and the change of their error.
-        """
-        steps, found = self.steps, self.found
-        groups: list[Group] = []
-        changes: list[Any] = []
-        pushes: list[Any] = []
-        for number, at in enumerate(found.slices):
-            own = slope[..., at]
-            if pushes:
-                moment = found.moment[..., : at.start, at]
-                own = own + steps.product(steps.concatenate(pushes), moment)
-            group, change = steps.sweep(own, done.groups[number], found.own[number], self.form)
-            groups.append(group)
-            changes.append(change)
-            pushes.append(change if across is None else steps.product(across, steps.factor(change)))
-        change = steps.concatenate(changes)
-        return _Rounded(groups, done.error + change), change
+    def swept(self, done: Rounded, slope: Any) -> tuple[Rounded, Any]:
+        """One pass of coordinate descent."""
+        return self.steps.sweep(done, slope, self.found, self.form)
 
     def both(self, weight: Any, outputs: mx.array, most: int) -> Quantized:
         """Blocks of rows in turn, each against what the blocks before it left to mend."""
@@ -162,55 +111,46 @@ class _Rounder:
         order, blocks = _blocks(weight.shape[-2], most)
         g = damped(np.array(outputs.astype(mx.float32)), OUTPUT_DAMPING)[np.ix_(order, order)]
         coupling = steps.array(np.ascontiguousarray(blocked(g, blocks).T))
-        weight, parts, errors = steps.take(weight, order, -2), [], []
+        weight, parts = steps.take(weight, order, -2), []
         for at in blocks:
-            target = own = weight[..., at, :]
-            if errors:
-                before = steps.factor(steps.concatenate(errors, axis=-2))
+            own = target = weight[..., at, :]
+            if parts:
+                before = steps.concatenate([part.error for part in parts], axis=-2)
                 target = own + steps.product(coupling[at, : at.start], before)
             part = self.rows(target)
-            errors.append(part.error + (own - target))
-            parts.append(_Rounded(part.groups, errors[-1]))
-            steps.start(errors[-1])
+            parts.append(part._replace(error=part.error + (own - target)))
+            steps.start(parts[-1].error)
         curvature = steps.array(np.ascontiguousarray(g))
         for _ in range(self.sweeps):
             for number, at in enumerate(blocks):
                 parts[number] = self.improved(parts, number, at, curvature)
                 steps.start(parts[number].error)
-        groups = [
-            Group(*(steps.concatenate(same, axis=-2) for same in zip(*each, strict=True)))
-            for each in zip(*(part.groups for part in parts), strict=True)
-        ]
-        return self.stored(_Rounded(groups, None), np.argsort(order))
+        whole = [steps.concatenate(same, axis=-2) for same in zip(*parts, strict=True)]
+        return self.stored(Rounded(*whole), np.argsort(order))
 
-    def improved(self, parts: list[_Rounded], number: int, at: slice, g: Any) -> _Rounded:
+    def improved(self, parts: list[Rounded], number: int, at: slice, g: Any) -> Rounded:
         """One block swept against the whole error, if that helps.
 
         Its rows move at once and may overshoot together.
         """
-        steps, found, done = self.steps, self.found, parts[number]
-        error = steps.factor(steps.concatenate([part.error for part in parts], axis=-2))
-        slope = steps.product(steps.product(g[at], error), found.moment)
+        steps, moment, done = self.steps, self.found.moment, parts[number]
+        error = steps.concatenate([part.error for part in parts], axis=-2)
+        slope = steps.product(steps.product(g[at], error), moment)
         inside = g[at, at]
         own = steps.array(inside.diagonal())[:, None]
-        part, change = self.swept(done, slope / own, inside / own)
-        again = steps.product(steps.product(inside, steps.factor(change)), found.moment)
+        part, change = self.swept(done, slope / own)
+        again = steps.product(steps.product(inside, change), moment)
         helps = (change * (2 * slope + again)).sum() < 0
-        chosen = [
-            Group(*(steps.choose(helps, new, old) for new, old in zip(n, o, strict=True)))
-            for n, o in zip(part.groups, done.groups, strict=True)
-        ]
-        return _Rounded(chosen, steps.choose(helps, part.error, done.error))
+        return Rounded(
+            *(steps.choose(helps, new, old) for new, old in zip(part, done, strict=True))
+        )
 
-    def stored(self, done: _Rounded, rows: np.ndarray | None = None) -> Quantized:
+    def stored(self, done: Rounded, rows: np.ndarray | None = None) -> Quantized:
         """Words, scales and biases in the order that the weight has them."""
         steps, found = self.steps, self.found
-        codes, scales, biases = (steps.concatenate(same) for same in zip(*done.groups, strict=True))
-        columns, places = (np.argsort(a, axis=-1) for a in (found.columns, found.groups))
-        parts = [
-            steps.take(a, at, -1)
-            for a, at in ((codes, columns), (scales, places), (biases, places))
-        ]
+        columns, groups = (np.argsort(a, axis=-1) for a in (found.columns, found.groups))
+        stored = (done.codes, columns), (done.scales, groups), (done.biases, groups)
+        parts = [steps.take(part, at, -1) for part, at in stored]
         if rows is not None:
             parts = [steps.take(part, rows, -2) for part in parts]
         codes, scales, biases = (mx.array(part) for part in parts)

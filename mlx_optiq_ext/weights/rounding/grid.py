@@ -1,4 +1,4 @@
-"""How codes, scales and biases are stored, and one group of columns of them."""
+"""How codes, scales and biases are stored, and a weight rounded to them."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Format:
     Attributes:
         bits: Code width.
         group_size: Columns that share a scale and a bias.
-        dtype: Type of scales and biases.
+        dtype: Of scales and biases.
     """
 
     bits: int
@@ -37,7 +37,7 @@ class Format:
         return RANGES if self.bits < 6 else RANGES[:3]
 
     def stored(self, values: np.ndarray) -> np.ndarray:
-        """Values rounded to ``dtype``, in float32."""
+        """Values as they come back from ``dtype``, in float32."""
         if self.dtype == mx.float16:
             return values.astype(np.float16).astype(np.float32)
         if self.dtype == mx.bfloat16:
@@ -47,15 +47,17 @@ class Format:
         return values.astype(np.float32)
 
 
-class Group(NamedTuple):
-    """One group of columns, rounded.
+class Rounded(NamedTuple):
+    """Rounded rows, with columns and groups in the order of rounding.
 
     Attributes:
-        codes: (batch, rows, group size) uint8.
-        scales: (batch, rows, 1) float32, exact in the storage dtype.
-        biases: (batch, rows, 1) float32, exact too.
+        codes: (batch, rows, in) uint8.
+        scales: (batch, rows, groups) float32, exact in the storage dtype.
+        biases: (batch, rows, groups) float32, exact too.
+        error: The target minus what these stand for, (batch, rows, in).
     """
 
     codes: Any
     scales: Any
     biases: Any
+    error: Any

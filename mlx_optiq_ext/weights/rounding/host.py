@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .grid import TINY, Format, Group
+from .grid import TINY, Format, Rounded
+from .metric import Ordered
 
 #: Columns whose effect on later ones is put off and then added in one product.
 LAZY = 16
@@ -24,10 +25,6 @@ class Host:
         if isinstance(values, mx.array):
             values = np.array(values.astype(mx.float32))
         return np.asarray(values, np.float32)
-
-    def factor(self, values: np.ndarray) -> np.ndarray:
-        """What a product takes as its right factor."""
-        return values
 
     def product(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """``left @ right``."""
@@ -50,32 +47,55 @@ class Host:
     def start(self, *arrays: np.ndarray) -> None:
         """Begin to compute; numpy has done it already."""
 
-    def feedback(
-        self,
-        weight: np.ndarray,
-        shift: np.ndarray | None,
-        share: np.ndarray,
-        coupling: np.ndarray,
-        form: Format,
-    ) -> tuple[Group, np.ndarray]:
-        """Round one group column by column; see `steps.Steps`."""
-        target = weight if shift is None else weight + shift
-        parts = [
-            _rounded(*each, form) for each in zip(weight, target, share, coupling, strict=True)
-        ]
-        return _together(parts)
+    def feedback(self, target: np.ndarray, found: Ordered, form: Format) -> Rounded:
+        """Round rows column by column; see `steps.Steps`."""
+        return _together([_fed_back(rows, found, n, form) for n, rows in enumerate(target)])
 
     def sweep(
-        self, slope: np.ndarray, group: Group, moment: np.ndarray, form: Format
-    ) -> tuple[Group, np.ndarray]:
-        """Coordinate descent in one group; see `steps.Steps`."""
-        parts = [_swept(*each, form) for each in zip(slope, *group, moment, strict=True)]
-        return _together(parts)
+        self, done: Rounded, slope: np.ndarray, found: Ordered, form: Format
+    ) -> tuple[Rounded, np.ndarray]:
+        """One pass of coordinate descent; see `steps.Steps`."""
+        every = [
+            _swept_rows(Rounded(*(part[n] for part in done)), rows, found.moment[n], form)
+            for n, rows in enumerate(slope)
+        ]
+        return _together([rows for rows, _ in every]), np.stack([change for _, change in every])
 
 
-def _together(parts: list[tuple[np.ndarray, ...]]) -> tuple[Group, np.ndarray]:
-    codes, scales, biases, left = (np.stack(same) for same in zip(*parts, strict=True))
-    return Group(codes, scales, biases), left
+def _together(parts: list[Rounded]) -> Rounded:
+    return Rounded(*(np.stack(same) for same in zip(*parts, strict=True)))
+
+
+def _joined(parts: list[tuple[np.ndarray, ...]]) -> Rounded:
+    return Rounded(*(np.concatenate(same, axis=1) for same in zip(*parts, strict=True)))
+
+
+def _fed_back(target: np.ndarray, found: Ordered, number: int, form: Format) -> Rounded:
+    """One weight's rows."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    coupling, shift = found.coupling[number], np.zeros_like(target)
+    for group, at in enumerate(found.slices):
+        own = target[:, at]
+        moved = own + shift[:, at] @ found.unmixed[number, group]
+        inside = found.inside[number, group]
+        parts.append(_rounded(own, moved, found.shares[number, at], inside, form))
+        shift[:, at.stop :] += parts[-1][-1] @ coupling[at, at.stop :]
+    return _joined(parts)
+
+
+def _swept_rows(
+    done: Rounded, slope: np.ndarray, moment: np.ndarray, form: Format
+) -> tuple[Rounded, np.ndarray]:
+    """One weight's rows, and the change of their error."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    slope, size = slope.copy(), form.group_size
+    for group in range(done.scales.shape[1]):
+        at, one = slice(group * size, (group + 1) * size), slice(group, group + 1)
+        stored = done.codes[:, at], done.scales[:, one], done.biases[:, one]
+        parts.append(_swept(slope[:, at], *stored, moment[at, at], form))
+        slope[:, at.stop :] += parts[-1][-1] @ moment[at, at.stop :]
+    found = _joined(parts)
+    return found._replace(error=done.error + found.error), found.error
 
 
 def _rounded(

@@ -15,31 +15,32 @@ DAMPING = 0.02
 
 @dataclass(frozen=True)
 class Ordered:
-    """A damped moment in the order of rounding, in the arrays of some steps.
+    """Damped moments in the order of rounding, one of each weight of a batch.
+
+    All but the orders are in the arrays of some steps.
 
     Attributes:
-        columns: Columns in the order of rounding, (in,); (experts, in) for stacked experts.
-        groups: Groups in that order.
-        moment: A factor for products with the moment, (in, in).
-        own: The moment of each group's columns, (group size, group size).
-        coupling: A factor for products with the coupling, (in, in).
+        columns: Columns in the order of rounding, (batch, in).
+        groups: Groups in that order, (batch, groups).
+        moment: The moments, (batch, in, in).
+        coupling: By how much the errors of earlier columns move the target of each, (batch, in,
+            in), strictly upper triangular; see `elimination`.
+        unmixed: What turns that, one column of a group after the other, into where earlier groups
+            move all of its targets at once, (batch, groups, group size, group size).
         inside: By how much what is rounded away of a column moves the later ones of its group,
-            (group size, group size), strictly upper triangular.
-        unmixed: A factor that turns what earlier groups' errors move a group's targets by, one
-            column after the other, into where they move all of them at once.
-        shares: Each column's share of its group's diagonal, (group size,).
-        variances: What other columns leave unexplained of each when it is rounded, (in,).
+            (batch, groups, group size, group size), strictly upper triangular.
+        shares: Each column's share of its group's diagonal, (batch, in).
+        variances: What other columns leave unexplained of each when it is rounded, (batch, in).
         size: Group size.
     """
 
     columns: np.ndarray
     groups: np.ndarray
     moment: Any
-    own: list[Any]
     coupling: Any
-    inside: list[Any]
-    unmixed: list[Any]
-    shares: list[Any]
+    unmixed: Any
+    inside: Any
+    shares: Any
     variances: Any
     size: int
 
@@ -88,30 +89,28 @@ class Metric:
         """
         assert self.cross is not None
         own, cross = (np.array(a.astype(mx.float32)) for a in (self.moment, self.cross))
-        difference = ((cross - own) / max(float(np.diagonal(own).mean()), 1e-30)).astype(np.float32)
-        right = steps.factor(
-            steps.array(np.ascontiguousarray(difference[None][..., found.columns[0]]))
-        )
-        return _solved(steps.product(weight, right), found, steps)
+        mean = max(float(np.diagonal(own).mean()), 1e-30)
+        difference = np.ascontiguousarray((cross - own)[None][..., found.columns[0]] / mean)
+        return _solved(steps.product(weight, steps.array(difference)), found, steps)
 
 
 def _solved(rows: Any, found: Ordered, steps: Any) -> Any:
     """``rows`` times the inverse of the moment, by its factors, a group of columns at a time."""
     done: list[Any] = []
-    slices = list(zip(found.slices, found.unmixed, strict=True))
-    for at, unmixed in reversed(slices):
+    slices = list(enumerate(found.slices))
+    for group, at in reversed(slices):
         left = rows[..., at]
         if done:
             later = found.coupling[..., at, at.stop :].swapaxes(-1, -2)
             left = left - steps.product(steps.concatenate(done), later)
-        done.insert(0, steps.product(left, unmixed.swapaxes(-1, -2)))
+        done.insert(0, steps.product(left, found.unmixed[:, group].swapaxes(-1, -2)))
     rows, done = steps.concatenate(done) / found.variances[..., None, :], []
-    for at, unmixed in slices:
+    for group, at in slices:
         left = rows[..., at]
         if done:
             earlier = found.coupling[..., : at.start, at]
             left = left - steps.product(steps.concatenate(done), earlier)
-        done.append(steps.product(left, unmixed))
+        done.append(steps.product(left, found.unmixed[:, group]))
     return steps.concatenate(done)
 
 
@@ -127,25 +126,26 @@ def _ordered(every: list[Elimination], size: int, steps: Any) -> Ordered:
     def together(part: Callable[[Elimination], np.ndarray]) -> Any:
         return steps.array(np.stack([part(one) for one in every]))
 
-    count = len(every[0].groups)
-    slices = [slice(k * size, (k + 1) * size) for k in range(count)]
+    eye = np.eye(size)
+    starts = range(0, len(every[0].columns), size)
 
-    def share(one: Elimination, at: slice) -> np.ndarray:
-        diagonal = np.diagonal(one.moment)[at]
-        return diagonal / diagonal.sum()
+    def unmixed(one: Elimination) -> np.ndarray:
+        own = [one.coupling[i : i + size, i : i + size] for i in starts]
+        return np.linalg.inv(eye + np.stack(own))
 
-    def unmixed(one: Elimination, at: slice) -> np.ndarray:
-        return np.linalg.inv(np.eye(size) + one.coupling[at, at])
+    def shares(one: Elimination) -> np.ndarray:
+        diagonal = np.diagonal(one.moment).reshape(-1, size)
+        return (diagonal / diagonal.sum(axis=1, keepdims=True)).ravel()
 
+    turned = together(unmixed)
     return Ordered(
         columns=np.stack([one.columns for one in every]),
         groups=np.stack([one.groups for one in every]),
-        moment=steps.factor(together(lambda one: one.moment)),
-        own=[together(lambda one, at=at: one.moment[at, at]) for at in slices],
-        coupling=steps.factor(together(lambda one: one.coupling)),
-        inside=[together(lambda one, at=at: np.eye(size) - unmixed(one, at)) for at in slices],
-        unmixed=[steps.factor(together(lambda one, at=at: unmixed(one, at))) for at in slices],
-        shares=[together(lambda one, at=at: share(one, at)) for at in slices],
+        moment=together(lambda one: one.moment),
+        coupling=together(lambda one: one.coupling),
+        unmixed=turned,
+        inside=steps.array(eye) - turned,
+        shares=together(shares),
         variances=together(lambda one: one.variances),
         size=size,
     )

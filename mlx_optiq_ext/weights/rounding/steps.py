@@ -1,11 +1,12 @@
-"""What rounding is made of, wherever it computes: arrays, products, and a group of columns."""
+"""What rounding is made of, wherever it computes: arrays, products, and passes over columns."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from .grid import Format, Group
+from .grid import Format, Rounded
+from .metric import Ordered
 
 
 class Steps(Protocol):
@@ -13,10 +14,6 @@ class Steps(Protocol):
 
     def array(self, values: Any) -> Any:
         """Values in float32."""
-        ...
-
-    def factor(self, values: Any) -> Any:
-        """What a product takes as its right factor; it can be sliced."""
         ...
 
     def product(self, left: Any, right: Any) -> Any:
@@ -39,35 +36,28 @@ class Steps(Protocol):
         """Begin to compute."""
         ...
 
-    def feedback(
-        self, weight: Any, shift: Any | None, share: Any, coupling: Any, form: Format
-    ) -> tuple[Group, Any]:
-        """Round one group column by column, each moved by the errors of those before it.
+    def feedback(self, target: Any, found: Ordered, form: Format) -> Rounded:
+        """Round rows column by column, each moved by the errors of those before it.
 
         Args:
-            weight: What to round, (batch, rows, group size).
-            shift: By how much the errors of earlier groups move it; None for nothing.
-            share: Weight of each column's squared error in the search for scales, of sum 1, (batch,
-                group size).
-            coupling: By how much what is rounded away of a column moves each later one, (batch,
-                group size, group size), strictly upper triangular.
+            target: What to round, (batch, rows, in), in the order of rounding.
+            found: The inputs' moments for this group size.
             form: Bits, group size and storage dtype.
-
-        Returns:
-            The group, and ``weight`` minus what it stands for.
         """
         ...
 
-    def sweep(self, slope: Any, group: Group, moment: Any, form: Format) -> tuple[Group, Any]:
-        """Coordinate descent in one group: refit its scales and biases, then round it again.
+    def sweep(self, done: Rounded, slope: Any, found: Ordered, form: Format) -> tuple[Rounded, Any]:
+        """One pass of coordinate descent over all groups of each row.
+
+        Of each group, scales and biases are refitted, then its columns are rounded again.
 
         Args:
-            slope: Error times moment, (batch, rows, group size), with what earlier groups changed.
-            group: As it is.
-            moment: Of the group's inputs, (batch, group size, group size).
+            done: Where to start; left as it was.
+            slope: Error times moment, (batch, rows, in).
+            found: The inputs' moments for this group size.
             form: Bits, group size and storage dtype.
 
         Returns:
-            The group anew, and the change of the error (target minus weight).
+            The rows anew, and the change of their error.
         """
         ...

@@ -1,6 +1,6 @@
 """The rounding kernels, their own source run on the CPU, against the same steps in numpy."""
 
-from typing import Any
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -9,8 +9,9 @@ from kernel_shim import kernel_factory
 
 from mlx_optiq_ext.weights.precision import BITS, GROUP_SIZES
 from mlx_optiq_ext.weights.rounding.device import Device
-from mlx_optiq_ext.weights.rounding.grid import Format
+from mlx_optiq_ext.weights.rounding.grid import Format, Rounded
 from mlx_optiq_ext.weights.rounding.host import Host
+from mlx_optiq_ext.weights.rounding.metric import Metric, Ordered
 from mlx_optiq_ext.weights.rounding.selection import HOST, agrees
 
 pytestmark = pytest.mark.newest
@@ -25,61 +26,52 @@ def gpu(request, tmp_path_factory) -> Device:
     )
 
 
-def given(size: int, rows: int = 5) -> dict[str, np.ndarray]:
-    """One group of two weights."""
-    rng = np.random.default_rng(size)
-    inputs = rng.normal(size=(2, 3 * size, size)) + 0.5
-    moment = np.einsum("bni,bnj->bij", inputs, inputs) / size
-    share = np.stack([np.diag(m) / np.diag(m).sum() for m in moment])
-    arrays = {
-        "weight": rng.normal(size=(2, rows, size)),
-        "shift": 0.1 * rng.normal(size=(2, rows, size)),
-        "share": share,
-        "coupling": np.triu(0.2 * rng.normal(size=(2, size, size)) / size**0.5, 1),
-        "moment": moment,
-    }
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
+def metric(columns: int, batch: int) -> Metric:
+    rng = np.random.default_rng(columns)
+    rows = rng.normal(size=(batch, 3 * columns, columns)) + 0.5
+    return Metric(mx.array(np.einsum("bni,bnj->bij", rows, rows).astype(np.float32)))
 
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize("bits", BITS)
-def test_a_kernel_rounds_a_group_as_numpy_does(gpu, bits, size):
-    arrays, form = given(size), Format(bits, size, DTYPES[size])
-    ours: dict[str, Any] = {name: mx.array(array) for name, array in arrays.items()}
-    first = ("weight", "shift", "share", "coupling")
-    expected, left = HOST.feedback(*(arrays[name] for name in first), form)
-    group, error = gpu.feedback(*(ours[name] for name in first), form)
-    assert [a.dtype for a in group] == [mx.uint8, mx.float32, mx.float32]
-    # Where a code lies half way between two, sums in another order may choose the other.
-    assert (np.array(group.codes) == expected.codes).mean() > 0.99
-    assert np.allclose(np.array(error), arrays["weight"] - restored(group), atol=1e-5)
-    assert energy(np.array(error), arrays) == pytest.approx(energy(left, arrays), rel=1e-3)
+def test_a_kernel_rounds_as_numpy_does(gpu, bits, size):
+    form, inputs = Format(bits, size, DTYPES[size]), metric(2 * size, 2)
+    # By one row a block, and by four of which the last block has fewer.
+    gpu = replace(gpu, blocks=1 if bits % 2 else 100)
+    target = mx.random.normal((2, 6, 2 * size), key=mx.random.key(bits))
+    here, there = inputs.ordered(size, HOST), inputs.ordered(size, gpu)
+    expected = HOST.feedback(np.array(target), here, form)
+    found = gpu.feedback(target, there, form)
+    assert [a.dtype for a in found] == [mx.uint8, *[mx.float32] * 3]
+    check(found.error, expected.error, found, target, here)
 
-    slope = left @ arrays["moment"]
-    expected, change = HOST.sweep(slope, expected, arrays["moment"], form)
-    group, changed = gpu.sweep(
-        mx.array(slope), type(group)(*map(mx.array, HOST.feedback(
-            *(arrays[name] for name in first), form)[0])), ours["moment"], form
-    )  # fmt: skip
-    after = energy(left + np.array(changed), arrays)
-    assert after == pytest.approx(energy(left + change, arrays), rel=1e-3)
-    assert after < energy(left, arrays)
-    assert np.allclose(left + np.array(changed), arrays["weight"] - restored(group), atol=1e-5)
+    slope = HOST.product(expected.error, here.moment)
+    after, _ = HOST.sweep(expected, slope, here, form)
+    start = Rounded(*map(mx.array, expected))
+    found, changed = gpu.sweep(start, mx.array(slope), there, form)
+    check(found.error, after.error, found, target, here)
+    assert np.allclose(np.array(changed), np.array(found.error) - expected.error, atol=1e-5)
+    assert energy(found.error, here) < energy(expected.error, here)
 
 
-def restored(group) -> np.ndarray:
-    codes, scales, biases = map(np.array, group)
-    return codes.astype(np.float32) * scales + biases
+def check(error, expected, found: Rounded, target: mx.array, inputs: Ordered) -> None:
+    """As good as numpy's, and the error of what is stored."""
+    assert energy(error, inputs) == pytest.approx(energy(expected, inputs), rel=1e-3)
+    codes, scales, biases = (np.array(part) for part in found[:3])
+    each = target.shape[-1] // scales.shape[-1]
+    left = codes * np.repeat(scales, each, -1) + np.repeat(biases, each, -1)
+    assert np.allclose(np.array(error), np.array(target) - left, atol=1e-5)
 
 
-def energy(error: np.ndarray, arrays: dict[str, np.ndarray]) -> float:
-    return float(((error @ arrays["moment"]) * error).sum())
+def energy(error, inputs: Ordered) -> float:
+    error = np.array(error, np.float64)
+    return float(((error @ inputs.moment) * error).sum())
 
 
 def test_products_keep_what_differences_of_large_numbers_need():
     device = Device("cuda", lambda **options: None)
     left, right = (np.random.default_rng(n).normal(size=(64, 64)) for n in (1, 2))
-    found = device.product(device.array(left), device.factor(device.array(right)))
+    found = device.product(device.array(left), device.array(right))
     assert np.abs(np.array(found) - left @ right).max() < 3e-4
 
 
@@ -88,8 +80,11 @@ def test_a_kernel_that_works_is_used_and_another_is_not(gpu):
 
     class Wrong(Host):
         def feedback(self, *args):
-            group, error = super().feedback(*args)
-            return group._replace(codes=group.codes ^ 1), error
+            found = super().feedback(*args)
+            return found._replace(codes=found.codes ^ 1)
+
+        def sweep(self, done, *args):
+            return done, done.error
 
     assert not agrees(Wrong())
 

@@ -1,5 +1,5 @@
-// One group of columns of a weight, a row by 32 lanes. Lane l holds columns l, l + 32, ...; matrices
-// are (SIZE, SIZE) with rows `stride` apart. The same steps as grid.py has in numpy.
+// One group of columns of a weight, a row by 32 lanes: lane l holds columns l, l + 32, ... The same
+// steps as host.py has in numpy.
 
 constexpr CONSTANT float TINY = 1e-7f;
 constexpr CONSTANT float RANGES[8] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f, 0.75f, 0.7f, 0.6f};
@@ -38,18 +38,25 @@ INLINE void fit(
 }
 
 // Rounds column by column; what is rounded away moves the targets of the columns that follow.
-template <int SIZE, typename W, typename M, typename C>
+// `shift` is what earlier groups' errors moved the targets by, one column after the other; `unmixed`
+// turns it into where they move all of the group at once. The error takes its place.
+template <int SIZE, typename W, typename M, typename C, typename E, typename S>
 INLINE void round_group(
-    W weight, long weight_step, W shift, long shift_step, M share, M coupling, long stride,
-    float top, int starts, int lane, C codes, LOCAL float& scale, LOCAL float& bias,
-    LOCAL float* error) {
+    W weight, M share, M unmixed, M coupling, float top, int starts, int lane, C codes, E shift,
+    S pushed, LOCAL float& scale, LOCAL float& bias) {
   constexpr int EACH = SIZE / 32;
-  float target[EACH], exact[EACH], importance[EACH], code[EACH];
+  float target[EACH], exact[EACH], moved[EACH], importance[EACH], code[EACH];
   for (int i = 0; i < EACH; i++) {
-    int column = 32 * i + lane;
-    exact[i] = weight[column * weight_step];
-    target[i] = exact[i] + shift[column * shift_step];
-    importance[i] = share[column];
+    exact[i] = target[i] = weight[32 * i + lane];
+    moved[i] = shift[32 * i + lane], importance[i] = share[32 * i + lane];
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    for (int from = 0; from < 32; from++) {
+      float by = of_lane(moved[i], from);
+      M row = unmixed + (32 * i + from) * SIZE;
+      for (int j = i; j < EACH; j++) target[j] += by * row[32 * j + lane];
+    }
   }
   fit<EACH>(target, importance, top, starts, scale, bias);
 #pragma unroll
@@ -59,25 +66,27 @@ INLINE void round_group(
       float taken = whole((wanted - bias) / scale, top);
       float left = wanted - (taken * scale + bias);
       if (lane == from) code[i] = taken;
-      M row = coupling + (32 * i + from) * stride;
+      M row = coupling + (32 * i + from) * SIZE;
       for (int j = i; j < EACH; j++) target[j] += left * row[32 * j + lane];
     }
   }
   for (int i = 0; i < EACH; i++) {
+    float error = exact[i] - (code[i] * scale + bias);
     codes[32 * i + lane] = code[i];
-    error[i] = exact[i] - (code[i] * scale + bias);
+    shift[32 * i + lane] = pushed[32 * i + lane] = error;
   }
 }
 
 // Refits scale and bias to the codes, then rounds each column again against the slope of the loss.
-template <int SIZE, typename S, typename M, typename C, typename D>
+// `change` is how earlier groups' changes moved the slope; the group's own takes its place.
+template <int SIZE, typename S, typename M, typename C, typename D, typename E, typename P>
 INLINE void sweep_group(
-    S slope, long slope_step, C before, D after, M moment, long stride, float top, int lane,
-    LOCAL float& scale, LOCAL float& bias, LOCAL float* change) {
+    S slope, C before, D after, M moment, long stride, float top, int lane, E change_, P pushed,
+    LOCAL float& scale, LOCAL float& bias) {
   constexpr int EACH = SIZE / 32;
-  float own[EACH], code[EACH], weighted[EACH], column_sum[EACH], again[EACH];
+  float own[EACH], code[EACH], weighted[EACH], column_sum[EACH], again[EACH], change[EACH];
   for (int i = 0; i < EACH; i++) {
-    own[i] = slope[(32 * i + lane) * slope_step];
+    own[i] = slope[32 * i + lane] + change_[32 * i + lane];
     code[i] = float(before[32 * i + lane]);
     weighted[i] = column_sum[i] = 0.0f;
   }
@@ -120,5 +129,23 @@ INLINE void sweep_group(
       for (int j = i; j < EACH; j++) own[j] += moved * row[32 * j + lane];
     }
   }
-  for (int i = 0; i < EACH; i++) after[32 * i + lane] = again[i];
+  for (int i = 0; i < EACH; i++) {
+    after[32 * i + lane] = again[i];
+    change_[32 * i + lane] = pushed[32 * i + lane] = change[i];
+  }
+}
+
+// Adds what was pushed by the group at `start`, times its rows of a matrix, to all later columns.
+template <int SIZE, int ROWS, int THREADS, typename S, typename M, typename E>
+INLINE void push(S pushed, M matrix, E state, int start, int columns, int rows, int inside) {
+  for (int j = start + SIZE + inside; j < columns; j += THREADS) {
+    float sums[ROWS];
+    for (int r = 0; r < ROWS; r++) sums[r] = 0.0f;
+    for (int k = 0; k < SIZE; k++) {
+      float m = matrix[(long)(start + k) * columns + j];
+      for (int r = 0; r < ROWS; r++) sums[r] += pushed[r * SIZE + k] * m;
+    }
+    for (int r = 0; r < ROWS; r++)
+      if (r < rows) state[(long)r * columns + j] += sums[r];
+  }
 }

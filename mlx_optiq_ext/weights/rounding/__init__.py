@@ -13,6 +13,5 @@ A plan decides each tensor's bits and group size; refinement decides the codes, 
    where the moments of the output gradients are known.
 5. `grid` has the inner steps in numpy: the search for scales and biases, one pass of error feedback
    and one of coordinate descent. `codes` lays the codes out in MLX's packed words.
-6. `distillation` moves scales and biases, and codes and norm weights if asked, until the logits
-   agree best.
+6. `distillation` moves codes, scales, biases and norm weights until the logits agree best.
 """

@@ -22,7 +22,7 @@ import numpy as np
 from quality import divergence, load, log_probs
 
 from mlx_optiq_ext.model.layers import quantizable
-from mlx_optiq_ext.model.loading import load_unquantized
+from mlx_optiq_ext.model.loading import cast, half_dtype, load_unquantized
 from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, Request, calibrated, refine, search, study_model
 from mlx_optiq_ext.weights.precision import quantize
@@ -84,6 +84,7 @@ def main() -> None:
         parser.error("give one of --start, --budget and --bits")
     tries = [settings(text) for text in args.tries or [""]]
     model, tokenizer, _ = load_unquantized(args.model)
+    cast(model, {}, half_dtype(model))  # as a conversion does
     request = Request(
         budget=args.budget,
         calibration=args.calibration,
@@ -117,8 +118,9 @@ def main() -> None:
         sampling = time.perf_counter() - began
         mx.clear_cache()
         mx.reset_peak_memory()
-        began = time.perf_counter()
+        began, active = time.perf_counter(), mx.get_active_memory()
         found = distill(problem, precisions, stored, chosen, more=drawn[count])
+        seconds, peak = time.perf_counter() - began, mx.get_peak_memory()
         row = {
             "settings": text,
             "kl": kl(found.refined, found.parameters),
@@ -127,9 +129,10 @@ def main() -> None:
             "held_out_before": found.kl_before,
             "steps": found.steps,
             "seconds_a_step": found.seconds,
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds,
             "sampling_seconds": sampling,
-            "peak_gib": mx.get_peak_memory() / 2**30,
+            "peak_gib": peak / 2**30,
+            "peak_above_models_gib": (peak - active) / 2**30,
             "digest": digest(found),
         }
         print(json.dumps(row), flush=True)

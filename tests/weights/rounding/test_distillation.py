@@ -2,10 +2,11 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_lm.utils import compute_bits_per_weight
+from mlx_lm.utils import compute_bits_per_weight, dequantize_model
 from toy_fixtures import unmeasured
 from toy_qwen3 import moe
 
@@ -17,15 +18,16 @@ from mlx_optiq_ext.weights.plan import Plan
 from mlx_optiq_ext.weights.precision import quantize
 from mlx_optiq_ext.weights.rounding.codes import unpack
 from mlx_optiq_ext.weights.rounding.distillation import Distilled, Settings, placed
+from mlx_optiq_ext.weights.rounding.distillation.divergence import divergence
 from mlx_optiq_ext.weights.rounding.distillation.sequences import divided, drawn, whole
 from mlx_optiq_ext.weights.rounding.refinement import judge
 
 pytestmark = pytest.mark.newest
 
-#: A few small steps.
-SMALL = Settings(steps=8, held_out=4, judged_every=4)
+#: A few steps of scales and biases.
+SMALL = Settings(steps=8, held_out=4, judged_every=4, codes_rate=0, parameters_rate=0)
 #: Such that move codes and norms too.
-ALL = replace(SMALL, codes_rate=0.005, parameters_rate=1e-3)
+ALL = replace(SMALL, codes_rate=5e-3, parameters_rate=1e-3, anchor=0.9)
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_distilling_lowers_the_held_out_kl_and_leaves_codes_and_sizes(problem, r
         assert mx.array_equal(module.weight, before[path]), path
 
 
-@pytest.mark.parametrize("lever", [{"codes_rate": 0.005}, {"parameters_rate": 3e-3}])
+@pytest.mark.parametrize("lever", [{"codes_rate": 5e-3, "anchor": 0.9}, {"parameters_rate": 3e-3}])
 def test_each_lever_lowers_the_kl_further(problem, rounded, lever):
     without, found = (
         distill(problem, *rounded, settings=settings)
@@ -84,6 +86,19 @@ def test_codes_that_move_stay_codes_of_their_width(problem, rounded):
         assert int(codes.max()) <= 7
         moved += int((codes != unpack(start[path][0], 3)).sum())
     assert moved > 20
+
+
+def test_what_is_stored_is_what_was_judged(problem, rounded, tiny):
+    precisions, start = rounded
+    found = distill(problem, precisions, start, replace(ALL, steps=4, judged_every=1))
+    assert found.parameters
+    assert any(not mx.array_equal(found.refined[p][0], start[p][0]) for p in start)
+    model = mlx_lm.load(str(tiny))[0]
+    nn.quantize(model, class_predicate=lambda p, _: p in start and precisions[p].settings)
+    put(model, found.refined, found.parameters)
+    held_out = mx.array(problem.calibration.held_out)
+    kl = divergence(problem.model(held_out), dequantize_model(model)(held_out)).mean()
+    assert judged(problem, precisions, found) == pytest.approx(float(kl), rel=0.05)
 
 
 def test_one_seed_gives_one_result(problem, rounded):
@@ -246,7 +261,7 @@ def test_tuned_parameters_are_put_in_as_the_model_stores_them(loaded):
 
 def test_the_command_distills_and_bare_mlx_lm_loads_it(run, toy, text, tmp_path):
     out = tmp_path / "out"
-    text.write_text(text.read_text()[:400])
+    text.write_text(text.read_text()[:1200])
     source = ("--hf-path", toy, "--optiq-calibration", text, "--optiq-budget", "4")
     run("mlx_lm.convert", *source, "--mlx-path", out, "--optiq-distill", check=True)
     steps = json.loads((out / "optiq_metadata.json").read_text())["post_processing"]

@@ -9,8 +9,8 @@ from ....errors import InputError
 class Settings:
     """How to distill.
 
-    Every rate is the largest move of one update that is typical for its tensor. Rates warm up over
-    the first steps and then fall to zero along a cosine.
+    A rate is the size of a typical move of one update. Rates rise over the first steps and then
+    fall to zero along a cosine.
 
     Attributes:
         steps: Updates to make.
@@ -40,10 +40,10 @@ class Settings:
     epochs: int = 32
     seconds: float | None = None
     batch: int = 8
-    rate: float = 3e-3
-    codes_rate: float = 0.0
-    parameters_rate: float = 0.0
-    anchor: float = 0.9
+    rate: float = 4e-3
+    codes_rate: float = 5e-3
+    parameters_rate: float = 2e-3
+    anchor: float = 0.5
     judged_every: int = 50
     held_out: int = 16
     sampled: int = 0

@@ -61,8 +61,9 @@ def distill(
 ) -> Distilled:
     """Tune what is stored on the calibration sequences until the logits agree best.
 
-    Beside the model, a step holds two bytes a weight where codes move and one where they stay, the
-    gradients and activations of a batch, and logits of a few tokens.
+    Beside the model, a step holds one byte a weight, the activations of a batch (of one layer, if
+    layers are recomputed) and logits of a few tokens. Where codes move, it holds four bytes a
+    weight and all gradients in the dtype to compute in.
 
     Args:
         problem: The problem that was planned; its model is left as it was.
@@ -262,8 +263,8 @@ def _needs(problem: Problem, refined: Refined, tokens: int) -> bool:
     weights = sum(module.weight.size for module in modules.values())
     # What goes in and what comes out of each linear layer, and about as much between them.
     activations = sum(sum(module.weight.shape[-2:]) for module in modules.values()) * 2 * tokens
-    # The model, its places and gradients, and dequantized weights.
-    return (weights * (3 * each + 2) + activations * each) > SHARE * memory_limit()
+    # The model, its gradients, dequantized weights, and places before and after a step.
+    return weights * (3 * each + 4) + activations * each > SHARE * memory_limit()
 
 
 def _pace(step: int, steps: int) -> float:

@@ -12,7 +12,7 @@ from mlx_optiq_ext.weights.rounding.distillation import placed
 from mlx_optiq_ext.weights.rounding.distillation.divergence import chunked, divergence
 from mlx_optiq_ext.weights.rounding.distillation.grids import Grid, Parameter
 from mlx_optiq_ext.weights.rounding.distillation.parts import Parts
-from mlx_optiq_ext.weights.rounding.distillation.student import Student, looked_up
+from mlx_optiq_ext.weights.rounding.distillation.student import SCALE, Student, looked_up
 
 pytestmark = pytest.mark.newest
 
@@ -37,16 +37,16 @@ def parameter(model, path):
     return modules[path.rpartition(".")[0]][path.rpartition(".")[2]]
 
 
-def student(model, parts, *, checkpoint=False, moves=True):
+def student(model, parts, *, checkpoint=False, dtype=mx.float32):
     movable, states = {}, {}
     for path in PATHS:
         weight = parameter(model, path)
-        grid = Grid(Precision(3, 32), mx.bfloat16, mx.float32, moves)
+        grid = Grid(Precision(3, 32), mx.bfloat16, dtype, True)
         words, *grids = quantize(weight, grid.precision)
         stored = (words, *(g.astype(mx.bfloat16) for g in grids))
         movable[path], states[path] = grid, grid.start(stored, weight, 0.5)
     for path in NORMS:
-        movable[path] = Parameter(mx.float32, mx.float32)
+        movable[path] = Parameter(mx.float32, dtype)
         states[path] = movable[path].start(parameter(model, path) * 1.1)
     return Student(parts, movable, checkpoint), states
 
@@ -77,8 +77,20 @@ def test_gradients_are_those_of_the_plain_model(model, form):
     assert float(one.judged(states, TOKENS, expected)) == pytest.approx(float(wanted_kl), rel=1e-4)
     assert gradients.keys() == wanted.keys()
     for path, gradient in gradients.items():
+        gradient = gradient / SCALE
         scale = float(mx.abs(wanted[path]).max())
         assert mx.allclose(gradient, wanted[path], rtol=1e-3, atol=1e-4 * scale), path
+
+
+def test_gradients_do_not_vanish_in_float16(model):
+    exact, states = student(model, Parts.of(model, 2, 18))
+    wanted, _ = exact._gradients(states, TOKENS, exact.parts.body(TOKENS))
+    model.set_dtype(mx.float16)
+    halved, states = student(model, Parts.of(model, 2, 18), dtype=mx.float16)
+    found, _ = halved._gradients(states, TOKENS, halved.parts.body(TOKENS))
+    for path in PATHS:
+        left = mx.square(found[path].astype(mx.float32) - wanted[path]).sum()
+        assert float(left / mx.square(wanted[path]).sum()) < 0.05, path
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 20])

@@ -25,6 +25,7 @@ def chunked(
     tokens: int,
     *,
     gradients: bool = True,
+    scale: float = 1.0,
 ) -> tuple[mx.array, dict[str, mx.array], mx.array]:
     """Mean KL of a head's logits, with its gradients, of which no more than a chunk is held.
 
@@ -36,6 +37,7 @@ def chunked(
         hidden: What the model's layers returned, (rows, dim).
         tokens: Rows of a chunk.
         gradients: Whether they are wanted.
+        scale: What gradients are multiplied with, lest they vanish in half precision.
 
     Returns:
         KL in nats a row, its gradients with respect to ``weights`` and to ``hidden``; without
@@ -48,7 +50,7 @@ def chunked(
         return (divergence(target(expected), head(weights, hidden)) * share).sum()
 
     count = len(hidden)
-    share = mx.full((count,), 1 / count)
+    share = mx.full((count,), scale / count)
     missing = -count % tokens
     if missing:
         expected, hidden = (mx.pad(a, [(0, missing), (0, 0)]) for a in (expected, hidden))
@@ -70,5 +72,5 @@ def chunked(
         slopes.append(row)
         done = [total, row, *own.values()]
     if not gradients:
-        return total, weights, hidden[:count]
-    return total, own, mx.concatenate(slopes)[:count]
+        return total / scale, weights, hidden[:count]
+    return total / scale, own, mx.concatenate(slopes)[:count]

@@ -15,6 +15,10 @@ from .divergence import chunked
 from .grids import Grid, Parameter, State
 from .parts import Parts
 
+#: What gradients are multiplied with: in float16 those of a mean over tokens would vanish. Updates
+#: do not depend on it.
+SCALE = 256.0
+
 #: Parameter path -> its arrays.
 States = dict[str, State]
 
@@ -157,7 +161,8 @@ class Student:
                 return self.parts.head(rows)
 
         tokens = self.parts.tokens
-        return chunked(self.parts.head, head, outer, expected, hidden, tokens, gradients=gradients)
+        how = {"gradients": gradients, "scale": SCALE}
+        return chunked(self.parts.head, head, outer, expected, hidden, tokens, **how)
 
     def _recomputed(self, states: States, leaves: dict[str, mx.array]) -> Callable[..., Any]:
         """Calls of layers of which nothing is kept for the gradients but what came in."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import never_worse
 import numpy as np
 import pytest
 import scaling
@@ -111,6 +112,24 @@ def test_bytes_of_a_uniform_packing_are_what_mlx_lm_counts(tiny, budget):
     elements = sum(p.size for p in flat(model).values())
     nn.quantize(model, group_size=group, bits=bits)
     assert predicted / elements == pytest.approx(compute_bits_per_weight(model))
+
+
+def test_a_conversion_is_worse_only_beyond_two_standard_errors():
+    other = [1.0, 2.0, 3.0, 4.0]
+    assert never_worse.compared(other, other) == {"ratio": 1.0, "errors": 0.0, "worse": False}
+    assert never_worse.compared([1.1, 2.1, 3.2, 4.2], other)["worse"]
+    noisy = never_worse.compared([2.0, 1.0, 4.5, 3.5], other)
+    assert noisy["ratio"] == pytest.approx(1.1)
+    assert not noisy["worse"]
+
+
+def test_a_larger_budget_that_ends_worse_is_found():
+    def ended(budget, kl, model="a"):
+        return {"model": model, "calibration": "text", "budget": budget, "held_out_kl": kl}
+
+    assert never_worse.rising([ended(4, 0.2), ended(3, 0.5), ended(5, 0.3)]) == [(4, 5)]
+    assert never_worse.rising([ended(4, 0.2), ended(5, 0.3, "b"), ended(3, 0.1)]) == []
+    assert sum(map(len, never_worse.BUDGETS.values())) * 2 == 40
 
 
 def flat(model) -> dict:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from toy_qwen3 import write_toy
+from toy_qwen3 import TEXT, write_toy
 
 from mlx_optiq_ext import files
 from mlx_optiq_ext.errors import InputError
@@ -48,6 +48,20 @@ def test_every_form_of_the_command_writes_a_model_for_bare_mlx_lm(
     assert "peak memory" in done.stdout
     assert "stock uniform" in done.stdout
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("option", ["--optiq-budget", "--optiq-kv-budget"])
+def test_a_text_of_few_tokens_is_refused_before_anything_is_measured(
+    command, toy, tmp_path, option
+):
+    text = tmp_path / "short.txt"
+    text.write_text(TEXT * 10)
+    words = ("--hf-path", toy, "--mlx-path", tmp_path / "out", "--optiq-calibration", text)
+    done = command("convert", *words, option, 5)
+    assert done.status == 2
+    assert "the calibration text (short.txt) has 223 tokens, too few" in done.err.splitlines()[-1]
+    assert "Measuring" not in done.out + done.err
+    assert not (tmp_path / "out").exists()
 
 
 # A limit on file size is a full disk that needs no root and harms no one else.

@@ -131,7 +131,7 @@ def add_arguments(group):
         "--optiq-distill",
         action="store_true",
         default=None,
-        help="Refine, then tune scales and biases against the original's logits.",
+        help="Refine, then tune codes, scales, biases and norms against the original's logits.",
     )
     group.add_argument(
         "--optiq-plan",

@@ -12,14 +12,14 @@ from toy_adapters import write_adapter
 
 import mlx_optiq_ext
 
-#: Every package of the library but `files`, which serves them.
+#: Every package of the library but `files` and `kernels`, which serve them.
 CAPABILITIES = sorted(
     module.partition(".")[2]
     for module, path in MODULES.items()
     if path.name == "__init__.py"
     and module.count(".") == 1
     and module.startswith("mlx_optiq_ext")
-    and module != "mlx_optiq_ext.files"
+    and module not in ("mlx_optiq_ext.files", "mlx_optiq_ext.kernels")
 )
 
 

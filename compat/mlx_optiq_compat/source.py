@@ -31,6 +31,7 @@ MODULES = (
     "mlx_lm.lora",
     "mlx_lm.models.base",
     "mlx_lm.models.cache",
+    "mlx_lm.models.llama",
     "mlx_lm.models.pipeline",
     "mlx_lm.models.switch_layers",
     "mlx_lm.perplexity",

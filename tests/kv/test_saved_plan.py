@@ -13,10 +13,12 @@ from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.kv import saved
 
 
-def read(plan, tmp_path):
+def read(plan, tmp_path) -> kv.KVPlan:
     """A plan from a spec, or from entries."""
     if isinstance(plan, str):
-        return kv.parse_spec(plan)
+        found = kv.parse_spec(plan)
+        assert found is not None
+        return found
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     return kv.read_plan(tmp_path / "plan.json")
 

@@ -27,7 +27,7 @@ from .steps import Steps
 Quantized = tuple[mx.array, ...]
 
 #: Least rows of a block that is rounded at once, and most blocks of a weight.
-ROWS, BLOCKS = 16, 24
+ROWS, BLOCKS = 16, 8
 #: Passes of coordinate descent after the error feedback, along each side.
 SWEEPS = 2
 #: Elements of a weight that are worked on at once where rows do not depend on each other.

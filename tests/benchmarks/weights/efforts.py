@@ -16,6 +16,9 @@ import sys
 import time
 from ast import literal_eval
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,7 +30,8 @@ from mlx_optiq_ext.weights import Request
 from mlx_optiq_ext.weights.plan_search import search
 from mlx_optiq_ext.weights.precision import dequantized
 from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed, sampled_sequences
-from mlx_optiq_ext.weights.rounding.refinement import refine, restored
+from mlx_optiq_ext.weights.rounding.feedback import BLOCKS, SWEEPS
+from mlx_optiq_ext.weights.rounding.refinement import Refined, refine, restored
 from mlx_optiq_ext.weights.study import study_model
 
 
@@ -45,8 +49,8 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[4.5, 3.5])
     parser.add_argument("--sequences", type=int, default=256, help="to refine on")
     parser.add_argument("--length", type=int, default=256, help="tokens of one")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[24])
-    parser.add_argument("--sweeps", type=int, nargs="+", default=[2])
+    parser.add_argument("--blocks", type=int, nargs="+", default=[BLOCKS])
+    parser.add_argument("--sweeps", type=int, nargs="+", default=[SWEEPS])
     parser.add_argument("--distill", nargs="*", default=[], metavar="NAME=VALUE,...")
     parser.add_argument("--drawn", type=int, default=0, help="sequences sampled to distill on")
     parser.add_argument("--tokens", type=int, default=16384, help="judged, of each kind")
@@ -61,7 +65,7 @@ def main() -> None:
             with args.report.open("a") as stream:
                 stream.write(line + "\n")
 
-    say(command=" ".join(sys.argv), machine=platform.node(), mlx=mx.__version__)
+    say(command=" ".join(sys.argv), machine=platform.node(), mlx=version("mlx"))
     model, tokenizer, _ = load_unquantized(args.model)
     judge = Judge(model, tokenizer, args.texts, args.tokens, args.window)
     sampling = Sampling(length=args.length, refining=args.sequences)
@@ -93,20 +97,18 @@ def main() -> None:
             return dequantized(problem.weights[path], chosen[path], problem.dtype)
 
         judged("planned", spent, plain, chosen, budget=budget, bits=plan.achieved_bpw)
-        for blocks in args.blocks:
-            for sweeps in args.sweeps:
-                how = {"blocks": blocks, "sweeps": sweeps}
-                started = time.perf_counter()
-                values = refine(problem, plan.precisions, **how)
-                spent = time.perf_counter() - started
+        values: Refined = {}
 
-                def stored(path, values=None, chosen=chosen):
-                    return restored(values[path], chosen[path], problem.dtype)
+        def stored(path, values, chosen=chosen):
+            return restored(values[path], chosen[path], problem.dtype)
 
-                judged(
-                    "refined", spent, lambda p, v=values, s=stored: s(p, v), chosen,
-                    budget=budget, **how,
-                )  # fmt: skip
+        for blocks, sweeps in product(args.blocks, args.sweeps):
+            how = {"blocks": blocks, "sweeps": sweeps}
+            started = time.perf_counter()
+            values = refine(problem, plan.precisions, **how)
+            spent = time.perf_counter() - started
+            put = partial(stored, values=values)
+            judged("refined", spent, put, chosen, budget=budget, **how)
         for words in args.distill:
             started = time.perf_counter()
             settings = Settings(**{n: literal_eval(v) for n, v in pairs(words)})
@@ -116,7 +118,7 @@ def main() -> None:
             others = {path: a.astype(problem.dtype) for path, a in found.parameters.items()}
             with placed(problem.model, others):
                 judged(
-                    "distilled", spent, lambda p, v=tuned, s=stored: s(p, v), chosen, how=words,
+                    "distilled", spent, partial(stored, values=tuned), chosen, how=words,
                     budget=budget, steps=found.steps, seconds_a_step=found.seconds,
                     held_out=found.kl,
                 )  # fmt: skip

@@ -79,11 +79,11 @@ def test_a_kernel_that_works_is_used_and_another_is_not(gpu):
     assert agrees(gpu)
 
     class Wrong(Host):
-        def feedback(self, *args):
-            found = super().feedback(*args)
+        def feedback(self, target, found, form):
+            found = super().feedback(target, found, form)
             return found._replace(codes=found.codes ^ 1)
 
-        def sweep(self, done, *args):
+        def sweep(self, done, slope, found, form):
             return done, done.error
 
     assert not agrees(Wrong())

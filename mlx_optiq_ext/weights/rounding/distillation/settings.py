@@ -30,7 +30,7 @@ class Settings:
         seed: Of the order of sequences and of stochastic rounding.
         checkpoint: Whether a layer's activations are computed once more for the gradients instead
             of kept; None decides by the memory that they need.
-        compiled: Whether a step is compiled; None for wherever there is an accelerator.
+        compiled: Whether a step is compiled; None for on Metal only.
 
     Raises:
         InputError: A setting is out of range.

@@ -100,7 +100,8 @@ class _Run:
         self.student = Student(parts, movable, checkpoint and parts.plain)
         compiled = settings.compiled
         if compiled is None:
-            compiled = mx.default_device() != mx.Device(mx.cpu)
+            # CUDA builds each fused kernel for minutes, and a CPU gains little.
+            compiled = mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
         compile_: Callable[[Any], Any] = mx.compile if compiled else lambda function: function
         self.body = compile_(parts.body)
         self.step, self.judge = compile_(self.student.step), compile_(self.student.judged)

@@ -54,7 +54,8 @@ def eliminated(moment: np.ndarray, size: int) -> Elimination:
         left[:end, start:end] = left[:end, start:end][:, inside]
         factor = _upper_factor(own)
         if start:
-            above = np.linalg.solve(factor, left[:start, start:end].T).T.astype(np.float32)
+            inverse = np.linalg.inv(factor).astype(np.float32)  # small, and triangular
+            above = left[:start, start:end] @ inverse.T
             left[:start, :start] -= above @ above.T
             left[:start, start:end] = above
         left[start:end, start:end] = factor
@@ -77,7 +78,7 @@ def blocked(moment: np.ndarray, blocks: list[slice]) -> np.ndarray:
     left, coupling = moment.astype(np.float64), np.zeros(moment.shape, np.float32)
     for at in reversed(blocks):
         above = left[: at.start, at]
-        coupling[: at.start, at] = explained = np.linalg.solve(left[at, at], above.T).T
+        coupling[: at.start, at] = explained = above @ np.linalg.inv(left[at, at])
         left[: at.start, : at.start] -= explained @ above.T
     return coupling
 

@@ -1,6 +1,6 @@
 """Inputs of a model's linear layers, and their second moments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,6 +12,8 @@ from .metric import Metric
 
 #: Weight of the pooled moment beside an expert's own, as tokens per input.
 PRIOR = 0.25
+#: Bytes of experts' moments that are held at once.
+EXPERT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -48,55 +50,66 @@ class Moments:
     """Sums over rows.
 
     Attributes:
-        own: Of ``x x^T``, (in, in); of each expert's rows, (experts, in, in), for stacked experts.
-        cross: Of the reference's inputs with these, (in, in); None for stacked experts, whose rows
-            differ where the two route differently.
-        uses: Number of each expert's rows, (experts,); stacked experts only.
+        own: Of ``x x^T``, (in, in).
+        cross: Of the reference's inputs with these, (in, in); None without a reference.
     """
 
     own: mx.array
     cross: mx.array | None = None
-    uses: mx.array | None = None
 
     @classmethod
-    def of(cls, fed: Fed, experts: int, reference: Fed | None = None) -> "Moments":
-        """Moments of one batch; ``experts`` counts only where there are indices."""
+    def of(cls, fed: Fed, reference: Fed | None = None) -> "Moments":
+        """Moments of one batch."""
         rows = fed.rows()
-        if fed.indices is not None:
-            return cls._by_expert(rows, fed.experts(), experts)
-        cross = None if reference is None else reference.rows().T @ rows
-        return cls(rows.T @ rows, cross)
-
-    @classmethod
-    def _by_expert(cls, rows: mx.array, expert: mx.array, experts: int) -> "Moments":
-        rows = rows[mx.argsort(expert)]
-        uses = np.bincount(np.array(expert), minlength=experts)
-        ends = np.cumsum(uses)
-        parts = [rows[int(end - n) : int(end)] for end, n in zip(ends, uses, strict=True)]
-        return cls(mx.stack([part.T @ part for part in parts]), uses=mx.array(uses))
+        return cls(rows.T @ rows, None if reference is None else reference.rows().T @ rows)
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.own + other.own,
-            None if self.cross is None or other.cross is None else self.cross + other.cross,
-            None if self.uses is None or other.uses is None else self.uses + other.uses,
-        )
+        both = self.cross is not None and other.cross is not None
+        return Moments(self.own + other.own, self.cross + other.cross if both else None)
 
     def arrays(self) -> list[mx.array]:
         """All arrays, for evaluation."""
-        return [part for part in (self.own, self.cross, self.uses) if part is not None]
+        return [part for part in (self.own, self.cross) if part is not None]
 
-    @property
-    def metric(self) -> Metric:
-        """What rounding measures errors with.
 
-        Each expert's moment has the pooled one beside it: an expert that saw few tokens takes most
-        of it from the others, one that saw none all.
-        """
-        if self.uses is None:
-            return Metric(self.own, self.cross)
-        pooled = self.own.sum(axis=0) / mx.maximum(self.uses.sum(), 1)
-        return Metric(self.own + PRIOR * self.own.shape[-1] * pooled)
+def expert_metrics(
+    feds: list[Fed], experts: int, limit: int = EXPERT_BYTES
+) -> Iterator[tuple[slice, Metric]]:
+    """What each expert of a stack is rounded with, a few experts at a time.
+
+    Each expert's moment has the pooled one beside it: an expert that saw few tokens takes most of
+    it from the others, one that saw none all.
+
+    Args:
+        feds: What the stack was fed, a batch each.
+        experts: How many it has.
+        limit: Bytes of the moments that are held at once; one expert's are held anyway.
+
+    Yields:
+        Some experts, and a metric whose moments are (some, in, in).
+    """
+    size = feds[0].inputs.shape[-1]
+    pooled, uses, places = mx.zeros((size, size)), 0, []
+    for fed in feds:
+        rows, expert = fed.rows(), np.array(fed.experts())
+        pooled, uses = pooled + rows.T @ rows, uses + len(expert)
+        mx.eval(pooled)
+        order = np.argsort(expert, kind="stable")
+        ends = np.searchsorted(expert[order], np.arange(1, experts))
+        places.append([mx.array(part) for part in np.split(order, ends)])
+    prior = PRIOR * size * pooled / max(uses, 1)
+    step = max(1, limit // (4 * size * size))
+    for first in range(0, experts, step):
+        at = slice(first, min(first + step, experts))
+        moments = [prior] * (at.stop - at.start)
+        for fed, of_expert in zip(feds, places, strict=True):
+            rows = fed.rows()
+            for number, own in enumerate(of_expert[at]):
+                if own.size:
+                    used = rows[own]
+                    moments[number] = moments[number] + used.T @ used
+            mx.eval(moments)
+        yield at, Metric(mx.stack(moments))
 
 
 def inputs(

@@ -24,7 +24,7 @@ from ..sensitivity.moments import Factors
 from ..sensitivity.problem import Problem, batches, layer_batches
 from ..sensitivity.taylor import differentiated
 from .feedback import BLOCKS, SWEEPS, Quantized, round_weight
-from .inputs import Fed, Moments, inputs, stages
+from .inputs import Fed, Moments, expert_metrics, inputs, stages
 from .metric import Metric
 from .selection import current
 
@@ -165,9 +165,10 @@ class _Refiner:
         """MLX's own rounding."""
         return quantize(self.problem.weights[path], self.plan[path])
 
-    def rounded(self, path: str, metric: Metric) -> Quantized:
+    def rounded(self, path: str, metric: Metric, experts: slice | None = None) -> Quantized:
         """A weight rounded against its inputs, and its outputs where those are known."""
         weight = self.problem.weights[path]
+        weight = weight if experts is None else weight[experts]
         across = self.factors[path].across if weight.ndim == 2 else None
         share = SHARE if metric.cross is not None else 0.0
         precision = self.plan[path]
@@ -200,7 +201,11 @@ class _Refiner:
         for path in set(paths) - {path for group in groups for path in group}:
             self.store(path, self.plain(path))
         for group in groups:
-            metric = self.moments(group[0], reference, calls, hidden, run).metric
+            if self.modules[group[0]].weight.ndim == 3:
+                self.experts(group, calls, hidden, run)
+                continue
+            moments = self.moments(group[0], reference, calls, hidden, run)
+            metric = Metric(moments.own, moments.cross)
             for path in group:
                 self.store(path, self.rounded(path, metric))
         result = [run(c, h) for c, h in zip(calls, hidden, strict=True)]
@@ -220,11 +225,32 @@ class _Refiner:
         for seen, call, state in zip(reference, calls, hidden, strict=True):
             # Lazy: only what the layer's inputs depend on is computed.
             fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
-            batch = Moments.of(fed, len(own[path]["weight"]), seen[path])
+            batch = Moments.of(fed, seen[path])
             total = batch if total is None else total + batch
             mx.eval(total.arrays())
         assert total is not None
         return total
+
+    def experts(
+        self,
+        paths: list[str],
+        calls: list[Call],
+        hidden: list[mx.array],
+        run: Callable[[Call, mx.array], mx.array],
+    ) -> None:
+        """Round stacks of experts that are fed the same, each expert by the tokens routed to it."""
+        path, feds = paths[0], []
+        for call, state in zip(calls, hidden, strict=True):
+            own = {path: self.modules[path]}
+            fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
+            mx.eval(fed.inputs, fed.indices)
+            feds.append(fed)
+        parts: dict[str, list[Quantized]] = {path: [] for path in paths}
+        for some, metric in expert_metrics(feds, len(self.modules[path].weight)):
+            for each in paths:
+                parts[each].append(self.rounded(each, metric, some))
+        for each, found in parts.items():
+            self.store(each, tuple(mx.concatenate(list(a)) for a in zip(*found, strict=True)))
 
     def head(
         self,

@@ -16,7 +16,7 @@ from mlx_optiq_ext.weights import Precision, put, read_plan, refine
 from mlx_optiq_ext.weights.candidates import Size, tensors
 from mlx_optiq_ext.weights.precision import quantize
 from mlx_optiq_ext.weights.rounding import refinement
-from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, Moments, inputs
+from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, expert_metrics, inputs
 from mlx_optiq_ext.weights.rounding.refinement import judge
 
 
@@ -84,21 +84,27 @@ def test_moments_of_experts_are_those_of_the_tokens_routed_to_them(length):
     layer, path = model.layers[0].mlp, "model.layers.0.mlp.switch_mlp.up_proj"
     x = mx.random.normal((1, length, 64), key=mx.random.key(1))
     seen = inputs({path: dict(quantizable(model))[path]}, lambda: layer(x))
-    moments = Moments.of(seen[path], 4)
     chosen = np.array(mx.argpartition(layer.gate(x), kth=-2, axis=-1)[0, :, -2:])
+    rows = np.array(x[0])
+    pooled = PRIOR * 64 * sum(rows[t : t + 1].T @ rows[t : t + 1] for t, _ in np.ndindex(length, 2))
+    ((some, metric),) = expert_metrics([seen[path]], 4)
+    assert some == slice(0, 4)
     for expert in range(4):
-        own = np.array(x[0])[(chosen == expert).any(axis=-1)]
-        assert np.allclose(moments.own[expert], own.T @ own, atol=1e-4)
-        assert moments.uses is not None
-        assert int(moments.uses[expert]) == len(own)
+        own = rows[(chosen == expert).any(axis=-1)]
+        expected = own.T @ own + pooled / (2 * length)
+        assert np.allclose(metric.moment[expert], expected, atol=1e-3)
+    # A bound on memory does not change what is found.
+    few = list(expert_metrics([seen[path]], 4, limit=3 * 4 * 64 * 64))
+    assert [at for at, _ in few] == [slice(0, 3), slice(3, 4)]
+    assert mx.array_equal(mx.concatenate([m.moment for _, m in few]), metric.moment)
 
 
 def test_an_expert_that_saw_no_token_is_rounded_against_the_others():
     use = Use("experts", mx.ones((3, 1, 2)), mx.array([1, 1, 1]), mx.zeros((3, 1, 5)))
-    moments = Moments.of(Fed(use.inputs, use.indices, use.outputs.shape[:-1]), 2)
-    assert np.allclose(moments.own, [np.zeros((2, 2)), 3 * np.ones((2, 2))])
-    assert np.allclose(moments.metric.moment[0], 2 * PRIOR * np.ones((2, 2)))
-    assert np.allclose(moments.metric.moment[1], (3 + 2 * PRIOR) * np.ones((2, 2)))
+    fed = Fed(use.inputs, use.indices, use.outputs.shape[:-1])
+    ((_, metric),) = expert_metrics([fed], 2)
+    assert np.allclose(metric.moment[0], 2 * PRIOR * np.ones((2, 2)))
+    assert np.allclose(metric.moment[1], (3 + 2 * PRIOR) * np.ones((2, 2)))
 
 
 PLAN = {"model.layers.0.mlp.up_proj": {"bits": 3, "group_size": 64}}

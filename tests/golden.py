@@ -46,7 +46,16 @@ def measure(run: Run, model: Path, folder: Path) -> dict[str, Any]:
     out, report = folder / "out", folder / "report.html"
     run(
         *("convert", "--hf-path", model, "--mlx-path", out, "--optiq-calibration", text),
-        *("--optiq-budget", 3.6, "--optiq-bits", "2,3,4,8", "--optiq-group-sizes", "64,128"),
+        *(
+            "--optiq-budget",
+            3.6,
+            "--optiq-effort",
+            "plan",
+            "--optiq-bits",
+            "2,3,4,8",
+            "--optiq-group-sizes",
+            "64,128",
+        ),
         *("--optiq-kv-budget", 5, "--optiq-report", report),
     )
     data = folder / "data"

@@ -151,7 +151,7 @@ def test_a_model_comes_back_from_float32_as_it_was(tiny):
 def test_the_plain_sweep_measures_each_candidate_alone(tiny):
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     text = tiny.parent / "calibration.jsonl"
-    request = weights.Request(bits=(2, 4), group_sizes=(64,), calibration=text)
+    request = weights.Request(effort="plan", bits=(2, 4), group_sizes=(64,), calibration=text)
     problem = weights.calibrated(model, tokenizer, request)
     data = problem.calibration
     # With a single window the held-out one is the measured one.

@@ -39,9 +39,14 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(tmp_path / "cache"))
 
 
+#: Of a conversion that shall not take the time of a refinement.
+PLAIN = ("--optiq-effort", "plan")
+
+
 def quiet(**settings) -> Request:
     """A request that shows nothing."""
-    return Request(progress=False, say=lambda line: None, **settings)
+    settings = {"effort": "plan", "progress": False, "say": lambda line: None, **settings}
+    return Request(**settings)
 
 
 def unmeasured(model, tokenizer, **settings) -> Problem:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -25,13 +26,26 @@ class Sampling:
         count: Sequences to plan with, spread evenly over the text.
         held_out_every: One in this many sequences is held out to judge finished plans.
         refining: Most sequences for GPTQ-style rounding and distillation, including those measured
-            on and those held out.
+            on and those held out; None for what the device runs in a few minutes.
     """
 
     length: int = 256
     count: int = 16
     held_out_every: int = 4
-    refining: int = 256
+    refining: int | None = None
+
+    @property
+    def most(self) -> int:
+        """Most sequences to refine on."""
+        return self.refining or (CPU_MOST if _on_cpu() else GPU_MOST)
+
+
+#: Most sequences to refine on, if nothing else is asked for.
+CPU_MOST, GPU_MOST = 64, 256
+
+
+def _on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 DEFAULT = Sampling()
@@ -126,7 +140,7 @@ def sequences_of(tokens: np.ndarray, source: str, sampling: Sampling = DEFAULT) 
     sequences = cut(tokens, min(sampling.length, longest))
     chosen = spread(len(sequences), sampling.count)
     others = np.delete(sequences, chosen, axis=0)
-    wanted = min(len(others), sampling.refining - len(chosen))
+    wanted = min(len(others), sampling.most - len(chosen))
     more = others[spread(len(others), wanted)] if wanted > 0 else None
     planned = np.ascontiguousarray(sequences[chosen])
     return Calibration(planned, source, more, sampling.held_out_every)
@@ -143,15 +157,29 @@ def spread(total: int, count: int) -> np.ndarray:
 
 
 def sampled(
-    model: Any, tokenizer: Any, sampling: Sampling = DEFAULT, *, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    sampling: Sampling = DEFAULT,
+    *,
+    seed: int = 0,
+    refining: bool = False,
 ) -> Calibration:
     """Text sampled from the model itself, if there is no other text; of every kind one is held out.
 
     Its sequences are half as long as ``sampling`` says: drawing them is slow.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: The model's tokenizer.
+        sampling: Length and number of the sequences.
+        seed: Of the draws.
+        refining: Whether to draw more of them, to refine on.
     """
     every, length = sampling.held_out_every, sampling.length // 2
-    tokens = generated(model, tokenizer, sampling.count, length, each=every, seed=seed)
-    return Calibration(tokens, SAMPLED, None, every)
+    count = max(sampling.count, sampling.most if refining else 0)
+    tokens = generated(model, tokenizer, count, length, each=every, seed=seed)
+    planned, more = tokens[: sampling.count], tokens[sampling.count :]
+    return Calibration(planned, SAMPLED, more if len(more) else None, every)
 
 
 def load_calibration(
@@ -160,6 +188,8 @@ def load_calibration(
     path: Path | None,
     say: Callable[[str], None] = print,
     sampling: Sampling = DEFAULT,
+    *,
+    refining: bool = False,
 ) -> Calibration:
     """Calibration sequences from a file, else mlx-lm's own text, else drawn from the model.
 
@@ -171,6 +201,7 @@ def load_calibration(
         path: A file for `read_texts`, or None.
         say: Receives one-line messages.
         sampling: Length and number of the sequences.
+        refining: Whether the weights will be refined, for which more text is drawn.
 
     Raises:
         InputError: The file cannot be used or has fewer than `LEAST` tokens, its tokens are not
@@ -179,7 +210,7 @@ def load_calibration(
     check_tokenizer(tokenizer)
     found = _texts(path, say)
     if found is None:
-        data = distributed.first(lambda: sampled(model, tokenizer, sampling))
+        data = distributed.first(lambda: sampled(model, tokenizer, sampling, refining=refining))
     else:
         tokens = tokenized(found[0], tokenizer)
         check_tokens(model, tokens)

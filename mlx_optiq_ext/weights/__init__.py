@@ -18,7 +18,7 @@ from .plan import Plan, check_written
 from .plan_file import read_plan
 from .plan_search import Study, search
 from .precision import BITS, GROUP_SIZES, Precision
-from .request import Request
+from .request import EFFORTS, Request
 from .rounding.distillation import distill
 from .rounding.refinement import refine
 from .sensitivity.method import Method, Need
@@ -28,6 +28,7 @@ from .study import calibrated, plan_folder, plan_model, study_model
 
 __all__ = [
     "BITS",
+    "EFFORTS",
     "GROUP_SIZES",
     "Calibration",
     "Conversion",

@@ -110,7 +110,7 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     if request.distill and block is not None:
         raise InputError(
             "distillation holds the whole model, which is too large for this machine's memory: "
-            "leave out --optiq-distill, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
+            "give --optiq-effort refine, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
         )
     if request.plan_file is not None:
         conversion = _from_file(loaded, request)
@@ -139,7 +139,7 @@ def _from_file(source: _Source, request: Request) -> Conversion:
     if others:
         raise InputError(
             f"{request.plan_file} has {others[0]} in mode {plan.precisions[others[0]].mode}, which "
-            "--optiq-refine cannot round: leave it out, or give every tensor the mode affine"
+            "--optiq-effort refine cannot round: leave it out, or give every tensor the mode affine"
         )
     problem = calibrated(
         source.model, source.tokenizer, request, digest=source.digest, load=source.load
@@ -187,7 +187,7 @@ def _finished(
 
     def finish() -> Conversion:
         done = refined(conversion, problem)
-        if request.distill:
+        if request.distill and done.refined:
             done = distilled(done, problem, tokenizer, request.distillation)
         notes = (*conversion.plan.notes, *problem.findings.notes)
         return replace(done, plan=replace(done.plan, notes=tuple(dict.fromkeys(notes))))
@@ -196,20 +196,24 @@ def _finished(
 
 
 def refined(conversion: Conversion, problem: Problem) -> Conversion:
-    """Round a planned conversion with error feedback."""
+    """Round a planned conversion with error feedback; keep it if the held-out KL falls."""
     plan = conversion.plan
     values = refine(problem, plan.precisions)
+    kl = judge(problem, plan.precisions, values)
+    # What a saved plan says of its KL may be on another text.
+    kept = conversion.study is None or plan.kl is None or kl < plan.kl
     entry = {
         "op": "refine",
         "sequences": len(problem.calibration.refining),
         "kl_before": plan.kl,
+        "kl": kl,
+        "kept": kept,
     }
-    return replace(
-        conversion,
-        plan=replace(plan, kl=judge(problem, plan.precisions, values)),
-        refined=values,
-        post_processing=[*conversion.post_processing, entry],
-    )
+    conversion = replace(conversion, post_processing=[*conversion.post_processing, entry])
+    if not kept:
+        problem.note("Refinement did not lower the KL on held-out sequences: left out")
+        return conversion
+    return replace(conversion, plan=replace(plan, kl=kl), refined=values)
 
 
 def distilled(

@@ -13,6 +13,9 @@ from .rounding.distillation.settings import Settings
 from .sensitivity import registry
 from .sensitivity.method import Method
 
+#: How far a conversion goes; each includes what is before it.
+EFFORTS = PLAN, REFINE, DISTILL = "plan", "refine", "distill"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -31,12 +34,15 @@ class Request:
         method: How to measure sensitivity: a registered name, or a method itself.
         calibration: A text or JSON-lines file; None for mlx-lm's own text.
         sampling: Length and number of the calibration sequences.
-        refine: Whether to round with error feedback (GPTQ-style rounding).
-        distill: Whether to tune what is stored after that; implies ``refine``.
-        distillation: Settings of the latter.
+        effort: One of `EFFORTS`: only plan; also refine, that is round with error feedback
+            (GPTQ-style rounding); also distill, that is tune what is stored after that.
+        distillation: Settings of distillation.
         scratch: Folder for temporary files of a model too large for memory; None for the cache.
         progress: Whether to show progress bars.
         say: Receives one-line messages.
+
+    Raises:
+        InputError: There is no such effort.
     """
 
     budget: float | None = None
@@ -49,16 +55,25 @@ class Request:
     method: str | Method = registry.DEFAULT
     calibration: Path | None = None
     sampling: Sampling = DEFAULT
-    refine: bool = False
-    distill: bool = False
+    effort: str = REFINE
     distillation: Settings = field(default_factory=Settings)
     scratch: Path | None = None
     progress: bool = True
     say: Callable[[str], None] = print
 
     def __post_init__(self) -> None:
-        if self.distill:
-            object.__setattr__(self, "refine", True)
+        if self.effort not in EFFORTS:
+            raise InputError(f"there is no effort {self.effort!r}: give {', '.join(EFFORTS)}")
+
+    @property
+    def refine(self) -> bool:
+        """Whether to round with error feedback."""
+        return self.effort != PLAN
+
+    @property
+    def distill(self) -> bool:
+        """Whether to tune what is stored after that."""
+        return self.effort == DISTILL
 
     @property
     def sensitivity(self) -> Method:

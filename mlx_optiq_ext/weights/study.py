@@ -120,8 +120,10 @@ def study_model(
     request.say(f"[optiq] {doing} {len(problem.tensors)} tensors with {method.name}{on}{where}")
     # A method may not support several processes, whose hardware may round differently.
     sensitivity = distributed.broadcast(method.measure(problem))
-    kept = problem.journal(method.name, method.version)
-    if len(kept) and kept.get(mark) is None:
+    kept, refined = (
+        problem.journal(name, method.version) for name in (method.name, f"{method.name} refined")
+    )
+    if (len(kept) or len(refined)) and kept.get(mark) is None:
         kept.add(mark, 1.0)
         kept.exchange()
     return Study(problem, sensitivity, method.name)
@@ -160,7 +162,14 @@ def calibrated(
     check_parameters(model)
     if stream is not None:
         check_arrays((f"{path}.weight", array) for path, array in stream.items())
-    data = load_calibration(model, tokenizer, request.calibration, request.say, request.sampling)
+    data = load_calibration(
+        model,
+        tokenizer,
+        request.calibration,
+        request.say,
+        request.sampling,
+        refining=request.refine,
+    )
     distributed.compare(**{"model": digest, "calibration data": data.whole_digest})
     if stream is None:  # otherwise this would read the whole model again
         check_outputs(model, mx.array(data.tokens[:1]))

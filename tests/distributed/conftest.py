@@ -12,6 +12,7 @@ import toy_models
 from live_server import write_exact
 from mlx_lm.models import ministral3
 from mlx_lm.utils import save_model
+from toy_fixtures import PLAIN
 
 LAYERS = 6
 VERSION = tuple(map(int, mlx_lm.__version__.split(".")[:3]))
@@ -102,7 +103,7 @@ def short(texts, tmp_path_factory) -> Path:
 def converted(run, tiny, short, tmp_path_factory) -> Path:
     """The tiny model at 3.5 bits per weight, converted by one process, in float32."""
     folder = tmp_path_factory.mktemp("models") / "converted"
-    words = ("--mlx-path", folder, "--optiq-budget", 3.5, "--optiq-calibration", short)
+    words = ("--mlx-path", folder, *PLAIN, "--optiq-budget", 3.5, "--optiq-calibration", short)
     cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path_factory.mktemp("cache"))}
     words = (*words, "--dtype", "float32")
     run("mlx_lm.convert", "--hf-path", tiny, *words, env=cache, check=True)

@@ -5,6 +5,7 @@ import time
 from functools import cache
 
 import pytest
+from toy_fixtures import PLAIN
 
 from .test_failures import ALLOWED
 
@@ -22,7 +23,7 @@ model, calibration, method, settings, *budgets = sys.argv[1:]
 loaded, tokenizer, digest = load_unquantized(model)
 request = Request(
     calibration=Path(calibration), method=method, progress=False, say=lambda line: None,
-    **json.loads(settings),
+    **{"effort": "plan", **json.loads(settings)},
 )
 study = study_model(loaded, tokenizer, request, digest=digest, load=partial(reload, model))
 for budget in map(float, budgets):
@@ -37,7 +38,7 @@ for budget in map(float, budgets):
 CASES = {
     "taylor": ("taylor", {}, (2.75, 4.5)),
     "streamed": ("taylor", {}, (4.5,)),
-    "refined": ("taylor", {"refine": True}, (3.0,)),
+    "refined": ("taylor", {"effort": "refine"}, (3.0,)),
     "kl": ("kl", {"bits": [3, 4], "group_sizes": [64]}, (4.2,)),  # each candidate is a probe
 }
 
@@ -99,7 +100,7 @@ def test_a_model_read_layer_by_layer_is_planned_the_same(launch, words, alone, t
 
 def test_the_command_writes_the_same_files(launch, tiny, short, converted, tmp_path):
     words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--dtype", "float32")
-    words = (*words, "--optiq-budget", "3.5", "--optiq-calibration", short)
+    words = (*words, *PLAIN, "--optiq-budget", "3.5", "--optiq-calibration", short)
     report = ("--optiq-report", tmp_path / "page.html")
     cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "cache")}
     done = launch(2, "-m", "mlx_lm", "convert", *words, *report, env=cache)
@@ -124,7 +125,7 @@ def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, sho
     def words(name):
         yield from ("--hf-path", tiny, "--mlx-path", tmp_path / name, "--dtype", "float32")
         yield from ("--optiq-budget", "4", "--optiq-calibration", short)
-        yield from ("--optiq-bits", "3,4", "--optiq-refine")
+        yield from ("--optiq-bits", "3,4", "--optiq-effort", "refine")
 
     alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / f"{n}-cache")} for n in ("1", "2"))
     run("mlx_lm.convert", *words("one"), env=alone, check=True)
@@ -178,7 +179,7 @@ def optiq_sensitivity_methods():
 
 def test_a_rank_killed_in_the_sweep_ends_the_conversion(launch, plugin, tiny, short, tmp_path):
     env = {**plugin({}, "dying", DYING), "MLX_OPTIQ_EXT_CACHE": str(tmp_path / "cache")}
-    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--optiq-budget", "4")
+    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", *PLAIN, "--optiq-budget", "4")
     words = (*words, "--optiq-calibration", short, "--optiq-sensitivity", "dying")
     started = time.monotonic()
     done = launch(2, "-m", "mlx_lm", "convert", *words, env=env)
@@ -191,7 +192,7 @@ def test_another_calibration_text_on_one_rank_is_refused(apart, tiny, texts):
     def fill(folder, rank):
         (folder / "texts.txt").write_text("\n".join(texts)[rank * 100 : 4000])
 
-    words = ("--hf-path", tiny, "--mlx-path", "out", "--optiq-budget", "4")
+    words = ("--hf-path", tiny, "--mlx-path", "out", *PLAIN, "--optiq-budget", "4")
     started = time.monotonic()
     done = apart(fill, "convert", *words, "--optiq-calibration", "texts.txt")
     assert time.monotonic() - started < ALLOWED
@@ -201,7 +202,15 @@ def test_another_calibration_text_on_one_rank_is_refused(apart, tiny, texts):
 
 def test_a_folder_that_cannot_be_written_ends_both_ranks(launch, tiny, short, tmp_path):
     (tmp_path / "file").touch()
-    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "file" / "out", "--optiq-budget", "4")
+    words = (
+        "--hf-path",
+        tiny,
+        "--mlx-path",
+        tmp_path / "file" / "out",
+        *PLAIN,
+        "--optiq-budget",
+        "4",
+    )
     done = launch(2, "-m", "mlx_lm", "convert", *words, "--optiq-calibration", short)
     assert done.stderr.count("cannot write beside") == 1, done.stderr
     assert "Traceback" not in done.stderr

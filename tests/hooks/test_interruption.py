@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_fixtures import PLAIN
 from toy_qwen3 import TEXT, write_toy
 
 START = """
@@ -138,6 +139,7 @@ def commands(model: Path, folder: Path) -> dict[str, list[object]]:
             model,
             "--mlx-path",
             folder / "out",
+            *PLAIN,
             "--optiq-budget",
             3.5,
             "--optiq-calibration",

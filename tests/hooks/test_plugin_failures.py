@@ -1,6 +1,7 @@
 """A plugin that fails where its answer counts refuses the command, which writes nothing."""
 
 import pytest
+from toy_fixtures import PLAIN
 
 pytestmark = pytest.mark.newest
 
@@ -24,7 +25,7 @@ ADAPTER = ("generate", "--model", "MODEL", "--prompt", "a", "--adapter-path", "o
 COMMANDS = {
     "optiq_check_options": PLUGIN_OPTION,
     "optiq_quant_predicate": PLUGIN_OPTION,
-    "optiq_sensitivity_methods": (*CONVERT, "--optiq-budget", "4.5"),
+    "optiq_sensitivity_methods": (*CONVERT, *PLAIN, "--optiq-budget", "4.5"),
     "optiq_prompt_cache": CACHE,
     "optiq_attention_backends": (*CACHE, "--optiq-kv", "4"),
     "optiq_lora_rank": (*TRAIN, "--adapter-path", "out", "--optiq-rank-scaling", "by_bits"),

@@ -47,10 +47,10 @@ def test_state_is_gone_after_the_command_and_kept_for_none():
 
 
 def test_options_that_were_not_given_have_their_defaults():
-    parsed = SimpleNamespace(budget=4.5, refine=True, protect=None, example_bits=8)
+    parsed = SimpleNamespace(budget=4.5, effort="refine", protect=None, example_bits=8)
     options = read(Options, parsed)
-    assert options == Options(budget=4.5, refine=True)
-    assert given(options) == ["budget", "refine"]
+    assert options == Options(budget=4.5, effort="refine")
+    assert given(options) == ["budget", "effort"]
     assert spelled(["kv_only", "budget"]) == "--optiq-kv-only, --optiq-budget"
     with pytest.raises(FrozenInstanceError):
         options.budget = 3.0  # pyright: ignore[reportAttributeAccessIssue]

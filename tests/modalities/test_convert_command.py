@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from toy_fixtures import PLAIN
 
 from .checkpoints import KINDS, PROCESSORS, text_class
 
@@ -38,7 +39,7 @@ def convert(run, tmp_path):
 @pytest.mark.parametrize("name", ["gemma4_e4b", "qwen3_5_moe", "qwen3_vl_moe"])
 def test_a_budget_makes_a_text_model_for_bare_mlx_lm(name, published, convert, run):
     kind = KIND[name]
-    options = ("--optiq-budget", "6", "--optiq-calibration", "TEXT")
+    options = (*PLAIN, "--optiq-budget", "6", "--optiq-calibration", "TEXT")
     done, out = convert(published(kind), *options)
     assert done.returncode == 0, done.stderr
     assert "Text only, as " in done.stdout
@@ -56,7 +57,7 @@ def test_a_budget_makes_a_text_model_for_bare_mlx_lm(name, published, convert, r
 
 
 def test_keeping_the_modalities_converts_as_mlx_lm_does(published, convert, run):
-    options = ("--optiq-budget", "6", "--optiq-calibration", "TEXT")
+    options = (*PLAIN, "--optiq-budget", "6", "--optiq-calibration", "TEXT")
     done, out = convert(published(KIND["gemma3"]), *options, "--optiq-keep-unused-modalities")
     assert done.returncode == 0, done.stderr
     assert "Text only" not in done.stdout
@@ -92,7 +93,7 @@ def test_an_unknown_multimodal_model_is_refused_before_it_is_loaded(tiny, conver
     config = json.loads((source / "config.json").read_text()) | {"vision_config": {"depth": 3}}
     (source / "config.json").write_text(json.dumps(config))
     (source / "model.safetensors").write_bytes(b"not even weights")
-    done, out = convert(source, "--optiq-budget", "6", "--optiq-calibration", "TEXT")
+    done, out = convert(source, *PLAIN, "--optiq-budget", "6", "--optiq-calibration", "TEXT")
     assert done.returncode == 2, done.stderr
     assert "qwen3 cannot be made text-only" in done.stderr
     assert "--optiq-keep-unused-modalities" in done.stderr
@@ -102,7 +103,7 @@ def test_an_unknown_multimodal_model_is_refused_before_it_is_loaded(tiny, conver
 def test_a_text_model_read_layer_by_layer_is_the_same(published, convert, tmp_path):
     written = []
     for switch in "01":
-        options = ("--optiq-budget", "6", "--optiq-calibration", "TEXT")
+        options = (*PLAIN, "--optiq-budget", "6", "--optiq-calibration", "TEXT")
         cache = str(tmp_path / f"cache{switch}")
         environment = {"MLX_OPTIQ_EXT_STREAM": switch, "MLX_OPTIQ_EXT_CACHE": cache}
         done, out = convert(published(KIND["gemma4_e4b"]), *options, env=environment)

@@ -74,7 +74,7 @@ def test_costs_and_plan_are_the_same_bit_for_bit(toy, text, tmp_path, monkeypatc
 def test_refined_values_are_the_same_bit_for_bit(toy, text, monkeypatch):
     results = []
     for streaming in (False, True):
-        problem = unmeasured(toy, text, monkeypatch, streaming=streaming, refine=True)
+        problem = unmeasured(toy, text, monkeypatch, streaming=streaming, effort="refine")
         assert (problem.stream is not None) == streaming
         precisions = {t.path: Precision(3, 32) for t in problem.tensors[::3]}
         refined = refine(problem, precisions)
@@ -92,7 +92,7 @@ def test_the_command_writes_the_same_weights_in_small_shards(run, toy, text, tmp
         out = tmp_path / f"out{switch}"
         source = ("--hf-path", toy, "--mlx-path", out, "--optiq-calibration", text)
         environment = {memory.SWITCH: switch, "MLX_OPTIQ_EXT_CACHE": str(tmp_path / switch)}
-        options = ("--optiq-budget", "4.0", "--optiq-refine")
+        options = ("--optiq-budget", "4.0", "--optiq-effort", "refine")
         done = run("mlx_lm.convert", *source, *options, env=environment, check=True)
         assert ("layer by layer" in done.stdout) == (switch == "1")
         shards = sorted(out.glob("model*.safetensors"))
@@ -205,7 +205,13 @@ def test_a_model_that_cannot_be_replayed_is_measured_directly(toy, text, notes, 
     said = []
     monkeypatch.setenv(memory.SWITCH, "1")
     request = Request(
-        budget=4.2, bits=(3,), group_sizes=(32,), calibration=text, sampling=SHORT, say=said.append
+        effort="plan",
+        budget=4.2,
+        bits=(3,),
+        group_sizes=(32,),
+        calibration=text,
+        sampling=SHORT,
+        say=said.append,
     )
     plan = plan_folder(str(toy), request)
     assert any("do not run one by one" in line for line in said)
@@ -227,7 +233,7 @@ def test_a_model_whose_layers_run_in_parts_stays_in_memory(toy, text, monkeypatc
     said = []
     monkeypatch.setenv(memory.SWITCH, "1")
     loaded, tokenizer, _ = planning.load_unquantized(str(toy))
-    request = Request(calibration=text, sampling=SHORT, say=said.append)
+    request = Request(effort="plan", calibration=text, sampling=SHORT, say=said.append)
     problem = calibrated(loaded, tokenizer, request, load=lambda: pytest.fail("read twice"))
     assert problem.stream is None
     assert "its layers run in parts" in said[0]
@@ -275,8 +281,8 @@ def test_a_limit_of_the_shell_counts(run):
 
 def test_distillation_of_a_model_larger_than_memory_is_refused(toy, text, monkeypatch):
     monkeypatch.setenv(memory.SWITCH, "1")
-    request = quiet(budget=4.0, calibration=text, distill=True)
-    with pytest.raises(InputError, match="leave out --optiq-distill"):
+    request = quiet(budget=4.0, calibration=text, effort="distill")
+    with pytest.raises(InputError, match="give --optiq-effort refine"):
         prepare(str(toy), request)
 
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from toy_fixtures import PLAIN
 
 pytestmark = [pytest.mark.build, pytest.mark.newest]
 
@@ -75,9 +76,9 @@ def test_its_option_stands_in_the_help(python):
 
 def test_its_sensitivity_measures_for_a_budget(convert, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("Mia buys 7 boxes of 12 apples. ")
+    text.write_text("Mia buys 7 boxes of 12 apples. " * 40)
     method = ("--optiq-sensitivity", "by-size", "--optiq-calibration", text)
-    done, out = convert("--optiq-budget", "5", *method)
+    done, out = convert(*PLAIN, "--optiq-budget", "5", *method)
     assert 4 < printed_bits(done) <= 5
     assert json.loads((out / "optiq_metadata.json").read_text())["method"] == "by-size"
 

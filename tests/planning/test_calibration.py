@@ -97,6 +97,14 @@ def test_without_any_text_the_model_is_sampled(loaded, home):
     assert data.digest == again.digest
 
 
+def test_more_text_is_sampled_to_refine_on(loaded, home):
+    sampling = Sampling(length=16, count=5, refining=12)
+    data = load_calibration(loaded[0], loaded[1], None, lambda line: None, sampling, refining=True)
+    assert data.tokens.shape == (5, 8)
+    assert data.more is not None
+    assert data.more.shape == (7, 8)
+
+
 @pytest.mark.parametrize("read", [load_calibration, load_tokens])
 def test_a_text_of_few_tokens_is_refused_and_a_short_one_warned_of(loaded, tmp_path, read):
     path, said = tmp_path / "some.txt", []

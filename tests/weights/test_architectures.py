@@ -212,7 +212,12 @@ def test_a_model_without_gradients_is_measured_directly_and_says_so(text, monkey
     without_gradients(monkeypatch)
     lines: list[str] = []
     request = Request(
-        budget=9.0, calibration=text, sampling=SHORT, say=lines.append, progress=False
+        effort="plan",
+        budget=9.0,
+        calibration=text,
+        sampling=SHORT,
+        say=lines.append,
+        progress=False,
     )
     direct = plan_model(build("qwen3"), Letters(), request)
     (line,) = [line for line in lines if "cannot be differentiated" in line]

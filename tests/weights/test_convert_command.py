@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from toy_fixtures import PLAIN
 from toy_qwen3 import TEXT, write_toy
 
 from mlx_optiq_ext import files
@@ -39,7 +40,7 @@ def test_every_form_of_the_command_writes_a_model_for_bare_mlx_lm(
 ):
     out = tmp_path / "out"
     source = ("--hf-path", toy, "--mlx-path", out, "--optiq-calibration", text)
-    done = run(*command, *source, "--optiq-budget", "3.5", check=True)
+    done = run(*command, *source, *PLAIN, "--optiq-budget", "3.5", check=True)
     printed = float(re.search(r"with (\S+) bits per weight", done.stdout)[1])  # pyright: ignore
     assert printed <= 3.5
     loaded = run("python", "-c", LOAD, out, env={"MLX_OPTIQ_EXT": "0"}, check=True)
@@ -48,6 +49,21 @@ def test_every_form_of_the_command_writes_a_model_for_bare_mlx_lm(
     assert "peak memory" in done.stdout
     assert "stock uniform" in done.stdout
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_conversion_refines_unless_told_otherwise(command, toy, text, tmp_path):
+    source = ("--hf-path", toy, "--optiq-calibration", text, "--optiq-budget", "4")
+    done = command("convert", *source, "--mlx-path", tmp_path / "out")
+    assert done.status == 0, done.err
+    steps = json.loads((tmp_path / "out" / "optiq_metadata.json").read_text())["post_processing"]
+    assert [step["op"] for step in steps] == ["refine"]
+    assert re.search(
+        r"\[optiq\] Refining: \S+ s for the first of \d+ layers, about \d+ s", done.out
+    )
+    done = command("convert", *source, *PLAIN, "--mlx-path", tmp_path / "plain")
+    assert done.status == 0, done.err
+    assert "Refining" not in done.out
+    assert command("convert", *source, "--optiq-effort", "most").status == 2
 
 
 @pytest.mark.parametrize("option", ["--optiq-budget", "--optiq-kv-budget"])
@@ -77,7 +93,7 @@ runpy.run_module("mlx_lm", run_name="__main__")
 def test_a_full_disk_leaves_no_folder_behind(run, toy, text, tmp_path):
     out = tmp_path / "deep" / "out"
     source = ("--hf-path", toy, "--mlx-path", out, "--optiq-calibration", text)
-    done = run("python", "-c", FULL_DISK, *source, "--optiq-budget", "4.5")
+    done = run("python", "-c", FULL_DISK, *source, *PLAIN, "--optiq-budget", "4.5")
     assert done.returncode == 2
     assert "free some disk space" in done.stderr
     assert "Traceback" not in done.stderr
@@ -89,7 +105,15 @@ def test_ctrl_c_keeps_what_was_measured(text, tmp_path, monkeypatch):
     model = write_toy(tmp_path / "deep", layers=12)
     cache = tmp_path / "cache"
     monkeypatch.setenv("MLX_OPTIQ_EXT_CACHE", str(cache))
-    command = [sys.executable, "-m", "mlx_lm", "convert", "--optiq-budget", "3.5"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_lm",
+        "convert",
+        *PLAIN,
+        "--optiq-budget",
+        "3.5",
+    ]
     command += ["--hf-path", str(model), "--mlx-path", str(tmp_path / "out")]
     command += ["--optiq-calibration", str(text), "--optiq-sensitivity", "kl"]
     process = subprocess.Popen(

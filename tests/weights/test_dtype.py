@@ -4,6 +4,7 @@ import json
 
 import mlx.core as mx
 import pytest
+from toy_fixtures import PLAIN
 from toy_qwen3 import write_toy
 
 
@@ -36,7 +37,7 @@ def stored(folder):
 )
 def test_a_float32_checkpoint_gets_scales_of_16_bits(command, wide, text, tmp_path, words, dtype):
     given = ("--hf-path", wide, "--mlx-path", tmp_path / "out", "--optiq-calibration", text)
-    done = command("convert", *given, "--optiq-budget", 6, "--optiq-bits", "4,8", *words)
+    done = command("convert", *given, *PLAIN, "--optiq-budget", 6, "--optiq-bits", "4,8", *words)
     assert done.status == 0, done.err
     assert stored(tmp_path / "out") == {dtype}
     assert ("stored in bfloat16 (--dtype float32 keeps them)" in done.out) == (not words)
@@ -46,6 +47,6 @@ def test_a_config_that_names_float32_counts(command, wide, text, tmp_path):
     config = json.loads((wide / "config.json").read_text())
     (wide / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
     given = ("--hf-path", wide, "--mlx-path", tmp_path / "out", "--optiq-calibration", text)
-    done = command("convert", *given, "--optiq-budget", 6, "--optiq-bits", "4,8")
+    done = command("convert", *given, *PLAIN, "--optiq-budget", 6, "--optiq-bits", "4,8")
     assert done.status == 0, done.err
     assert stored(tmp_path / "out") == {mx.bfloat16}

@@ -5,6 +5,7 @@ import re
 
 import mlx.core as mx
 import pytest
+from toy_fixtures import PLAIN
 from toy_qwen3 import write_toy
 
 #: Damage -> what the refusal names.
@@ -32,7 +33,7 @@ def test_a_weight_that_is_no_number_is_named(command, text, tmp_path, value):
     written, named = WEIGHTS[value]
     model = damaged(tmp_path / "model", written)
     words = ("--hf-path", model, "--mlx-path", tmp_path / "out", "--optiq-calibration", text)
-    done = command("convert", *words, "--optiq-budget", 4)
+    done = command("convert", *words, *PLAIN, "--optiq-budget", 4)
     assert done.status == 2
     assert len(done.err.splitlines()[-1]) < 400
     assert re.search(named, done.err)
@@ -44,7 +45,7 @@ def test_a_config_that_makes_nan_is_named(command, text, tmp_path):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": float("nan")}))
     words = ("--hf-path", model, "--mlx-path", tmp_path / "out", "--optiq-calibration", text)
-    done = command("convert", *words, "--optiq-budget", 4)
+    done = command("convert", *words, *PLAIN, "--optiq-budget", 4)
     assert done.status == 2
     assert "config.json" in done.err
     assert not (tmp_path / "out").exists()

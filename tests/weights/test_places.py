@@ -8,13 +8,14 @@ import sys
 from collections import namedtuple
 
 import pytest
+from toy_fixtures import PLAIN
 
 from mlx_optiq_ext import files
 from mlx_optiq_ext.errors import InputError, OptiqError
 from mlx_optiq_ext.files import staging
 from mlx_optiq_ext.model import loading, source
 
-BUDGET = ("--optiq-budget", "3.5")
+BUDGET = (*PLAIN, "--optiq-budget", "3.5")
 
 
 @pytest.fixture

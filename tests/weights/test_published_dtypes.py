@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.utils import compute_bits_per_weight
+from toy_fixtures import PLAIN
 from toy_models import FAMILIES
 from toy_qwen3 import TEXT, write_toy
 
@@ -23,7 +24,8 @@ def words(tmp_path):
     """Options that take little time."""
     text = tmp_path / "calibration.txt"
     text.write_text(TEXT * 80)
-    return ("--optiq-bits", "4,8", "--optiq-group-sizes", "64", "--optiq-calibration", text)
+    few = ("--optiq-bits", "4,8", "--optiq-group-sizes", "64", "--optiq-calibration", text)
+    return (*few, *PLAIN)
 
 
 def check(out, done):
@@ -92,7 +94,7 @@ def test_a_dtype_is_taken_of_weights_that_mlx_lm_leaves_packed(command, tmp_path
 def test_refinement_meets_what_stock_loads_of_fp8(command, tmp_path, words):
     source = write_fp8("deepseek_v3", tmp_path / "source")
     given = ("--hf-path", source, "--mlx-path", tmp_path / "out", "--optiq-budget", 6, *words)
-    check(tmp_path / "out", command("convert", *given, "--optiq-refine"))
+    check(tmp_path / "out", command("convert", *given, "--optiq-effort", "refine"))
 
 
 @pytest.mark.parametrize(
@@ -117,8 +119,8 @@ def test_the_output_of_a_conversion_to_bfloat16_is_converted(command, tmp_path, 
     check(tmp_path / "out", command("convert", *given))
 
 
-@pytest.mark.parametrize("options", [(), ("--optiq-refine",)])
-def test_tensors_of_several_dtypes_keep_them(command, tmp_path, words, options):
+@pytest.mark.parametrize("effort", ["plan", "refine"])
+def test_tensors_of_several_dtypes_keep_them(command, tmp_path, words, effort):
     source = write_toy(tmp_path / "source")
     path, settings = source / "model.safetensors", json.loads((source / "config.json").read_text())
     write_json(source / "config.json", {k: v for k, v in settings.items() if "dtype" not in k})
@@ -131,7 +133,7 @@ def test_tensors_of_several_dtypes_keep_them(command, tmp_path, words, options):
     mx.eval(arrays)
     mx.save_safetensors(str(path), arrays, metadata={"format": "mlx"})
     given = ("--hf-path", source, "--mlx-path", tmp_path / "out", "--optiq-budget", 6, *words)
-    check(tmp_path / "out", command("convert", *given, *options))
+    check(tmp_path / "out", command("convert", *given, "--optiq-effort", effort))
     stored = mx.load(str(tmp_path / "out" / "model.safetensors"))
     assert isinstance(stored, dict)
     assert stored["model.layers.0.mlp.down_proj.scales"].dtype == mx.float32

@@ -63,7 +63,7 @@ def test_plain_rounding_does_not_choose_what_to_refine(toy, text):
     def measure(_, plans):
         return [np.full((1, 64), 1.0 + (n == 0)) for n in range(len(plans))]
 
-    assert search(found(toy, text, refine=True), 4.5, measure=measure).variant == "allocated"
+    assert search(found(toy, text, effort="refine"), 4.5, measure=measure).variant == "allocated"
     assert search(found(toy, text), 4.5, measure=measure).variant != "allocated"
 
 

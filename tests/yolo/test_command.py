@@ -71,7 +71,7 @@ def test_without_the_flag_it_is_a_conversion_of_a_language_model(folder, tiny):
         ({"budget": None}, "needs --optiq-budget, such as --optiq-budget 5"),
         ({"calibration": None}, "needs --optiq-calibration with a folder of a few images"),
         ({"bits": (4,)}, "does not go with --optiq-bits"),
-        ({"plan": "p.json", "refine": True}, "does not go with --optiq-plan, --optiq-refine"),
+        ({"plan": "p.json", "effort": "refine"}, "does not go with --optiq-effort, --optiq-plan"),
         ({"kv_budget": 4.5}, "does not go with --optiq-kv-budget"),
         ({"stock": {"quantize": True}}, "does not go with --quantize"),
         ({"stock": {"dtype": "float16"}}, "does not go with --dtype"),

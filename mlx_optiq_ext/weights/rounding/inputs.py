@@ -64,8 +64,9 @@ class Moments:
         return cls(rows.T @ rows, None if reference is None else reference.rows().T @ rows)
 
     def __add__(self, other: "Moments") -> "Moments":
-        both = self.cross is not None and other.cross is not None
-        return Moments(self.own + other.own, self.cross + other.cross if both else None)
+        if self.cross is None or other.cross is None:
+            return Moments(self.own + other.own)
+        return Moments(self.own + other.own, self.cross + other.cross)
 
     def arrays(self) -> list[mx.array]:
         """All arrays, for evaluation."""

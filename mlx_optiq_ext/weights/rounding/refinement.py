@@ -7,6 +7,7 @@ reference's inputs (GPTAQ, Li et al., arXiv 2504.02692, here in closed form). St
 rounded one by one, each against the tokens that the quantized model routes to it.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -131,7 +132,10 @@ class _Refiner:
             entry(model, t) if lookups else r[0].hidden for t, r in zip(data, recorded, strict=True)
         ]
         mx.eval(hidden)
+        started = time.perf_counter()
         for index in tqdm(range(len(layers)), desc="Refining", disable=not self.problem.progress):
+            if index == 1:
+                self.announce(time.perf_counter() - started, len(layers))
             calls = [r[index] for r in recorded]
             with self.problem.layer(index), self.originals(own[index]):
                 hidden = self.layer(layers[index], own[index], calls, hidden)
@@ -139,6 +143,13 @@ class _Refiner:
         rest = [path for path in outer if path not in lookups]
         self.head(rest, data, recorded, hidden)
         self.flush()
+
+    def announce(self, seconds: float, layers: int) -> None:
+        """Say how long it will take, by the first layer."""
+        self.problem.say(
+            f"[optiq] Refining: {seconds:.2g} s for the first of {layers} layers, about "
+            f"{seconds * (layers - 1):.0f} s for the others"
+        )
 
     @contextmanager
     def originals(self, paths: list[str]) -> Iterator[None]:

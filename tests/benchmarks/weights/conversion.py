@@ -44,7 +44,7 @@ def main() -> None:
         )
         ours = run(
             *("--hf-path", args.model, "--mlx-path", f"{folder}/ours"),
-            *("--optiq-budget", args.budget, *extra),
+            *("--optiq-effort", "plan", "--optiq-budget", args.budget, *extra),
             environment=environment,
         )
     print(f"stock uniform: {stock[0]:.1f} s, peak {stock[1]:.2f} GiB")

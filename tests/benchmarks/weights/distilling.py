@@ -89,7 +89,7 @@ def main() -> None:
         budget=args.budget,
         calibration=args.calibration,
         sampling=Sampling(args.length, refining=args.refining),
-        refine=True,
+        effort="refine",
         progress=False,
     )
     problem, precisions, stored = start(args, model, tokenizer, request)

@@ -77,7 +77,13 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     planning.study_model(
         loaded,
         tokenizer,
-        Request(calibration=calibration, method=method, progress=False, say=lambda line: None),
+        Request(
+            effort="plan",
+            calibration=calibration,
+            method=method,
+            progress=False,
+            say=lambda line: None,
+        ),
         load=partial(planning.reload, model),
     )
     seconds = time.perf_counter() - started

@@ -70,7 +70,7 @@ def main() -> None:
     judge = Judge(model, tokenizer, args.texts, args.tokens, args.window)
     sampling = Sampling(length=args.length, refining=args.sequences)
     request = Request(
-        budget=min(args.budgets), calibration=args.calibration, sampling=sampling, refine=True
+        budget=min(args.budgets), calibration=args.calibration, sampling=sampling, effort="refine"
     )
     started = time.perf_counter()
     study = study_model(model, tokenizer, request)

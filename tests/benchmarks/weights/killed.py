@@ -27,9 +27,9 @@ DATA = Path(__file__).parents[2] / "data"
 
 #: Kind -> further words of the command, and switches.
 KINDS: Mapping[str, tuple[tuple[str, ...], Mapping[str, str]]] = {
-    "plain": ((), {}),
-    "refined": (("--optiq-refine",), {}),
-    "streamed": ((), {"MLX_OPTIQ_EXT_STREAM": "1"}),
+    "plain": (("--optiq-effort", "plan"), {}),
+    "refined": (("--optiq-effort", "refine"), {}),
+    "streamed": (("--optiq-effort", "plan"), {"MLX_OPTIQ_EXT_STREAM": "1"}),
 }
 
 

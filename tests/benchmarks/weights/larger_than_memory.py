@@ -94,7 +94,7 @@ def main() -> None:
         options = ["--hf-path", str(folder / "model"), "--optiq-budget", "4.0"]
         options += ["--optiq-calibration", str(folder / "text.txt")]
         options += ["--optiq-bits", "3,4", "--optiq-group-sizes", "64"]
-        options += ["--optiq-refine"] if args.refine else []
+        options += ["--optiq-effort", "refine" if args.refine else "plan"]
         for name, switch in (("layer by layer", ""), ("control", "0")):
             if switch == "0" and args.no_control:
                 continue

@@ -113,7 +113,16 @@ def uniforms(folder: Path) -> Iterator[tuple[str, float, Any]]:
 
 def convert(folder: Path, out: Path, budget: float, calibration: Path | None, home: Path) -> dict:
     """Convert as a user does; returns what was written beside the weights."""
-    words = ["--hf-path", str(folder), "--mlx-path", str(out), "--optiq-budget", str(budget)]
+    words = [
+        "--hf-path",
+        str(folder),
+        "--mlx-path",
+        str(out),
+        "--optiq-effort",
+        "plan",
+        "--optiq-budget",
+        str(budget),
+    ]
     words += ["--optiq-calibration", str(calibration)] if calibration is not None else []
     done = subprocess.run(
         [sys.executable, "-m", "mlx_lm", "convert", *words],

@@ -80,7 +80,14 @@ def convert(args: argparse.Namespace, size: str, method: str, folder: Path) -> d
     cost = measure(
         sys.executable,
         *("-m", "mlx_lm", "convert", "--hf-path", str(model)),
-        *("--mlx-path", str(folder / f"{size}-{method}"), "--optiq-budget", str(args.budget)),
+        *(
+            "--mlx-path",
+            str(folder / f"{size}-{method}"),
+            "--optiq-effort",
+            "plan",
+            "--optiq-budget",
+            str(args.budget),
+        ),
         *("--optiq-sensitivity", method, "--optiq-calibration", str(args.calibration.absolute())),
         environment={"MLX_OPTIQ_EXT_CACHE": str(folder / f"cache-{size}-{method}")},
         log=log,

@@ -35,7 +35,7 @@ def problem(tiny):
     """The tiny model on sequences of 32 tokens."""
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=32, count=8, refining=48)
-    return unmeasured(model, tokenizer, calibration=text, sampling=sampling, refine=True)
+    return unmeasured(model, tokenizer, calibration=text, sampling=sampling, effort="refine")
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_the_time_it_takes_is_said_and_can_be_bounded(problem, rounded):
 
 
 def test_stacked_experts_are_tuned_too(loaded, text):
-    problem = unmeasured(moe(), loaded[1], calibration=text, refine=True)
+    problem = unmeasured(moe(), loaded[1], calibration=text, effort="refine")
     precisions = {t.path: Precision(2, 32) for t in problem.tensors}
     start = refine(problem, precisions)
     settings = replace(ALL, steps=3, judged_every=1)
@@ -263,7 +263,7 @@ def test_the_command_distills_and_bare_mlx_lm_loads_it(run, toy, text, tmp_path)
     out = tmp_path / "out"
     text.write_text(text.read_text()[:1200])
     source = ("--hf-path", toy, "--optiq-calibration", text, "--optiq-budget", "4")
-    run("mlx_lm.convert", *source, "--mlx-path", out, "--optiq-distill", check=True)
+    run("mlx_lm.convert", *source, "--mlx-path", out, "--optiq-effort", "distill", check=True)
     steps = json.loads((out / "optiq_metadata.json").read_text())["post_processing"]
     assert [step["op"] for step in steps] == ["refine", "distill"]
     assert isinstance(steps[1]["kept"], bool)

@@ -1,19 +1,22 @@
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.utils import compute_bits_per_weight
-from toy_fixtures import unmeasured
+from toy_fixtures import PLAIN, unmeasured
 from toy_qwen3 import moe
 
 from mlx_optiq_ext.errors import InputError, OptiqError
 from mlx_optiq_ext.model.layers import quantizable
 from mlx_optiq_ext.model.taps import Use
 from mlx_optiq_ext.planning.calibration import Sampling
-from mlx_optiq_ext.weights import Precision, put, read_plan, refine
+from mlx_optiq_ext.weights import Precision, Request, pipeline, put, read_plan, refine
 from mlx_optiq_ext.weights.candidates import Size, tensors
+from mlx_optiq_ext.weights.plan import Plan
+from mlx_optiq_ext.weights.plan_search import Study
 from mlx_optiq_ext.weights.precision import quantize
 from mlx_optiq_ext.weights.rounding import refinement
 from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, expert_metrics, inputs
@@ -25,7 +28,7 @@ def problem(tiny):
     """The tiny model on a few hundred tokens, with 16 more sequences to refine on."""
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
     text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=64, count=8, refining=24)
-    return unmeasured(model, tokenizer, calibration=text, sampling=sampling, refine=True)
+    return unmeasured(model, tokenizer, calibration=text, sampling=sampling, effort="refine")
 
 
 def test_refining_beats_plain_rounding_end_to_end(problem):
@@ -191,7 +194,7 @@ def test_a_plan_may_mix_modes(run, toy, tmp_path):
 def test_an_edited_plan_converts_without_measuring(run, toy, text, tmp_path):
     first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
     source = ("--hf-path", toy, "--optiq-calibration", text)
-    run("mlx_lm.convert", *source, "--mlx-path", first, "--optiq-budget", "4", check=True)
+    run("mlx_lm.convert", *source, "--mlx-path", first, *PLAIN, "--optiq-budget", "4", check=True)
     plan = first / "optiq_metadata.json"
     content = json.loads(plan.read_text())
     content["per_layer"]["model.layers.1.mlp.down_proj"].update(bits=8, group_size=32)
@@ -202,12 +205,32 @@ def test_an_edited_plan_converts_without_measuring(run, toy, text, tmp_path):
     config = json.loads((second / "config.json").read_text())["quantization"]
     edited = config["model.layers.1.mlp.down_proj"]
     assert (edited["bits"], edited["group_size"]) == (8, 32)
-    again = ("--optiq-refine", "--optiq-calibration", text)
+    again = ("--optiq-effort", "refine", "--optiq-calibration", text)
     run(*command, "--mlx-path", third, *again, check=True)
     metadata = json.loads((third / "optiq_metadata.json").read_text())
     assert metadata["post_processing"][0]["op"] == "refine"
     bits = [compute_bits_per_weight(mlx_lm.load(str(f))[0]) for f in (second, third)]
     assert bits[0] == bits[1]
-    clash = run(*command, "--mlx-path", tmp_path / "x", "--optiq-budget", "4")
+    clash = run(*command, "--mlx-path", tmp_path / "x", *PLAIN, "--optiq-budget", "4")
     assert clash.returncode == 2
     assert "--optiq-plan decides already what --optiq-budget would" in clash.stderr
+
+
+@pytest.mark.parametrize("kl", [0.5, 2.0])
+def test_a_refinement_that_does_not_help_is_left_out(problem, monkeypatch, kl):
+    precisions, said = {"model.layers.0.mlp.up_proj": Precision(4, 64)}, []
+    plan = Plan(precisions, {}, "taylor", 4.0, 4.0, kl=1.0)
+    monkeypatch.setattr(pipeline, "judge", lambda *args: kl)
+    study = Study(problem, {}, "taylor")
+    done = pipeline.refined(
+        pipeline.Conversion(plan, study=study), replace(problem, say=said.append)
+    )
+    assert done.post_processing[-1]["kept"] == (kl < 1)
+    assert bool(done.refined) == (kl < 1)
+    assert done.plan.kl == min(kl, 1.0)
+    assert any("Refinement did not lower" in line for line in said) == (kl > 1)
+
+
+def test_an_effort_that_does_not_exist_is_refused():
+    with pytest.raises(InputError, match="no effort 'most': give plan, refine, distill"):
+        Request(effort="most")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toy_fixtures import quiet
+from toy_fixtures import PLAIN, quiet
 
 from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.weights import Need, plan_folder, register_method
@@ -39,7 +39,7 @@ def optiq_sensitivity_methods():
 def test_a_method_from_outside_converts_by_the_stock_command(run, plugin, toy, text, tmp_path):
     env, out = plugin({}, "outside", OUTSIDE), tmp_path / "out"
     source = ("--hf-path", toy, "--mlx-path", out, "--optiq-calibration", text)
-    words = ("--optiq-budget", "4", "--optiq-sensitivity", "depth")
+    words = (*PLAIN, "--optiq-budget", "4", "--optiq-sensitivity", "depth")
     done = run("mlx_lm.convert", *source, *words, env=env, check=True)
     assert "[optiq] Measuring 15 tensors with depth\n" in done.stdout
     metadata = json.loads((out / "optiq_metadata.json").read_text())

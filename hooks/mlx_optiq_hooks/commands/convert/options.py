@@ -29,8 +29,7 @@ class Options:
     sensitivity: str | None = None
     protect: bool = False
     calibration: Path | None = None
-    refine: bool = False
-    distill: bool = False
+    effort: str | None = None
     report: Path | None = None
     keep_unused_modalities: bool = False
     kv_budget: float | None = None
@@ -41,6 +40,11 @@ class Options:
     def planned(self) -> bool:
         """Whether the weights are quantized by plan."""
         return any(each is not None for each in (self.budget, self.min_tps, self.plan))
+
+    @property
+    def how_far(self) -> str:
+        """The effort, given or not."""
+        return self.effort or ("refine" if self.plan is None else "plan")
 
     @property
     def text_only(self) -> bool:
@@ -101,7 +105,7 @@ def _number(text: str) -> float:
 
 def add_arguments(group):
     """Add the options of ``mlx_lm.convert`` to an argparse group."""
-    from mlx_optiq_ext.weights import BITS, GROUP_SIZES
+    from mlx_optiq_ext.weights import BITS, EFFORTS, GROUP_SIZES
     from mlx_optiq_ext.weights.sensitivity import registry
 
     from ...installation import sensitivity_methods
@@ -121,17 +125,12 @@ def add_arguments(group):
         "tokens per second on a chip (mlx_lm.benchmark --optiq-predict list; default: this one).",
     )
     group.add_argument(
-        "--optiq-refine",
-        action="store_true",
-        default=None,
-        help="Use GPTQ-style rounding behind the layers that are quantized already: takes longer, "
-        "loses less.",
-    )
-    group.add_argument(
-        "--optiq-distill",
-        action="store_true",
-        default=None,
-        help="Refine, then tune codes, scales, biases and norms against the original's logits.",
+        "--optiq-effort",
+        choices=EFFORTS,
+        help="How far to go. plan: choose bits and round as MLX does. refine: round behind the "
+        "layers that are quantized already (GPTQ-style). distill: then tune codes, scales, biases "
+        "and norms against the original's logits. Each takes longer and loses less. Default: "
+        "refine; plan with --optiq-plan.",
     )
     group.add_argument(
         "--optiq-plan",

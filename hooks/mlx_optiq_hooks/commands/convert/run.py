@@ -57,7 +57,7 @@ def interrupted() -> str:
     run = session.state(Run)
     if run is None or not files.records_kept():
         return ": nothing was written"
-    if run.options.refine or run.options.distill:
+    if run.options.how_far != "plan":
         return "; the same command goes on from here, with its measurements and a new refinement"
     return "; the same command goes on from here"
 
@@ -178,8 +178,7 @@ def _request(options: Options, scratch: Path | None) -> "Request":
         group_sizes=options.group_sizes,
         calibration=options.calibration,
         method=options.sensitivity or weights.Request.method,
-        refine=options.refine,
-        distill=options.distill,
+        effort=options.how_far,
         protect=options.protect,
         scratch=scratch,
     )

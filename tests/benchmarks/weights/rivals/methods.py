@@ -157,10 +157,10 @@ def mlx_optiq(setting: Setting) -> Iterator[Run]:
 
 METHODS: dict[str, Callable[[Setting], Iterator[Run]]] = {
     "stock": stock,
-    "taylor": ours("taylor"),
-    "kl": ours("kl", "--optiq-sensitivity", "kl"),
-    "refine": ours("refine", "--optiq-refine"),
-    "distill": ours("distill", "--optiq-distill"),
+    "taylor": ours("taylor", "--optiq-effort", "plan"),
+    "kl": ours("kl", "--optiq-effort", "plan", "--optiq-sensitivity", "kl"),
+    "refine": ours("refine", "--optiq-effort", "refine"),
+    "distill": ours("distill", "--optiq-effort", "distill"),
     "dynamic_quant": dynamic_quant,
     "gptq": gptq,
     "mlx-optiq": mlx_optiq,

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[])
     args = parser.parse_args()
     model, tokenizer, _ = load_unquantized(args.model)
-    request = weights.Request(calibration=args.calibration, progress=False)
+    request = weights.Request(effort="plan", calibration=args.calibration, progress=False)
     problem = weights.calibrated(model, tokenizer, request)
     data = problem.calibration
     problem = replace(problem, calibration=replace(data, tokens=data.tokens[: args.windows]))

@@ -187,6 +187,8 @@ def _finished(
 
     def finish() -> Conversion:
         done = refined(conversion, problem)
+        if not done.refined:
+            done = _unrefined(done, request)
         if request.distill and done.refined:
             done = distilled(done, problem, tokenizer, request.distillation)
         notes = (*conversion.plan.notes, *problem.findings.notes)
@@ -200,8 +202,9 @@ def refined(conversion: Conversion, problem: Problem) -> Conversion:
     plan = conversion.plan
     values = refine(problem, plan.precisions)
     kl = judge(problem, plan.precisions, values)
+    plain = [each for each in (plan.kl, plan.below and plan.below.kl) if each is not None]
     # What a saved plan says of its KL may be on another text.
-    kept = conversion.study is None or plan.kl is None or kl < plan.kl
+    kept = conversion.study is None or not plain or kl < min(plain)
     entry = {
         "op": "refine",
         "sequences": len(problem.calibration.refining),
@@ -214,6 +217,15 @@ def refined(conversion: Conversion, problem: Problem) -> Conversion:
         problem.note("Refinement did not lower the KL on held-out sequences: left out")
         return conversion
     return replace(conversion, plan=replace(plan, kl=kl), refined=values)
+
+
+def _unrefined(conversion: Conversion, request: Request) -> Conversion:
+    """The best plan for MLX's own rounding, where refinement was left out."""
+    study = conversion.study
+    if study is None or request.budget is None:
+        return conversion
+    study = replace(study, problem=replace(study.problem, refine=False))
+    return replace(conversion, plan=search(study, request.budget, protect=request.protect))
 
 
 def distilled(

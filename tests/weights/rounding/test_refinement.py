@@ -6,7 +6,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.utils import compute_bits_per_weight
-from toy_fixtures import PLAIN, unmeasured
+from toy_fixtures import PLAIN, quiet, unmeasured
 from toy_qwen3 import moe
 
 from mlx_optiq_ext.errors import InputError, OptiqError
@@ -234,3 +234,15 @@ def test_a_refinement_that_does_not_help_is_left_out(problem, monkeypatch, kl):
 def test_an_effort_that_does_not_exist_is_refused():
     with pytest.raises(InputError, match="no effort 'most': give plan, refine, distill"):
         Request(effort="most")
+
+
+def test_a_conversion_that_refinement_does_not_help_is_planned_without(toy, text, monkeypatch):
+    monkeypatch.setattr(pipeline, "judge", lambda *args: 9.0)
+    request = quiet(budget=4.5, calibration=text, effort="refine")
+    done = pipeline.prepare(str(toy), request)
+    assert not done.refined
+    assert done.plan.kl is not None
+    assert done.plan.below is not None
+    assert done.plan.kl <= done.plan.below.kl
+    assert done.plan.achieved_bpw <= 4.5
+    assert any("Refinement did not lower" in line for line in done.plan.notes)

@@ -13,7 +13,7 @@ from ..model.loading import model_digest
 from ..planning.allocation import allocate
 from ..planning.calibration import Calibration
 from .candidates import Size, Tensor, tensors
-from .pipeline import Conversion, prepare, put, ready
+from .pipeline import Conversion, prepare
 from .plan import Plan, check_written
 from .plan_file import read_plan
 from .plan_search import Study, search
@@ -24,6 +24,7 @@ from .rounding.refinement import refine
 from .sensitivity.method import Method, Need
 from .sensitivity.problem import Problem, Sensitivity
 from .sensitivity.registry import register as register_method
+from .stored import put, ready
 from .study import calibrated, plan_folder, plan_model, study_model
 
 __all__ = [

@@ -54,7 +54,7 @@ def quantize_model(wrapped, instance, args, kwargs):
     if run is not None and run.conversion is not None:
         from mlx_optiq_ext.weights import ready
 
-        call["config"] = ready(call["model"], call["config"], run.conversion)
+        call["config"] = ready(call["model"], call["config"], run.conversion.dtype)
     if call.get("quant_predicate") is None:
         predicate = plugin_manager().hook.optiq_quant_predicate(
             model=call["model"], config=call["config"], options=running.options

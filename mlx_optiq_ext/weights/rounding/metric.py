@@ -63,6 +63,7 @@ class Metric:
     moment: mx.array
     cross: mx.array | None = None
     _ordered: dict[tuple[int, int], Ordered] = field(default_factory=dict)
+    _differences: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def ordered(self, size: int, steps: Any) -> Ordered:
         """The moment for a group size; computed once."""
@@ -87,11 +88,17 @@ class Metric:
         Returns:
             (batch, out, in) in the order of rounding.
         """
+        key = (found.size, id(steps))
+        if key not in self._differences:
+            self._differences[key] = self._difference(found, steps)
+        return _solved(steps.product(weight, self._differences[key]), found, steps)
+
+    def _difference(self, found: Ordered, steps: Any) -> Any:
+        """The reference's moment less these inputs' own, its columns in the order of rounding."""
         assert self.cross is not None
         own, cross = (np.array(a.astype(mx.float32)) for a in (self.moment, self.cross))
         mean = max(float(np.diagonal(own).mean()), 1e-30)
-        difference = np.ascontiguousarray((cross - own)[None][..., found.columns[0]] / mean)
-        return _solved(steps.product(weight, steps.array(difference)), found, steps)
+        return steps.array(np.ascontiguousarray((cross - own)[None][..., found.columns[0]] / mean))
 
 
 def _solved(rows: Any, found: Ordered, steps: Any) -> Any:

@@ -184,3 +184,25 @@ def test_moves_too_small_for_a_place_are_made_on_average():
         moves = {**still, "codes": mx.full(weight.shape, 1 / 2560)}
         state = grid.moved(state, moves, mx.random.key(key))
     assert float(before - state["codes"].astype(mx.float32).mean()) == pytest.approx(4, abs=0.3)
+
+
+def test_a_fused_update_is_the_plain_one(model):
+    parts = Parts.of(model, *TOKENS.shape)
+    expected, results = parts.body(TOKENS), []
+    for fused in (False, True):
+        one, states = student(model, parts)
+        one = replace(one, fused=fused)
+        rates = {name: mx.array(0.01) for name in ("scale", "centre", "codes", "value")}
+        ones = [mx.array(1.0), mx.array(1.0)]
+        key = mx.random.key(3)
+        results.append(one.step(states, one.moments(states), TOKENS, expected, key, rates, ones))
+    (plain, moments, kl), (fused, fused_moments, fused_kl) = results
+    assert kl.item() == pytest.approx(fused_kl.item(), rel=1e-5)
+    for path in plain:
+        for name in plain[path].keys() - {"codes"}:
+            assert mx.allclose(plain[path][name], fused[path][name], rtol=1e-4, atol=1e-6)
+        for name in moments[path]:
+            assert mx.allclose(moments[path][name], fused_moments[path][name], rtol=1e-3)
+    for path in PATHS:
+        off = mx.abs(plain[path]["codes"].astype(mx.int32) - fused[path]["codes"])
+        assert off.max().item() <= 1

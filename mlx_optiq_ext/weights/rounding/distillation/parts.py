@@ -12,11 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ....model.layers import calls_replaced, decoder_layers
+from ....model.memory import memory_limit
 from ....model.replay import Recording, chained, finish, record
 
-#: Bytes of one float32 array (tokens, vocabulary). MLX holds up to twenty of them at once: those of
-#: a chunk, and those that wait for operations in flight.
+#: Bytes of one float32 array (tokens, vocabulary), at least. MLX holds up to twenty of them at once:
+#: those of a chunk, and those that wait for operations in flight.
 CHUNK = 64 << 20
+#: The share of memory that such an array may take where that is more.
+CHUNK_SHARE = 1 / 160
 
 #: Takes over a decoder layer's call: ``(index, original, args, kwargs) -> output``.
 LayerCall = Callable[[int, Any, tuple, dict], Any]
@@ -51,15 +54,16 @@ class Parts:
     dim: int
 
     @classmethod
-    def of(cls, model: nn.Module, batch: int, length: int, limit: int = CHUNK) -> "Parts":
+    def of(cls, model: nn.Module, batch: int, length: int, limit: int | None = None) -> "Parts":
         """Find out how a model can be run.
 
         Args:
             model: An mlx-lm model.
             batch: Sequences that are run at once.
             length: Tokens of each.
-            limit: Bytes of one float32 array (tokens, vocabulary).
+            limit: Bytes of one float32 array (tokens, vocabulary); None for what memory allows.
         """
+        limit = limit or max(CHUNK, int(CHUNK_SHARE * memory_limit()))
         logits, recording = record(model, mx.zeros((1, 2), mx.int32))
         vocabulary, total = logits.shape[-1], batch * length
         chunks = -(-total // max(1, min(total, limit // (4 * vocabulary))))

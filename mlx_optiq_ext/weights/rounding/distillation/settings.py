@@ -30,7 +30,8 @@ class Settings:
         seed: Of the order of sequences and of stochastic rounding.
         checkpoint: Whether a layer's activations are computed once more for the gradients instead
             of kept; None decides by the memory that they need.
-        compiled: Whether a step is compiled; None for on Metal only.
+        compiled: Whether a whole step is compiled, forward and backward passes too; None for on
+            Metal only. The update of each parameter is compiled on every GPU.
 
     Raises:
         InputError: A setting is out of range.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
@@ -32,15 +33,17 @@ class Student:
         movable: Parameter path, such as ``model.norm.weight`` -> what moves there.
         checkpoint: Whether each layer's weights and activations are computed once more for the
             gradients instead of kept.
+        fused: Whether what is done to each element runs as one kernel.
     """
 
     parts: Parts
     movable: dict[str, Grid | Parameter]
     checkpoint: bool
+    fused: bool = False
 
     def weights(self, states: States, paths: list[str]) -> dict[str, mx.array]:
         """What some parameters are now."""
-        return {path: self.movable[path].weight(states[path]) for path in paths}
+        return {path: _weight(self.movable[path], self.fused)(states[path]) for path in paths}
 
     def placed(self, weights: Mapping[str, mx.array]) -> AbstractContextManager[None]:
         """The model with other parameters while inside."""
@@ -116,9 +119,10 @@ class Student:
         # The last layer first, whose gradient is there first: it need not be held.
         paths = list(reversed(self.movable))
         for path, own in zip(paths, mx.random.split(key, len(paths)), strict=True):
-            found = self.movable[path].gradients(states[path], gradients[path])
-            taken, new_moments[path] = moves(found, moments[path], rates, corrections)
-            new_states[path] = self.movable[path].moved(states[path], taken, own)
+            update = _update(self.movable[path], self.fused)
+            new_states[path], new_moments[path] = update(
+                states[path], moments[path], gradients[path], rates, corrections, own
+            )
         return new_states, new_moments, kl
 
     def _gradients(
@@ -208,6 +212,30 @@ class Student:
 
         with tapped(modules, tap):
             yield
+
+
+@cache
+def _weight(one: Grid | Parameter, fused: bool) -> Callable[[State], mx.array]:
+    return mx.compile(one.weight) if fused else one.weight
+
+
+@cache
+def _update(one: Grid | Parameter, fused: bool) -> Callable[..., tuple[State, State]]:
+    """What brings the state and moments of one parameter behind an update."""
+
+    def update(
+        state: State,
+        moments: State,
+        gradient: mx.array,
+        rates: State,
+        corrections: list[mx.array],
+        key: mx.array,
+    ) -> tuple[State, State]:
+        found = one.gradients(state, gradient)
+        taken, new_moments = moves(found, moments, rates, corrections)
+        return one.moved(state, taken, key), new_moments
+
+    return mx.compile(update) if fused else update
 
 
 @contextmanager

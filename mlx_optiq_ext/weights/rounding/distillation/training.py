@@ -97,11 +97,12 @@ class _Run:
         checkpoint = settings.checkpoint
         if checkpoint is None:
             checkpoint = _needs(problem, refined, self.batch * self.training.shape[1])
-        self.student = Student(parts, movable, checkpoint and parts.plain)
+        on_gpu = mx.default_device() == mx.Device(mx.gpu)
+        self.student = Student(parts, movable, checkpoint and parts.plain, fused=on_gpu)
         compiled = settings.compiled
         if compiled is None:
-            # CUDA builds each fused kernel for minutes, and a CPU gains little.
-            compiled = mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu)
+            # CUDA builds the many kernels of a fused model for minutes, and a CPU gains little.
+            compiled = mx.metal.is_available() and on_gpu
         compile_: Callable[[Any], Any] = mx.compile if compiled else lambda function: function
         self.body = compile_(parts.body)
         self.step, self.judge = compile_(self.student.step), compile_(self.student.judged)

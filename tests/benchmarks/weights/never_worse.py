@@ -1,7 +1,7 @@
 """Budgeted conversions beside every uniform quantization within their bytes, on unseen text.
 
     python tests/benchmarks/weights/never_worse.py MODELS --calibration FILE --problems FILE.jsonl
-        [--only NAME ...] [--sequences 24] [--out results/never_worse.jsonl]
+        [--only NAME ...] [--effort plan] [--sequences 24] [--out results/never_worse.jsonl]
 
 MODELS is a folder with tiny-qwen3 and families/*. 40 conversions by ``mlx_lm.convert
 --optiq-budget``, each in a process of its own, half of them with ``--optiq-calibration``, the other
@@ -111,7 +111,9 @@ def uniforms(folder: Path) -> Iterator[tuple[str, float, Any]]:
             yield f"{bits}-bit g{group}", compute_bits_per_weight(model), in_float32(model)
 
 
-def convert(folder: Path, out: Path, budget: float, calibration: Path | None, home: Path) -> dict:
+def convert(
+    folder: Path, out: Path, budget: float, calibration: Path | None, effort: str, home: Path
+) -> dict:
     """Convert as a user does; returns what was written beside the weights."""
     words = [
         "--hf-path",
@@ -119,7 +121,7 @@ def convert(folder: Path, out: Path, budget: float, calibration: Path | None, ho
         "--mlx-path",
         str(out),
         "--optiq-effort",
-        "plan",
+        effort,
         "--optiq-budget",
         str(budget),
     ]
@@ -161,7 +163,7 @@ def rows_of(name: str, args: argparse.Namespace, home: Path) -> Iterator[dict[st
     for calibration in (None, args.calibration):
         for budget in BUDGETS[name]:
             out = home / f"{name.replace('/', '-')}-{budget}-{calibration is not None}"
-            told = convert(folder, out, budget, calibration, home)
+            told = convert(folder, out, budget, calibration, args.effort, home)
             own = divergence(reference, in_float32(mlx_lm.load(str(out))[0]), given)
             held = {}
             for form, kls in own.items():
@@ -211,6 +213,7 @@ def main() -> int:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--problems", type=Path, required=True)
     parser.add_argument("--only", nargs="+", default=list(BUDGETS), choices=BUDGETS)
+    parser.add_argument("--effort", default="plan", choices=("plan", "refine", "distill"))
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from ....model.layers import calls_replaced, decoder_layers
 from ....model.memory import memory_limit
 from ....model.replay import Recording, chained, finish, record
 
-#: Bytes of one float32 array (tokens, vocabulary), at least. MLX holds up to twenty of them at once:
+#: Least bytes of one float32 array (tokens, vocabulary). MLX holds up to twenty of them at once:
 #: those of a chunk, and those that wait for operations in flight.
 CHUNK = 64 << 20
 #: The share of memory that such an array may take where that is more.

@@ -6,7 +6,7 @@ forward pass is used, so masks, norms, shared keys and the head need no knowledg
 architecture.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +56,9 @@ def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
         tokens: int32 of shape (batch, length).
 
     Returns:
-        Logits (batch, length, vocabulary) and the recording, one entry a call. It is empty if the
-        layers pass each other more than arrays, such as a cache that they write to: then their
-        outputs do not contain all their effects.
+        Logits (batch, length, vocabulary), not evaluated, and the recording, one entry a call. It
+        is empty if the layers pass each other more than arrays, such as a cache that they write to:
+        then their outputs do not contain all their effects.
     """
     recording: list[Call] = []
     returned: Any = None
@@ -77,7 +77,7 @@ def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
     parts = [part for c in recording for part in (c.args, *c.kwargs.values(), c.output)]
     if not all(plain(part) for part in parts):
         recording = []
-    mx.eval(logits, [arrays(part) for part in parts])
+    mx.eval([arrays(part) for part in parts])
     return logits, recording
 
 
@@ -93,15 +93,20 @@ def resume(model: nn.Module, tokens: mx.array, recording: Recording, start: int)
     Returns:
         Logits (batch, length, vocabulary), not evaluated.
     """
+    with calls_replaced(decoder_layers(model), replayed(recording, start)):
+        return model(tokens)
+
+
+def replayed(recording: Recording, start: int) -> Callable[..., Any]:
+    """For `calls_replaced` once: returns what layers before ``start`` did, and runs the others."""
     later = (n for n, call in enumerate(recording) if call.index >= start)
-    replayed = iter(recording[: next(later, len(recording))])
+    known = iter(recording[: next(later, len(recording))])
 
     def call(_: int, original: Any, args: tuple, kwargs: dict) -> Any:
-        known = next(replayed, None)
-        return original(*args, **kwargs) if known is None else copied(known.output)
+        one = next(known, None)
+        return original(*args, **kwargs) if one is None else copied(one.output)
 
-    with calls_replaced(decoder_layers(model), call):
-        return model(tokens)
+    return call
 
 
 def joined(

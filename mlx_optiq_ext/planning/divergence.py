@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from .parts import LayerCall, Parts
+
 #: Log-probabilities kept per position; the rest of the vocabulary is lumped into one outcome.
 TOP = 1024
 
@@ -13,9 +15,9 @@ class Reference:
     """A reference distribution for each position of a batch.
 
     Attributes:
-        indices: Kept tokens, (batch, length, k).
-        log_probs: Their log-probabilities in float32, (batch, length, k).
-        rest: Probability of all other tokens, (batch, length); 0 when all are kept.
+        indices: Kept tokens, (..., k).
+        log_probs: Their log-probabilities in float32, (..., k).
+        rest: Probability of all other tokens, (...); 0 when all are kept.
     """
 
     indices: mx.array
@@ -24,7 +26,7 @@ class Reference:
 
     @classmethod
     def of(cls, logits: mx.array, top: int = TOP) -> "Reference":
-        """Keep the needed part of logits (batch, length, vocabulary).
+        """Keep the needed part of logits (..., vocabulary).
 
         Args:
             logits: Logits of the reference model.
@@ -48,10 +50,10 @@ class Reference:
         """KL(reference || model) in nats for each position.
 
         Args:
-            logits: (batch, length, vocabulary) of the model to judge.
+            logits: (..., vocabulary) of the model to judge.
 
         Returns:
-            float32 (batch, length). Exact when the whole vocabulary is kept, else the divergence
+            float32 (...). Exact when the whole vocabulary is kept, else the divergence
             with the tail as one outcome, which is a lower bound.
         """
         logits = logits.astype(mx.float32)
@@ -67,3 +69,46 @@ class Reference:
         tail = mx.maximum(1 - mx.exp(other).sum(axis=-1), 1e-9)
         rest = mx.maximum(self.rest, 1e-9)
         return kept + rest * (mx.log(rest) - mx.log(tail))
+
+    @classmethod
+    def run(cls, parts: Parts, tokens: mx.array, layer: LayerCall | None = None) -> "Reference":
+        """The distribution of each of a batch's tokens (rows,), with a chunk of logits at a time.
+
+        Args:
+            parts: The reference model.
+            tokens: int32 (batch, length).
+            layer: Runs each layer, if not the layer itself.
+        """
+        found = []
+        for logits in parts.logits(tokens, layer):
+            found.append(cls.of(logits))
+            del logits
+        if len(found) == 1:
+            return found[0]
+        names = ("indices", "log_probs", "rest")
+        whole = cls(*(mx.concatenate([getattr(each, name) for each in found]) for name in names))
+        mx.eval(whole.indices, whole.log_probs, whole.rest)
+        return whole
+
+    def compared(
+        self, parts: Parts, tokens: mx.array, layer: LayerCall | None = None
+    ) -> mx.array:
+        """KL(reference || model) in nats for each token, with a chunk of logits at a time.
+
+        Args:
+            parts: The model to judge.
+            tokens: What `run` was given, int32 (batch, length).
+            layer: Runs each layer, if not the layer itself.
+
+        Returns:
+            float32 (batch, length); see `divergence`.
+        """
+        found, start = [], 0
+        for logits in parts.logits(tokens, layer):
+            at = slice(start, start + len(logits))
+            own = Reference(self.indices[at], self.log_probs[at], self.rest[at])
+            found.append(own.divergence(logits))
+            mx.eval(found[-1])
+            start = at.stop
+            del logits
+        return mx.concatenate(found).reshape(tokens.shape)

@@ -64,15 +64,13 @@ def refine(
 
 def judge(problem: Problem, precisions: dict[str, Precision], refined: Refined) -> float:
     """KL(reference || refined) on the held-out sequences, in nats per token."""
-    references = [
-        (tokens, Reference.of(problem.model(tokens)))
-        for tokens in batches(problem.calibration.held_out)
-    ]
-    dtype = problem.dtype
+    parts, dtype = problem.parts, problem.dtype
+    data = batches(problem.calibration.held_out)
+    references = [Reference.run(parts, tokens) for tokens in data]
     with problem.replaced(refined, lambda p: restored(refined[p], precisions[p], dtype)):
         total = sum(
-            float(reference.divergence(problem.model(tokens)).sum())
-            for tokens, reference in references
+            float(reference.compared(parts, tokens).sum())
+            for tokens, reference in zip(data, references, strict=True)
         )
     return total / problem.calibration.held_out.size
 

@@ -8,16 +8,16 @@ from itertools import pairwise
 from typing import TypeVar
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
 from ... import distributed
 from ...model.layers import decoder_layers, layer_index
 from ...model.layerwise import recordings
-from ...model.replay import Recording, record, resume
+from ...model.replay import Recording, replayed
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
+from ...planning.parts import Parts
 from ..candidates import Tensor
 from ..precision import Precision
 from .method import Need
@@ -50,17 +50,13 @@ class _Recorded:
 
     @classmethod
     def of(cls, problem: Problem, tokens: mx.array) -> "_Recorded":
-        model = problem.model
-        if problem.stream is None:
-            logits, recording = record(model, tokens)
-        else:
-            (recording,) = recordings(model, [tokens], problem.stream)
-            logits = resume(model, tokens, recording, len(decoder_layers(model)))
-        return cls(tokens, recording, Reference.of(logits))
+        (recording,) = recordings(problem.model, [tokens], problem.stream)
+        replay = replayed(recording, len(decoder_layers(problem.model)))
+        return cls(tokens, recording, Reference.run(problem.parts, tokens, replay))
 
-    def divergence(self, model: nn.Module, start: int) -> float:
-        logits = resume(model, self.tokens, self.recording, start)
-        return float(self.reference.divergence(logits).sum())
+    def divergence(self, parts: Parts, start: int) -> float:
+        replay = replayed(self.recording, start)
+        return float(self.reference.compared(parts, self.tokens, replay).sum())
 
 
 class Probes:
@@ -93,7 +89,7 @@ class Probes:
         if known is None:
             data, start = self._data, self._layers.get(tensor.path, 0)
             with self.problem.quantized({tensor.path: precision}):
-                total = sum(d.divergence(self.problem.model, start) for d in data)
+                total = sum(d.divergence(self.problem.parts, start) for d in data)
             known = total / sum(d.tokens.size for d in data)
             self.journal.add(key, known)
         return max(known, LEAST)

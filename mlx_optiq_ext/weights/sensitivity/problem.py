@@ -15,6 +15,7 @@ from ...model.stream import Stream
 from ...planning.calibration import Calibration
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
+from ...planning.parts import CHUNK, Parts
 from ..candidates import Size, Tensor
 from ..precision import AFFINE, Precision, dequantized
 from .moments import Factors
@@ -34,11 +35,13 @@ class Findings:
         factors: Tensor path -> its factors, after a backward pass.
         notes: Requests that could not be met, one line each, for the metadata.
         judged: Whole plans that were judged, by what they give each tensor.
+        parts: How to run the model with a chunk of logits at a time.
     """
 
     factors: Mapping[str, Factors] | None = None
     notes: list[str] = field(default_factory=list)
     judged: dict[str, Any] = field(default_factory=dict)
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,14 @@ class Problem:
         """The dtype that products are computed in."""
         modules = dict(quantizable(self.model))
         return modules[self.tensors[0].path].weight.dtype
+
+    @property
+    def parts(self) -> Parts:
+        """How to run the model with a chunk of a sequence's logits at a time."""
+        if self.findings.parts is None:
+            length = self.calibration.tokens.shape[1]
+            self.findings.parts = Parts.of(self.model, 1, length, CHUNK)
+        return self.findings.parts
 
     def layer(self, index: int) -> AbstractContextManager[None]:
         """Keep a decoder layer in memory inside the block, if the model is on disk."""
@@ -180,10 +191,10 @@ def divergences(problem: Problem, choices: list[dict[str, Precision]]) -> list[n
     own = distributed.share(range(len(choices)))
     rows: dict[int, list[np.ndarray]] = {index: [] for index in own}
     for batch in batches(problem.calibration.held_out) if own else ():
-        reference = Reference.of(problem.model(batch))
+        reference = Reference.run(problem.parts, batch)
         for index in own:
             with problem.quantized(choices[index]):
-                rows[index].append(np.array(reference.divergence(problem.model(batch))))
+                rows[index].append(np.array(reference.compared(problem.parts, batch)))
     parts = distributed.gathered({index: np.concatenate(each) for index, each in rows.items()})
     found = {index: each for part in parts for index, each in part.items()}
     return [found[index] for index in range(len(choices))]

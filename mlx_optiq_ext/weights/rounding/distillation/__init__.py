@@ -4,8 +4,7 @@
 2. `sequences` draws batches of calibration sequences, and keeps some to judge on.
 3. `grids` holds a quantized tensor while its codes, scales and biases move, and the unquantized
    parameters that move with it; `adam` says how far.
-4. `parts` runs a model in two parts, decoder layers and head; `divergence` compares logits in
-   chunks of tokens.
+4. `divergence` compares logits in chunks of tokens, with gradients; `planning.parts` makes them.
 5. `student` is one step, `training` the loop around it.
 
 End-to-end tuning of step sizes is the second phase of EfficientQAT (Chen et al., arXiv 2407.11062);

@@ -11,10 +11,10 @@ import mlx.nn as nn
 
 from ....model.layers import arrays, decoder_layers, layer_index, with_arrays
 from ....model.taps import Use, tapped
+from ....planning.parts import Parts
 from .adam import moments, moves
 from .divergence import chunked
 from .grids import Grid, Parameter, State
-from .parts import Parts
 
 #: What gradients are multiplied with: in float16 those of a mean over tokens would vanish. Updates
 #: do not depend on it.

@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 from ....model.layers import quantizable
 from ....model.memory import SHARE, memory_limit
+from ....planning.parts import Parts
 from ...precision import Precision
 from ...sensitivity.problem import Problem
 from ..refinement import Refined
 from .adam import DECAY, SQUARE_DECAY
 from .grids import Grid, Parameter
-from .parts import Parts
 from .sequences import divided, drawn, whole
 from .settings import Settings
 from .student import States, Student

@@ -126,6 +126,20 @@ def joined(
     Returns:
         The `arrays` in each call's arguments, and the logits; not evaluated.
     """
+    handed, call = replaced(recording, outputs)
+    with calls_replaced(decoder_layers(model), call):
+        logits = model(tokens)
+    return handed, logits
+
+
+def replaced(
+    recording: Recording, outputs: Mapping[int, list[mx.array]]
+) -> tuple[list[list[mx.array]], Callable[..., Any]]:
+    """For `calls_replaced` once: returns recorded outputs, or others, as `joined` says.
+
+    Returns:
+        The `arrays` in each call's arguments, which fills as the calls come, and the call.
+    """
     handed: list[list[mx.array]] = []
 
     def call(_: int, __: Any, args: tuple, kwargs: dict) -> Any:
@@ -136,9 +150,7 @@ def joined(
         output = copied(recording[number].output)
         return with_arrays(output, outputs[number]) if number in outputs else output
 
-    with calls_replaced(decoder_layers(model), call):
-        logits = model(tokens)
-    return handed, logits
+    return handed, call
 
 
 def finish(model: nn.Module, tokens: mx.array, recording: Recording, hidden: mx.array) -> mx.array:

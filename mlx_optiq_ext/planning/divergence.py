@@ -90,9 +90,7 @@ class Reference:
         mx.eval(whole.indices, whole.log_probs, whole.rest)
         return whole
 
-    def compared(
-        self, parts: Parts, tokens: mx.array, layer: LayerCall | None = None
-    ) -> mx.array:
+    def compared(self, parts: Parts, tokens: mx.array, layer: LayerCall | None = None) -> mx.array:
         """KL(reference || model) in nats for each token, with a chunk of logits at a time.
 
         Args:

@@ -1,7 +1,7 @@
 """Precisions: how MLX can store a weight, and the bits that this takes."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,8 @@ MODES: Mapping[str, Mode] = {
 }
 #: Bits and group sizes that a plan chooses from.
 BITS, GROUP_SIZES = MODES[AFFINE].bits, MODES[AFFINE].group_sizes
+#: Elements of a weight that are compared at once.
+ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, order=True)
@@ -147,6 +149,14 @@ def dequantized(weight: mx.array, precision: Precision, dtype: mx.Dtype) -> mx.a
         scales, biases = scales.astype(dtype), [biases[0].astype(dtype)]
     bias = biases[0] if biases else None
     return mx.dequantize(words, scales, bias, **_arguments(precision)).astype(dtype)
+
+
+def pieces(weight: mx.array, elements: int = ELEMENTS) -> Iterator[tuple[slice, mx.array]]:
+    """A weight ``(..., out, in)`` some rows or experts at a time, with where they are."""
+    step = max(1, elements * len(weight) // max(weight.size, 1))
+    for start in range(0, len(weight), step):
+        at = slice(start, start + step)
+        yield at, weight[at] if step < len(weight) else weight
 
 
 def _arguments(precision: Precision) -> dict[str, Any]:

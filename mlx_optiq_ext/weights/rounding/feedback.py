@@ -31,7 +31,7 @@ ROWS, BLOCKS = 16, 8
 #: Passes of coordinate descent after the error feedback, along each side.
 SWEEPS = 2
 #: Elements of a weight that are worked on at once where rows do not depend on each other.
-ELEMENTS = 1 << 26
+ELEMENTS = 1 << 24
 #: Share of the mean diagonal that is added to the diagonal of the outputs' moment.
 OUTPUT_DAMPING = 0.1
 

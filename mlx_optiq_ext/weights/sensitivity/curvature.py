@@ -1,6 +1,6 @@
 """Second moments in a reduced form that predicts the KL of many candidates quickly."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -50,6 +50,18 @@ class Curvature:
     def kl(self, error: mx.array) -> float:
         """KL in nats per token that an error ``(..., out, in)`` in the weight adds."""
         return float(self.expected(error))
+
+    def part(self, at: slice) -> "Curvature":
+        """That of some rows, or of some stacked experts."""
+        inputs, outputs, lookups = self.inputs, self.outputs, self.lookups
+        if inputs is not None and inputs.diagonal.ndim == 2:
+            inputs = Reduced(inputs.diagonal[at])
+        return replace(
+            self,
+            inputs=inputs,
+            outputs=None if outputs is None else outputs[at],
+            lookups=None if lookups is None else lookups[at],
+        )
 
     def expected(self, error: mx.array) -> mx.array:
         """As `kl`, not evaluated."""

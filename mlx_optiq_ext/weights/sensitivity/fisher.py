@@ -10,10 +10,12 @@ import mlx.nn as nn
 from ... import distributed
 from ...model.layers import arrays, decoder_layers, quantizable, with_arrays
 from ...model.layerwise import recordings
-from ...model.replay import Recording, joined
+from ...model.replay import Recording, joined, replaced
 from ...model.stream import Stream
+from ...planning.parts import Parts
 from .backward import GradientError, gather, told_apart
 from .draws import Drawn, rows_together, score, sequences
+from .head import Head
 from .moments import Factors
 from .relay import Block, once, relayed
 
@@ -28,6 +30,7 @@ def factors(
     draws: int = 1,
     across: Collection[str] = (),
     stream: Stream | None = None,
+    parts: Parts | None = None,
 ) -> Iterator[dict[str, Factors]]:
     """Measure the factors of every quantizable tensor with one backward pass a sequence.
 
@@ -47,6 +50,8 @@ def factors(
         draws: Number of gradients that are drawn at the logits of each batch.
         across: Paths whose whole output moment is wanted.
         stream: The model's stream, if its layers are on disk.
+        parts: How to run the model with a chunk of a sequence's logits at a time, which is done
+            where those of a batch are many; None for all at once.
 
     Yields:
         The factors of each decoder layer, the last one first, then of the modules around them;
@@ -57,7 +62,8 @@ def factors(
             and cannot be replayed.
     """
     modules = dict(quantizable(model))
-    together = rows_together(model, batches)
+    head = Head.of(parts, batches, draws)
+    together = head.together(batches[0].shape[1]) if head else rows_together(model, batches)
     every, tokens = sequences(batches, together), draws * sum(batch.size for batch in batches)
     own = distributed.span(every)
     parted = 0 < min(distributed.gathered(len(own))) < len(every)
@@ -73,7 +79,7 @@ def factors(
             recorded = recordings(model, [sequence.tokens for sequence in own], stream)
         with told_apart():
             if all(recorded):
-                walk = _Walk(model, own, recorded, draws, across, stream)
+                walk = _Walk(model, own, recorded, draws, across, stream, head)
                 blocks = walk.blocks(modules)
                 yield from relayed(blocks, tokens) if parted else walk.run(blocks, tokens)
             elif stream is not None:
@@ -114,9 +120,10 @@ class _Walk:
         draws: int,
         across: Collection[str],
         stream: Stream | None,
+        head: Head | None,
     ):
         self.model, self.sequences, self.recorded = model, sequences, recorded
-        self.draws, self.across, self.stream = draws, across, stream
+        self.draws, self.across, self.stream, self.head = draws, across, stream, head
         # For each sequence and draw: the known gradients at each call's inputs.
         calls = len(recorded[0])
         self.pulled: dict[tuple[int, int], list[list[mx.array]]] = {
@@ -180,16 +187,12 @@ class _Walk:
         found: dict[str, Factors],
     ) -> None:
         """Differentiate one call for one sequence and all its draws."""
-        model, tokens, recording = (
-            self.model,
-            self.sequences[sequence].tokens,
-            self.recorded[sequence],
-        )
+        own_sequence, recording = self.sequences[sequence], self.recorded[sequence]
         call = recording[number]
 
         def after(*outputs: mx.array) -> list[mx.array]:
-            handed, logits = joined(model, tokens, recording, {number: list(outputs)})
-            return [logits, *_flat(handed[number + 1 :])]
+            handed, logits = self.joined(sequence, {number: list(outputs)})
+            return [*logits, *_flat(handed[number + 1 :])]
 
         def run(*inputs: mx.array) -> list[mx.array]:
             args, kwargs = with_arrays((call.args, call.kwargs), list(inputs))
@@ -198,8 +201,12 @@ class _Walk:
         inputs = arrays((call.args, call.kwargs))
         for draw, cotangent in enumerate(self.cotangents(sequence)):
             pulled = self.pulled[sequence, draw]
-            later = [cotangent, *_flat(pulled[number + 1 :])]
-            _, gradients = mx.vjp(after, arrays(call.output), later)
+            later, outputs = [*cotangent, *_flat(pulled[number + 1 :])], arrays(call.output)
+            if self.head is not None and number + 1 == len(recording):
+                hidden = self.head.pulled(own_sequence, outputs[0], draw)
+                gradients = [hidden, *map(mx.zeros_like, outputs[1:])]
+            else:
+                _, gradients = mx.vjp(after, outputs, later)
             pulled[number] = gather(own, run, inputs, gradients, found, self.across)
             following = number + 1
             if following < len(pulled) and recording[following].follows:
@@ -210,41 +217,57 @@ class _Walk:
     def around(self, outer: dict[str, nn.Module], found: dict[str, Factors]) -> None:
         """Differentiate the modules around the layers."""
         for number, sequence in enumerate(self.sequences):
-            self.outside(outer, number, sequence.tokens, found)
+            self.outside(outer, number, sequence, found)
 
     def outside(
         self,
         outer: dict[str, nn.Module],
-        sequence: int,
-        tokens: mx.array,
+        number: int,
+        sequence: Drawn,
         found: dict[str, Factors],
     ) -> None:
-        """Differentiate the modules around the layers for one sequence and all its draws."""
-        model, recording = self.model, self.recorded[sequence]
+        """Differentiate the modules around the layers for some sequences and all their draws."""
 
         def run() -> list[mx.array]:
-            handed, logits = joined(model, tokens, recording, {})
-            return [logits, *_flat(handed)]
+            handed, logits = self.joined(number, {})
+            return [*logits, *_flat(handed)]
 
-        for draw, cotangent in enumerate(self.cotangents(sequence)):
-            cotangents = [cotangent, *_flat(self.pulled[sequence, draw])]
+        for draw, cotangent in enumerate(self.cotangents(number)):
+            cotangents = [*cotangent, *_flat(self.pulled[number, draw])]
             gather(outer, run, [], cotangents, found, self.across)
+            if self.head is not None:
+                hidden = self.recorded[number][-1].hidden_out
+                self.head.gather(outer, sequence, hidden, draw, found)
 
-    def cotangents(self, sequence: int) -> list[mx.array]:
+    def joined(
+        self, sequence: int, outputs: dict[int, list[mx.array]]
+    ) -> tuple[list[list[mx.array]], list[mx.array]]:
+        """What `joined` finds, the logits in a list; without them if they are made in chunks."""
+        tokens, recording = self.sequences[sequence].tokens, self.recorded[sequence]
+        if self.head is None:
+            handed, logits = joined(self.model, tokens, recording, outputs)
+            return handed, [logits]
+        handed, call = replaced(recording, outputs)
+        self.head.parts.body(tokens, call)
+        return handed, []
+
+    def cotangents(self, sequence: int) -> list[list[mx.array]]:
         """Gradients at the logits for each draw; not evaluated, as most layers do not need them.
 
-        They are as wide as the vocabulary, so only a few are kept.
+        They are as wide as the vocabulary, so only a few are kept. None if they are made in chunks.
         """
+        if self.head is not None:
+            return [[] for _ in range(self.draws)]
         keys = [(sequence, draw) for draw in range(self.draws)]
         if keys[0] in self.scores:
-            return [self.scores[key] for key in keys]
+            return [[self.scores[key]] for key in keys]
         own = self.sequences[sequence]
         _, logits = joined(self.model, own.tokens, self.recorded[sequence], {})
         seeds = [mx.random.key(own.batch * self.draws + draw) for draw in range(self.draws)]
         found = [own.score(logits, seed) for seed in seeds]
         if self.stream is None and logits.nbytes * len(self.pulled) <= KEPT:
             self.scores |= dict(zip(keys, found, strict=True))
-        return found
+        return [[one] for one in found]
 
 
 def _flat(lists: Iterable[list[mx.array]]) -> list[mx.array]:

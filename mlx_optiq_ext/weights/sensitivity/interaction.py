@@ -12,7 +12,7 @@ import numpy as np
 
 from ... import distributed
 from ...model.layers import quantizable
-from ..precision import Precision, dequantized
+from ..precision import Precision, dequantized, pieces
 from .backward import GradientError
 from .fisher import factors
 from .problem import Problem, Sensitivity, batches
@@ -61,15 +61,17 @@ def _ratios(
 ) -> dict[str, float]:
     ratios: dict[str, float] = {}
     with _packed(problem, precisions):
-        for block in factors(problem.model, batches(problem.calibration.measured)):
+        tokens = batches(problem.calibration.measured)
+        for block in factors(problem.model, tokens, parts=problem.parts):
             own = {}
             for path in distributed.share(list(block)):
                 precision = precisions.get(path)
                 before = sensitivity[path].get(precision, 0.0) if precision is not None else 0.0
                 if precision is not None and precision.quantized and before > 0:
-                    weight = problem.weights[path]
-                    left = dequantized(weight, precision, mx.float32) - weight.astype(mx.float32)
-                    after = block[path].curvature().kl(left)
+                    curvature, after = block[path].curvature(), 0.0
+                    for at, weight in pieces(problem.weights[path]):
+                        left = dequantized(weight, precision, mx.float32)
+                        after += curvature.part(at).kl(left - weight.astype(mx.float32))
                     if after > 0:
                         own[path] = after / before
             found = {

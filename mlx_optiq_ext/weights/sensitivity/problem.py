@@ -17,7 +17,7 @@ from ...planning.divergence import Reference
 from ...planning.journal import Journal
 from ...planning.parts import CHUNK, Parts
 from ..candidates import Size, Tensor
-from ..precision import AFFINE, Precision, dequantized
+from ..precision import AFFINE, Precision, dequantized, pieces
 from .moments import Factors
 
 #: Tensor path -> precision -> expected KL in nats per token when only that tensor is quantized.
@@ -204,5 +204,8 @@ def error(weight: mx.array, precision: Precision) -> float:
     """Summed squared error of a weight ``(..., out, in)`` at a precision."""
     if not precision.quantized:
         return 0.0
-    difference = weight.astype(mx.float32) - dequantized(weight, precision, mx.float32)
-    return float(mx.square(difference).sum())
+    total = 0.0
+    for _, part in pieces(weight):
+        difference = part.astype(mx.float32) - dequantized(part, precision, mx.float32)
+        total += float(mx.square(difference).sum())
+    return total

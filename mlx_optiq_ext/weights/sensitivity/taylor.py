@@ -14,7 +14,7 @@ from ...model.spill import Spill, Spilled
 from ...planning.calibration import spread
 from ...planning.journal import Journal
 from ..candidates import Tensor
-from ..precision import Precision, dequantized
+from ..precision import Precision, dequantized, pieces
 from .backward import GradientError
 from .fisher import factors
 from .kl import anchor, measured, probe
@@ -169,7 +169,13 @@ def differentiate(
         kept = SpilledFactors(problem.stream.spill)
     blocks = _tried(
         problem,
-        factors(problem.model, layer_batches(tokens), across=across, stream=problem.stream),
+        factors(
+            problem.model,
+            layer_batches(tokens),
+            across=across,
+            stream=problem.stream,
+            parts=problem.parts,
+        ),
         instead,
     )
     total = len(decoder_layers(problem.model)) + 1
@@ -239,17 +245,14 @@ def predictions(
 
     With refinement, the KL that remains after error ``feedback``.
     """
-    weight = problem.weights[tensor.path]
-    exact = weight.astype(mx.float32)
     curvature = found.curvature(feedback=problem.refine and feedback)
-    expected = {
-        p: curvature.kl(dequantized(weight, p, mx.float32) - exact)
-        if p.quantized
-        else mx.array(0.0)
-        for p in precisions or tensor.precisions
-    }
-    mx.eval(expected)
-    return {p: float(kl) for p, kl in expected.items()}
+    expected = dict.fromkeys(precisions or tensor.precisions, 0.0)
+    for at, weight in pieces(problem.weights[tensor.path]):
+        exact, own = weight.astype(mx.float32), curvature.part(at)
+        for p in expected:
+            if p.quantized:
+                expected[p] += own.kl(dequantized(weight, p, mx.float32) - exact)
+    return expected
 
 
 def fit(problem: Problem, tensors: list[Tensor], predicted: Mapping[str, float | None]) -> float:

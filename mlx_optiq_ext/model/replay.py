@@ -81,24 +81,17 @@ def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
     return logits, recording
 
 
-def resume(model: nn.Module, tokens: mx.array, recording: Recording, start: int) -> mx.array:
-    """Run a batch with the layers before ``start`` replayed.
+def replayed(recording: Recording, start: int) -> Callable[..., Any]:
+    """Runs a model from a layer on: takes over its layers' calls in one forward pass.
 
     Args:
-        model: The model that was recorded, changed in layer ``start`` or later only.
-        tokens: The recorded batch, int32 (batch, length).
-        recording: From `record`; without one the whole model is computed.
+        recording: From `record`; without one the whole model is computed. The model may have
+            changed in layer ``start`` or later.
         start: Index of the first layer to compute; the number of layers computes the head only.
 
     Returns:
-        Logits (batch, length, vocabulary), not evaluated.
+        For `calls_replaced`.
     """
-    with calls_replaced(decoder_layers(model), replayed(recording, start)):
-        return model(tokens)
-
-
-def replayed(recording: Recording, start: int) -> Callable[..., Any]:
-    """For `calls_replaced` once: returns what layers before ``start`` did, and runs the others."""
     later = (n for n, call in enumerate(recording) if call.index >= start)
     known = iter(recording[: next(later, len(recording))])
 
@@ -135,10 +128,15 @@ def joined(
 def replaced(
     recording: Recording, outputs: Mapping[int, list[mx.array]]
 ) -> tuple[list[list[mx.array]], Callable[..., Any]]:
-    """For `calls_replaced` once: returns recorded outputs, or others, as `joined` says.
+    """Runs a model around its decoder layers: takes over their calls in one forward pass.
+
+    Args:
+        recording: From `record`, not empty.
+        outputs: Number of a call -> other `arrays` for it to return.
 
     Returns:
-        The `arrays` in each call's arguments, which fills as the calls come, and the call.
+        The `arrays` in each call's arguments, filled as the calls come, and what `calls_replaced`
+        takes.
     """
     handed: list[list[mx.array]] = []
 

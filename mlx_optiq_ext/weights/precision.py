@@ -1,7 +1,7 @@
 """Precisions: how MLX can store a weight, and the bits that this takes."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +37,8 @@ MODES: Mapping[str, Mode] = {
 }
 #: Bits and group sizes that a plan chooses from.
 BITS, GROUP_SIZES = MODES[AFFINE].bits, MODES[AFFINE].group_sizes
-#: Elements of a weight that are compared at once.
-ELEMENTS = 1 << 24
+#: Elements of a weight that are quantized or compared at once.
+ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True, order=True)
@@ -144,19 +144,49 @@ def dequantized(weight: mx.array, precision: Precision, dtype: mx.Dtype) -> mx.a
     """
     if not precision.quantized:
         return weight.astype(dtype)
-    words, scales, *biases = quantize(weight, precision)
+    made = lambda at: dequantize(quantize(weight[at], precision), precision, dtype)  # noqa: E731
+    return assembled(weight.shape, dtype, made)
+
+
+def dequantize(quantized: tuple[mx.array, ...], precision: Precision, dtype: mx.Dtype) -> mx.array:
+    """The weight (..., out, in) of some words, scales and biases, computed in ``dtype``."""
+    words, scales, *biases = quantized
     if biases:
         scales, biases = scales.astype(dtype), [biases[0].astype(dtype)]
     bias = biases[0] if biases else None
     return mx.dequantize(words, scales, bias, **_arguments(precision)).astype(dtype)
 
 
-def pieces(weight: mx.array, elements: int = ELEMENTS) -> Iterator[tuple[slice, mx.array]]:
+def pieces(weight: mx.array) -> Iterator[tuple[slice, mx.array]]:
     """A weight ``(..., out, in)`` some rows or experts at a time, with where they are."""
-    step = max(1, elements * len(weight) // max(weight.size, 1))
-    for start in range(0, len(weight), step):
-        at = slice(start, start + step)
-        yield at, weight[at] if step < len(weight) else weight
+    slices = _slices(weight.shape)
+    for at in slices:
+        yield at, weight if len(slices) == 1 else weight[at]
+
+
+def assembled(
+    shape: tuple[int, ...], dtype: mx.Dtype, made: Callable[[slice], mx.array]
+) -> mx.array:
+    """An array of some rows or experts at a time, as what makes them takes memory of its own.
+
+    Args:
+        shape: Of the whole.
+        dtype: Of the whole.
+        made: Makes the rows or experts at a slice.
+    """
+    slices = _slices(shape)
+    if len(slices) == 1:
+        return made(slice(None))
+    whole = mx.zeros(shape, dtype)
+    for at in slices:
+        whole[at] = made(at)
+        mx.eval(whole)  # in place
+    return whole
+
+
+def _slices(shape: tuple[int, ...]) -> list[slice]:
+    step = max(1, ELEMENTS * shape[0] // max(math.prod(shape), 1))
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
 def _arguments(precision: Precision) -> dict[str, Any]:

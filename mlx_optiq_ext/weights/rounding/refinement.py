@@ -20,7 +20,7 @@ from ...model.layerwise import entry, recordings
 from ...model.replay import Call, Recording, chained, finish
 from ...model.spill import SpilledPacked
 from ...planning.divergence import Reference
-from ..precision import Precision, quantize
+from ..precision import Precision, assembled, dequantize, quantize
 from ..sensitivity.moments import Factors
 from ..sensitivity.problem import Problem, batches, layer_batches
 from ..sensitivity.taylor import differentiated
@@ -77,12 +77,11 @@ def judge(problem: Problem, precisions: dict[str, Precision], refined: Refined) 
 
 def restored(quantized: Quantized, precision: Precision, dtype: mx.Dtype) -> mx.array:
     """The weight (..., out, in) of some words, scales and biases, computed in ``dtype``."""
-    return mx.dequantize(
-        quantized[0],
-        quantized[1].astype(dtype),
-        quantized[2].astype(dtype),
-        group_size=precision.group_size,
-        bits=precision.bits,
+    *rows, groups = quantized[1].shape
+    return assembled(
+        (*rows, groups * precision.group_size),
+        dtype,
+        lambda at: dequantize(tuple(part[at] for part in quantized), precision, dtype),
     )
 
 

@@ -65,6 +65,7 @@ class Parts:
             length: Tokens of each.
             limit: Bytes of one float32 array (tokens, vocabulary); None for what memory allows.
         """
+        limit = limit or max(CHUNK, int(CHUNK_SHARE * memory_limit()))
         logits, recording = record(model, mx.array([[0, 1]]))
         vocabulary, total = logits.shape[-1], batch * length
         chunks = -(-total // max(1, min(total, limit // (4 * vocabulary))))

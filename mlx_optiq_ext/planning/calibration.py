@@ -14,6 +14,7 @@ from .. import distributed
 from ..errors import InputError
 from ..model.vocabulary import check_tokens
 from .generation import check_tokenizer, generated
+from .kinds import KINDS, Kind
 from .texts import Text, read_texts, stock_text, tokenized
 
 
@@ -27,12 +28,14 @@ class Sampling:
         held_out_every: One in this many sequences is held out to judge finished plans.
         refining: Most sequences for GPTQ-style rounding and distillation, including those measured
             on and those held out; None for what the device runs in a few minutes.
+        kinds: Kinds of text that the model is asked to write where there is no other text.
     """
 
     length: int = 256
     count: int = 16
     held_out_every: int = 4
     refining: int | None = None
+    kinds: tuple[Kind, ...] = KINDS
 
     @property
     def most(self) -> int:
@@ -166,7 +169,7 @@ def sampled(
 ) -> Calibration:
     """Text sampled from the model itself, if there is no other text; of every kind one is held out.
 
-    Its sequences are half as long as ``sampling`` says: drawing them is slow.
+    On a CPU its sequences are half as long as ``sampling`` says: drawing them is slow.
 
     Args:
         model: An mlx-lm model.
@@ -175,9 +178,9 @@ def sampled(
         seed: Of the draws.
         refining: Whether to draw more of them, to refine on.
     """
-    every, length = sampling.held_out_every, sampling.length // 2
+    every, length = sampling.held_out_every, sampling.length // (2 if _on_cpu() else 1)
     count = max(sampling.count, sampling.most if refining else 0)
-    tokens = generated(model, tokenizer, count, length, each=every, seed=seed)
+    tokens = generated(model, tokenizer, count, length, each=every, seed=seed, kinds=sampling.kinds)
     planned, more = tokens[: sampling.count], tokens[sampling.count :]
     return Calibration(planned, SAMPLED, more if len(more) else None, every)
 

@@ -1,8 +1,6 @@
 import shutil
 from urllib.error import URLError
 
-import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -19,9 +17,7 @@ from mlx_optiq_ext.planning.calibration import (
     from_texts,
     load_calibration,
     load_tokens,
-    sampled,
 )
-from mlx_optiq_ext.planning.generation import KINDS, generated
 from mlx_optiq_ext.weights import plan_folder
 
 
@@ -146,27 +142,6 @@ def test_a_tokenizer_that_cannot_be_made_is_said_to_be_missing(toy, text, tmp_pa
     (bare / "tokenizer.json").unlink()  # its config stays
     with pytest.raises(InputError, match=f"^{bare} has no tokenizer: put its tokenizer files"):
         plan_folder(str(bare), quiet(budget=4.0, calibration=text))
-
-
-def test_sampled_text_is_of_every_kind_where_it_is_measured_and_where_plans_are_judged(loaded):
-    model, tokenizer = loaded
-    data = sampled(model, tokenizer, Sampling(length=128, count=16))
-    first, kinds = tokenizer.bos_token_id, [begins for begins, _ in KINDS]
-    assert [row[0] == first for row in data.held_out] == kinds
-    assert [row[0] == first for row in data.measured] == [k for k in kinds for _ in range(3)]
-
-    class Certain(nn.Module):
-        """Always writes the token 5."""
-
-        layers = ()
-
-        def __call__(self, tokens, cache):
-            return mx.broadcast_to(100.0 * (mx.arange(1024) == 5), (len(tokens), 1, 1024))
-
-    rows = generated(Certain(), tokenizer, 8, 400)
-    surprises = (rows[:, 1:] != 5).mean(axis=1)
-    expected = [share for _, share in KINDS]
-    assert surprises.reshape(2, 4) == pytest.approx(np.array([expected] * 2), abs=0.06)
 
 
 def test_a_text_that_upstream_keeps_elsewhere_is_missed_in_one_line(loaded, home, monkeypatch):

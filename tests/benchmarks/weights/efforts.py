@@ -3,10 +3,13 @@
     python tests/benchmarks/weights/efforts.py MODEL --texts FOLDER [--calibration FILE]
         [--budgets 4.5 3.5] [--sequences N] [--length N] [--blocks N ...] [--sweeps N ...]
         [--distill steps=400,rate=0.003 ...] [--drawn N] [--tokens N] [--report FILE.jsonl]
+        [--kinds NAME ...] [--temperature T] [--surprises SHARE]
 
 Plans each budget, refines it, and distills it if asked. After each step a JSON line has the seconds
 that it took and the KL from the original on four kinds of text (see kinds.py). Several ``--blocks``
 and ``--sweeps`` refine the same plan in each of these ways: the curve of quality over seconds.
+Without --calibration the text is sampled from the model, in all kinds of `planning.kinds` or in
+those named, each at its own temperature and share of surprises or at those given.
 """
 
 import argparse
@@ -26,6 +29,7 @@ from kinds import Judge
 
 from mlx_optiq_ext.model.loading import load_unquantized
 from mlx_optiq_ext.planning.calibration import Sampling
+from mlx_optiq_ext.planning.kinds import KINDS
 from mlx_optiq_ext.weights import Request
 from mlx_optiq_ext.weights.plan_search import search
 from mlx_optiq_ext.weights.precision import dequantized
@@ -56,6 +60,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="judged, of each kind")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--kinds", nargs="+", choices=[kind.name for kind in KINDS])
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--surprises", type=float)
     args = parser.parse_args()
 
     def say(**row) -> None:
@@ -68,7 +75,12 @@ def main() -> None:
     say(command=" ".join(sys.argv), machine=platform.node(), mlx=version("mlx"))
     model, tokenizer, _ = load_unquantized(args.model)
     judge = Judge(model, tokenizer, args.texts, args.tokens, args.window)
-    sampling = Sampling(length=args.length, refining=args.sequences)
+    given = {"temperature": args.temperature, "surprises": args.surprises}
+    changes = {name: value for name, value in given.items() if value is not None}
+    kinds = tuple(
+        replace(kind, **changes) for kind in KINDS if not args.kinds or kind.name in args.kinds
+    )
+    sampling = Sampling(length=args.length, refining=args.sequences, kinds=kinds)
     request = Request(
         budget=min(args.budgets), calibration=args.calibration, sampling=sampling, effort="refine"
     )

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from ....planning.calibration import Calibration, Sampling, cut, sampled
+from ....planning.calibration import Calibration, cut
+from ....planning.generation import generated
 from .settings import Settings
 
 #: Sequences sampled at once.
@@ -67,6 +68,6 @@ def sampled_sequences(
     """
     found = []
     for number, first in enumerate(range(0, count, ROWS)):
-        asked = Sampling(2 * length, min(ROWS, count - first))
-        found.append(sampled(model, tokenizer, asked, seed=seed + number).tokens)
+        rows = min(ROWS, count - first)
+        found.append(generated(model, tokenizer, rows, length, seed=seed + number))
     return np.concatenate(found)

@@ -7,79 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import never_worse
 import numpy as np
 import pytest
 import scaling
 import sensitivity
-from mlx_lm.utils import compute_bits_per_weight
-from rivals import generated, methods, mlx_lm_quant, mlx_optiq, rows, sweep
-from rivals.process import Cost, last_line, measure, others
+from rivals import generated, mlx_lm_quant, sweep
+from rivals.process import last_line, measure, others
 
 from mlx_optiq_ext import weights
 from mlx_optiq_ext.weights.sensitivity.problem import end_to_end
-
-COST = Cost(seconds=2.0, processor=1.0, resident_gib=0.5, mlx_gib=0.25, others=0.0)
-
-
-def row(label: str, **values):
-    known = {"budget": 4.0, "label": label, "bpw": 4.0, "kl": 0.1, "accuracy": 0.985}
-    return {**known, "cost": vars(COST), "contended": False, **values}
-
-
-def setting(tmp_path: Path, budget: float) -> methods.Setting:
-    given = (tmp_path / name for name in ("model", "text.txt", "windows.npz", "work"))
-    return methods.Setting(*given, budget=budget, mlx_optiq=tmp_path / "venv")
-
-
-def test_rows_survive_a_line_that_was_cut_off(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    assert rows.read(path) == []
-    rows.append(path, row("stock"))
-    with path.open("a") as stream:
-        stream.write('{"budget": 4.0, "la')
-    rows.append(path, row("taylor"))
-    assert [r["label"] for r in rows.read(path)] == ["stock", "taylor"]
-
-
-def test_the_table_compares_with_stock_and_takes_the_last_row_of_each():
-    failed = {**vars(COST), "failure": "AssertionError: Unsupported bits 3"}
-    printed = rows.table(
-        [
-            row("stock", kl=0.2),
-            row("taylor", kl=0.9),
-            row("taylor", kl=0.05, contended=True),
-            row("dynamic_quant", bpw=4.1),
-            row("gptq", kl=None, cost=failed),
-        ]
-    ).splitlines()
-    assert len(printed) == 6
-    assert "| 0.05000 | 0.250 | 98.5 % | 2* | 1 |" in printed[3]
-    assert "| 4.0000 |" in printed[3]
-    assert "| 4.1000 (over) |" in printed[4]
-    assert "Unsupported bits 3" in printed[5]
-    assert len({line.count("|") for line in printed}) == 1
-
-
-def test_every_method_writes_where_it_says_and_only_ours_has_flags_of_ours(tmp_path):
-    known = methods.known_flags()
-    for budget in methods.UNIFORM:
-        for name, method in methods.METHODS.items():
-            runs = list(method(setting(tmp_path, budget)))
-            assert runs
-            assert len({run.label for run in runs}) == len(runs)
-            for run in runs:
-                assert str(run.out) in run.command
-                ours = any(word.startswith("--optiq") for word in run.command)
-                assert ours == (run.environment.keys() == {"MLX_OPTIQ_EXT_CACHE"})
-            if name in ("taylor", "kl", "refine"):
-                assert methods.missing_flag(runs[0], known) is None
-    assert methods.missing_flag(runs[0], known) is None
-    strange = methods.Run("x", ("--optiq-budget", "4", "--optiq-unheard-of"), tmp_path)
-    assert methods.missing_flag(strange, known) == "--optiq-unheard-of"
-    assert list(methods.mlx_optiq(replace(setting(tmp_path, 4.0), mlx_optiq=None))) == []
 
 
 def test_a_child_is_measured_and_a_failure_says_why(tmp_path):
@@ -102,16 +40,6 @@ def test_others_are_what_our_child_did_not_use():
     assert others(100.0, 105.0, 10.0, 10.0) == 0.0
     assert others(None, None, 1.0, 1.0) is None
     assert last_line("one\r50%\rtwo \n\n") == "two"
-
-
-@pytest.mark.parametrize("budget", methods.UNIFORM)
-def test_bytes_of_a_uniform_packing_are_what_mlx_lm_counts(tiny, budget):
-    bits, group = methods.UNIFORM[budget]
-    model = mlx_lm.load(str(tiny), lazy=True)[0]
-    predicted = mlx_optiq.stored_bits(model, lambda *_: {"bits": bits, "group_size": group})
-    elements = sum(p.size for p in flat(model).values())
-    nn.quantize(model, group_size=group, bits=bits)
-    assert predicted / elements == pytest.approx(compute_bits_per_weight(model))
 
 
 def test_a_conversion_is_worse_only_beyond_two_standard_errors():

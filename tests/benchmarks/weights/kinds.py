@@ -2,13 +2,15 @@
 
     python tests/benchmarks/weights/kinds.py ORIGINAL CONVERTED... --texts FOLDER [--tokens N]
 
-Prints a JSON line a model. FOLDER is where WikiText-2's test text, a text of books and GSM8K are
+Prints a JSON line a model; ``-`` in place of CONVERTED reads their paths from standard input, one a
+line, as they come. FOLDER is where WikiText-2's test text, a text of books and GSM8K are
 looked for; the fourth kind is source of Python's standard library. Weights are dequantized to
 float32.
 """
 
 import argparse
 import json
+import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +111,8 @@ def main() -> None:
     args = parser.parse_args()
     model, tokenizer, _ = load(args.original)
     judge = Judge(model, tokenizer, args.texts, args.tokens, args.window)
-    for path in args.converted:
+    piped = (line.strip() for line in sys.stdin)
+    for path in piped if args.converted == ["-"] else args.converted:
         model, _, bits = load(path)
         print(json.dumps({"path": path, "bpw": bits, **judge.divergences(model)}), flush=True)
 

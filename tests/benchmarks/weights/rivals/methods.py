@@ -1,16 +1,24 @@
-"""The commands that convert a model at the bytes of a uniform packing, ours and others'."""
+"""The commands that convert a model within a budget, ours and others'."""
 
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from .recipes import NEAR, parsed
+
 HERE = Path(__file__).parent
 
-#: Budget in bits per weight -> stock's uniform bits and group size of the same bytes.
-UNIFORM = {4.5: (4, 64), 4.0: (3, 32), 3.5: (3, 64), 3.0: (2, 32)}
+#: Budgets whose rivals' settings are known.
+BUDGETS = (4.5, 4.0, 3.5, 3.0)
+
+#: Bits per weight -> stock's uniform bits and group size, by size.
+UNIFORM = {bits + 32 / group: (bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (64, 32)}
+
+#: Learning rates of dwq: its own default and those that its documents and others use.
+RATES = (1e-6, 1e-5, 5e-5)
 
 #: Budget -> (bits, group size) for mlx_lm.dynamic_quant to choose between.
 PAIRS = {
@@ -45,6 +53,9 @@ class Setting:
         budget: Bits per weight.
         mlx_optiq: A virtual environment with mlx-optiq, if there is one.
         sweep_windows: Windows that its sweep uses; None for all that plans are measured on.
+        ggml: ggml's library, if there is one.
+        rates: Learning rates of dwq.
+        recipes: llama.cpp's mixtures; None for those near the budget.
     """
 
     model: Path
@@ -54,11 +65,26 @@ class Setting:
     budget: float
     mlx_optiq: Path | None = None
     sweep_windows: int | None = None
+    ggml: Path | None = None
+    rates: tuple[float, ...] = RATES
+    recipes: tuple[str, ...] | None = None
 
     @property
     def uniform(self) -> tuple[int, int]:
-        """Stock's bits and group size of the same bytes."""
-        return UNIFORM[self.budget]
+        """Stock's bits and group size of the same bytes, or of the most within them."""
+        return UNIFORM[max(size for size in UNIFORM if size <= self.budget)]
+
+    @property
+    def around(self) -> list[tuple[int, int]]:
+        """Stock's bits and group sizes next to the budget: one if it has that very size."""
+        below = max((size for size in UNIFORM if size <= self.budget), default=None)
+        above = min((size for size in UNIFORM if size >= self.budget), default=None)
+        return [UNIFORM[size] for size in dict.fromkeys((below, above)) if size is not None]
+
+    @property
+    def matrix(self) -> Path:
+        """Where the importance matrix is kept, which serves every recipe."""
+        return self.work / "importance.npz"
 
     @property
     def checkpoint(self) -> Path:
@@ -76,6 +102,9 @@ class Run:
         out: Folder of the converted model.
         environment: Added to the child's.
         python: The interpreter.
+        shared: A file that serves several runs, with the time that it took beside it.
+        scratch: A folder that must not be there from an earlier run.
+        fixed: Whether the file is the same for every budget that it lies near.
     """
 
     label: str
@@ -83,20 +112,24 @@ class Run:
     out: Path
     environment: dict[str, str] = field(default_factory=dict)
     python: str = sys.executable
+    shared: Path | None = None
+    scratch: Path | None = None
+    fixed: bool = False
 
 
 def convert(setting: Setting, label: str, *options: str, **environment: str) -> Run:
     """A run of ``mlx_lm.convert``."""
-    out = setting.work / f"{setting.budget:g}-{label}"
+    out = setting.work / f"{setting.budget:g}-{label.replace(' ', '-')}"
     command = ("-m", "mlx_lm", "convert", "--hf-path", str(setting.model), "--mlx-path", str(out))
     return Run(label, (*command, *options), out, environment)
 
 
 def stock(setting: Setting) -> Iterator[Run]:
-    """Stock's uniform conversion."""
-    bits, group = setting.uniform
-    options = ("-q", "--q-bits", str(bits), "--q-group-size", str(group))
-    yield convert(setting, "stock", *options, **STOCK)
+    """Stock's uniform conversions next to the budget."""
+    for bits, group in setting.around:
+        options = ("-q", "--q-bits", str(bits), "--q-group-size", str(group))
+        run = convert(setting, f"stock {bits}g{group}", *options, **STOCK)
+        yield replace(run, fixed=True)
 
 
 def ours(label: str, *options: str) -> Callable[[Setting], Iterator[Run]]:
@@ -106,14 +139,15 @@ def ours(label: str, *options: str) -> Callable[[Setting], Iterator[Run]]:
         given = ("--optiq-budget", str(setting.budget))
         given += ("--optiq-calibration", str(setting.calibration))
         cache = setting.work / f"cache-{setting.budget:g}-{label}"
-        yield convert(setting, label, *given, *options, MLX_OPTIQ_EXT_CACHE=str(cache))
+        run = convert(setting, label, *given, *options, MLX_OPTIQ_EXT_CACHE=str(cache))
+        yield replace(run, scratch=cache)
 
     return runs
 
 
 def dynamic_quant(setting: Setting) -> Iterator[Run]:
     """``mlx_lm.dynamic_quant`` with each pair of packings."""
-    for low, high in PAIRS[setting.budget]:
+    for low, high in PAIRS.get(setting.budget, ()):
         label = f"dynamic_quant {low[0]}g{low[1]}/{high[0]}g{high[1]}"
         out = setting.work / f"{setting.budget:g}-dynamic-{low[0]}g{low[1]}-{high[0]}g{high[1]}"
         options = ("--low-bits", str(low[0]), "--low-group-size", str(low[1]))
@@ -130,6 +164,30 @@ def gptq(setting: Setting) -> Iterator[Run]:
     yield quant(setting, "gptq", "gptq", setting.work / f"{setting.budget:g}-gptq", *options)
 
 
+def dwq(setting: Setting) -> Iterator[Run]:
+    """``mlx_lm.dwq`` from stock's bits and group size, at each learning rate, for 400 steps."""
+    bits, group = map(str, setting.uniform)
+    for rate in setting.rates:
+        label = f"dwq {bits}g{group} {rate:g}"
+        out = setting.work / f"{setting.budget:g}-{label.replace(' ', '-')}"
+        options = ("--bits", bits, "--group-size", group, "--learning-rate", str(rate))
+        options += ("--num-samples", "1600", "--max-seq-length", "512", "--batch-size", "4")
+        yield replace(quant(setting, "dwq", label, out, *options), fixed=True)
+
+
+def ggml(setting: Setting) -> Iterator[Run]:
+    """K- and I-quants on both sides of the budget, by ggml's own encoders."""
+    if setting.ggml is None:
+        return
+    near = NEAR[min(NEAR, key=lambda budget: abs(budget - setting.budget))]
+    for recipe in setting.recipes or near:
+        parsed(recipe)
+        out = setting.work / f"ggml-{recipe.replace('/', '-').replace('+', 'w')}"
+        paths = map(str, (HERE / "ggml.py", setting.ggml, setting.model, setting.windows, out))
+        command = (*paths, recipe, "--matrix", str(setting.matrix))
+        yield Run(recipe, command, out, STOCK, shared=setting.matrix, fixed=True)
+
+
 def quant(setting: Setting, name: str, label: str, out: Path, *options: str) -> Run:
     """A run of one of mlx-lm's own quantization commands."""
     script = str(HERE / "mlx_lm_quant.py")
@@ -142,7 +200,7 @@ def mlx_optiq(setting: Setting) -> Iterator[Run]:
     if setting.mlx_optiq is None:
         return
     python, script = setting.mlx_optiq / "bin" / "python", str(HERE / "mlx_optiq.py")
-    for among in AMONG[setting.budget]:
+    for among in AMONG.get(setting.budget, ()):
         bits = ",".join(map(str, among))
         out = setting.work / f"{setting.budget:g}-mlx-optiq-{bits}"
         label = f"mlx-optiq 0.7.7 {bits}"
@@ -152,15 +210,16 @@ def mlx_optiq(setting: Setting) -> Iterator[Run]:
         if setting.sweep_windows is not None:
             command += ("--windows", str(setting.sweep_windows))
             label += f", {setting.sweep_windows} windows"
-        yield Run(label, command, out, {"PYTHONPATH": ""}, str(python))
+        yield Run(label, command, out, {"PYTHONPATH": ""}, str(python), shared=setting.checkpoint)
 
 
 METHODS: dict[str, Callable[[Setting], Iterator[Run]]] = {
     "stock": stock,
-    "taylor": ours("taylor", "--optiq-effort", "plan"),
-    "kl": ours("kl", "--optiq-effort", "plan", "--optiq-sensitivity", "kl"),
+    "plan": ours("plan", "--optiq-effort", "plan"),
     "refine": ours("refine", "--optiq-effort", "refine"),
     "distill": ours("distill", "--optiq-effort", "distill"),
+    "dwq": dwq,
+    "ggml": ggml,
     "dynamic_quant": dynamic_quant,
     "gptq": gptq,
     "mlx-optiq": mlx_optiq,

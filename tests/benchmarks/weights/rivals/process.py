@@ -6,6 +6,7 @@ The process that calls this must stay small: on Linux a child's peak memory star
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MEASURED = Path(__file__).parent / "measured.py"
+
+#: Children that are running, for `stop`.
+_running: set[subprocess.Popen] = set()
 
 #: Cores that others may keep busy before a time counts as contended.
 QUIET = 0.25
@@ -61,20 +65,20 @@ def measure(
         folder: Working folder.
         log: Where to append what it prints; None discards all but a failure's last line.
     """
-    given = {**os.environ, **(environment or {})}
-    surroundings = {name: value for name, value in given.items() if value}
     with tempfile.TemporaryDirectory() as scratch:
         report, output = Path(scratch) / "report.json", Path(scratch) / "output"
         started, busy = time.perf_counter(), busy_seconds()
         with output.open("wb") as stream:
             child = subprocess.Popen(
                 [str(python), str(MEASURED), str(report), *command],
-                env=surroundings,
+                env=surroundings(environment or {}),
                 cwd=folder,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
+            _running.add(child)
             _, status, usage = os.wait4(child.pid, 0)
+            _running.discard(child)
         child.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
         peak = json.loads(report.read_text())["mlx_peak_bytes"] if report.exists() else None
@@ -91,6 +95,17 @@ def measure(
         others=others(busy, busy_seconds(), processor, seconds),
         failure=last_line(text) if child.returncode else None,
     )
+
+
+def surroundings(added: dict[str, str]) -> dict[str, str]:
+    """This process's environment with some variables; an empty value removes one."""
+    return {name: value for name, value in {**os.environ, **added}.items() if value}
+
+
+def stop() -> None:
+    """End the children that are running, in whatever thread they were started."""
+    for child in list(_running):
+        os.kill(child.pid, signal.SIGTERM)
 
 
 def resident_gib(usage: resource.struct_rusage) -> float:

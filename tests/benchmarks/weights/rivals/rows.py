@@ -1,4 +1,4 @@
-"""Rows of the weights table: a JSON-lines file that a stopped run goes on with, and the table."""
+"""Rows of the weights table: a JSON-lines file that a stopped run goes on with."""
 
 import json
 from collections.abc import Iterable
@@ -6,11 +6,6 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-
-COLUMNS = (
-    *("budget", "method", "bpw", "KL", "x stock", "accuracy"),
-    *("seconds", "processor s", "resident", "MLX"),
-)
 
 
 def read(path: Path) -> list[Row]:
@@ -30,39 +25,32 @@ def append(path: Path, row: Row) -> None:
         stream.write("\n" + json.dumps(row) + "\n")
 
 
-def latest(rows: Iterable[Row]) -> dict[tuple[float, str], Row]:
-    """The last row of each budget and label."""
-    return {(row["budget"], row["label"]): row for row in rows}
+def key(row: Row) -> tuple[str, int, float | None, str]:
+    """What tells a row from others.
 
-
-def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown, by budget; a ``*`` behind a time says that others used the machine.
-
-    A method that took more bits than stock is marked as over: it is not at the same bytes.
+    A rival's file is the same for every budget that it lies near; ours is made for one.
     """
-    known = latest(rows)
-    lines = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-    ]
-    for budget in sorted({budget for budget, _ in known}, reverse=True):
-        stock = known.get((budget, "stock"))
-        for row in (row for key, row in known.items() if key[0] == budget):
-            lines.append(line(row, stock))
-    return "\n".join(lines)
+    return row["model"], row["tokens"], row["budget"], row["label"]
 
 
-def line(row: Row, stock: Row | None) -> str:
-    name = f"| {row['budget']:g} | {row['label']} |"
-    cost = row["cost"]
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """The last row of each model, tokens, budget and label."""
+    return list({key(row): row for row in rows if "label" in row}.values())
+
+
+def line(row: Row) -> str:
+    """One row of Markdown: sizes, KL by kind, time and memory.
+
+    A ``*`` behind a time says that others used the machine.
+    """
+    cost, budget = row["cost"], "" if row["budget"] is None else f"{row['budget']:g}"
+    name = f"| {budget} | {row['label']} |"
     if cost.get("failure"):
-        return f"{name} {cost['failure']} | | | | | | | |"
-    ratio = f"{row['kl'] / stock['kl']:.3f}" if stock else ""
-    over = " (over)" if stock and row["bpw"] > stock["bpw"] else ""
-    accuracy = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f} %"
+        return f"{name} {cost['failure']} | | | | | |"
+    kl = ", ".join(f"{kind} {value:.4f}" for kind, value in sorted(row["kl"].items()))
     mlx = "" if cost["mlx_gib"] is None else f"{cost['mlx_gib']:.2f} GiB"
     return (
-        f"{name} {row['bpw']:.4f}{over} | {row['kl']:.5f} | {ratio} | {accuracy} | "
-        f"{cost['seconds']:.0f}{'*' if row['contended'] else ''} | {cost['processor']:.0f} | "
+        f"{name} {row['bpw']:.4f} | {row['bytes']:,} | {kl} | "
+        f"{cost['seconds']:.0f}{'*' if row['contended'] else ''} | "
         f"{cost['resident_gib']:.2f} GiB | {mlx} |"
     )

@@ -3,7 +3,7 @@
     python windows.py MODEL CALIBRATION OUT.npz [--windows N]
 
 ``planning`` (n, length) are those that plans are measured and judged on, ``refining`` all those
-that refinement may use besides.
+that refinement may use besides; ``text`` (count,) is the whole text.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 from mlx_lm.utils import load_tokenizer
 
 from mlx_optiq_ext.planning.calibration import from_texts
-from mlx_optiq_ext.planning.texts import read_texts
+from mlx_optiq_ext.planning.texts import read_texts, tokenized
 
 
 def main() -> None:
@@ -29,7 +29,9 @@ def main() -> None:
     found = from_texts(read_texts(args.calibration), tokenizer, args.calibration.name)
     found = replace(found, tokens=found.tokens[: args.windows])
     every = found.tokens if found.more is None else np.concatenate([found.tokens, found.more])
-    np.savez(args.out, planning=found.tokens, measured=found.measured, refining=every)
+    text = tokenized(read_texts(args.calibration), tokenizer)
+    named = {"planning": found.tokens, "measured": found.measured, "refining": every}
+    np.savez(args.out, text=text, **named)  # pyright: ignore[reportArgumentType]
 
 
 if __name__ == "__main__":

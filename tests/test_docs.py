@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from rivals import comparison, rows
 
 import mlx_optiq_compat as compat
 
@@ -42,6 +43,16 @@ def test_every_benchmark_named_in_the_readme_exists_with_its_command_line():
     assert set(re.findall(r"`(tests/benchmarks/[\w/]+\.py)`", README)) == found
     for name in found:
         assert f"python {name}" in (ROOT / name).read_text()
+
+
+def test_the_quality_table_is_what_the_rows_say():
+    found = re.search(r"<!-- weights table of (.*?) -->", README)
+    assert found
+    folder = ROOT / "tests" / "benchmarks" / "results"
+    measured = [row for name in found[1].split() for row in rows.read(folder / name)]
+    printed = comparison.table(measured)
+    assert printed
+    assert comparison.placed(README, printed, found[1].split()) == README
 
 
 def test_ci_runs_the_command_that_the_readme_gives():

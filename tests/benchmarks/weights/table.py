@@ -5,7 +5,8 @@
         [--rates 1e-6 1e-5 5e-5] [--ggml LIBRARY] [--recipes IQ4_XS/Q4_K+ ...]
         [--mlx-optiq VENV] [--sweep-windows N] [--tokens N] [--jobs N]
         [--rows FILE.jsonl] [--again] [--keep] [--work FOLDER]
-    python tests/benchmarks/weights/table.py --show [--rows FILE.jsonl] [--kinds wikitext]
+    python tests/benchmarks/weights/table.py --show [--rows FILE.jsonl ...] [--kinds wikitext]
+        [--into PAGE.md]
 
 Each conversion runs in a process of its own, with nothing measured beforehand, and ``--jobs`` of
 them side by side; one more process holds the original's log-probabilities and judges them all by
@@ -25,7 +26,8 @@ takes too long.
 
 ``--show`` prints the quality table: KL and its share of stock's, K- and I-quants at the budget's
 size on straight lines between sizes and logarithms of KL, the best of dwq's rates, and how ours
-compare with the better of these rivals.
+compare with the better of these rivals. ``--into`` also puts it between the marks of a page such as
+the README, whose first mark names the files.
 """
 
 import argparse
@@ -137,15 +139,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mlx-optiq", type=absolute, metavar="VENV")
     parser.add_argument("--sweep-windows", type=int, metavar="N", help="cut mlx-optiq's sweep")
     parser.add_argument("--jobs", type=int, default=1, help="conversions side by side")
-    parser.add_argument("--rows", type=absolute, default=absolute("weights_table.jsonl"))
+    parser.add_argument(
+        "--rows",
+        type=absolute,
+        nargs="+",
+        default=[absolute("weights_table.jsonl")],
+        help="where they are added; with --show any number of files",
+    )
     parser.add_argument("--again", action="store_true", help="measure anew what has a row")
     parser.add_argument("--keep", action="store_true", help="keep the converted models")
     parser.add_argument("--work", type=absolute, help="folder for them and for what runs share")
     parser.add_argument("--show", action="store_true", help="only print the table")
     parser.add_argument("--kinds", nargs="+", help="of text that the table shows")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="put the table into this page")
     args = parser.parse_args()
     if not args.show and None in (args.model, args.calibration, args.texts):
         parser.error("MODEL, --calibration and --texts are needed")
+    args.shown, args.rows = args.rows, args.rows[0]
     args.name = args.name or (args.model and args.model.name)
     return args
 
@@ -185,7 +195,14 @@ def main() -> None:
         signal.signal(signal.SIGINT, ended)
         with tempfile.TemporaryDirectory() as scratch:
             fill(args, args.work or Path(scratch))
-    print(comparison.table(rows.read(args.rows), args.kinds))
+    shown = [row for path in args.shown for row in rows.read(path)]
+    printed = comparison.table(shown, args.kinds)
+    if args.into:
+        page = args.into.read_text(encoding="utf-8")
+        args.into.write_text(
+            comparison.placed(page, printed, [path.name for path in args.shown]), encoding="utf-8"
+        )
+    print(printed)
 
 
 def fill(args: argparse.Namespace, work: Path) -> None:

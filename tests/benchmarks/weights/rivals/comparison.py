@@ -1,6 +1,7 @@
 """The quality table: KL by budget and kind of text beside stock's and the best rival's."""
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -118,3 +119,19 @@ def _line(budget: float, kind: str, found: Compared) -> str:
     cells += [share(found.dwq), share(found.ggml)]
     cells += [ratio(found.ours.get("refine")), ratio(found.ours.get("distill"))]
     return "| " + " | ".join(cells) + " |"
+
+
+def placed(page: str, printed: str, names: Iterable[str]) -> str:
+    """A page with a table in place of the one between its marks.
+
+    Args:
+        page: Markdown with ``<!-- weights table of ... -->`` and ``<!-- end -->``.
+        printed: From `table`.
+        names: The files of the rows, which the first mark says.
+    """
+    between = re.compile("<!-- weights table of .*? -->.*?<!-- end -->", flags=re.S)
+    marked = f"<!-- weights table of {' '.join(names)} -->\n{printed}\n<!-- end -->"
+    found, count = between.subn(lambda _: marked, page, count=1)
+    if not count:
+        raise SystemExit("the page has no <!-- weights table of ... --> and <!-- end --> behind it")
+    return found

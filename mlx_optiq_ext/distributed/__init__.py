@@ -11,7 +11,7 @@ In a single process everything here is free and returns its argument::
 """
 
 from .agreement import agree, compare, finish, together, told
-from .division import led, share, silent, span
+from .division import collected, led, owners, share, silent, span
 from .exchange import (
     alone,
     announce,
@@ -42,6 +42,7 @@ __all__ = [
     "announce",
     "apart",
     "broadcast",
+    "collected",
     "compare",
     "finish",
     "first",
@@ -51,6 +52,7 @@ __all__ = [
     "leads",
     "leave",
     "led",
+    "owners",
     "passed",
     "rank",
     "share",

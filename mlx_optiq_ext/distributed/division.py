@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
-from .exchange import alone, gathered, leads, rank, size
+from .exchange import alone, gathered, handed, leads, rank, size
 
 T = TypeVar("T")
 
@@ -27,6 +27,39 @@ def span(items: Sequence[T], weights: Sequence[float] | None = None) -> list[T]:
     unit = ends[-1] / size() if ends else 1.0
     owners = [min(int(middle / unit), size() - 1) if unit else 0 for middle in middles]
     return [item for item, owner in zip(items, owners, strict=True) if owner == rank()]
+
+
+def owners(weights: Sequence[float]) -> list[int]:
+    """The process that takes each of some items: the heaviest first, to the one that has least.
+
+    Args:
+        weights: Relative work of each item.
+    """
+    found, loads = [0] * len(weights), [0.0] * size()
+    for item in sorted(range(len(weights)), key=lambda i: -weights[i]):
+        found[item] = least = loads.index(min(loads))
+        loads[least] += weights[item]
+    return found
+
+
+def collected(own: Sequence[T], whose: Sequence[int]) -> list[T]:
+    """What the processes made of some items, in all of them and bit for bit.
+
+    Args:
+        own: Lists of arrays, or of such lists: one for each item of this process, in order.
+        whose: The process of each item, from `owners`.
+
+    Returns:
+        One for each item, in order.
+    """
+    if size() == 1:
+        return list(own)
+    found: dict[int, T] = {}
+    for owner in sorted(set(whose)):
+        items = [item for item, each in enumerate(whose) if each == owner]
+        parts = handed(list(own) if owner == rank() else [], owner)
+        found.update(zip(items, parts, strict=True))
+    return [found[item] for item in range(len(whose))]
 
 
 def silent(message: str) -> None:

@@ -21,6 +21,7 @@ from .precision import BITS, GROUP_SIZES, Precision
 from .request import EFFORTS, Request
 from .rounding.distillation import distill
 from .rounding.refinement import refine
+from .rounding.stage import Thoroughness
 from .sensitivity.method import Method, Need
 from .sensitivity.problem import Problem, Sensitivity
 from .sensitivity.registry import register as register_method
@@ -43,6 +44,7 @@ __all__ = [
     "Size",
     "Study",
     "Tensor",
+    "Thoroughness",
     "allocate",
     "calibrated",
     "check_written",

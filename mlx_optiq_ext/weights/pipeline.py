@@ -27,7 +27,6 @@ from .request import Request
 from .rounding.distillation import Settings, distill, placed, sampled_sequences
 from .rounding.refinement import Refined, judge, refine
 from .sensitivity.problem import Problem
-from .sensitivity.taylor import differentiated
 from .speed import search_speed, target
 from .study import Load, calibrated, study_model
 
@@ -72,8 +71,8 @@ class _Source:
 def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     """Plan a conversion, and refine it if asked.
 
-    The processes of ``mlx.launch`` plan together. The first one refines alone; only it prints
-    messages and has the refined weights.
+    The processes of ``mlx.launch`` plan and refine together. The first one distills alone; only it
+    prints messages and has what distillation changed.
 
     Args:
         path_or_repo: A folder or a Hub repository.
@@ -179,22 +178,17 @@ def _check_room(request: Request, needed: float) -> None:
 def _finished(
     conversion: Conversion, problem: Problem, tokenizer: Any, request: Request
 ) -> Conversion:
-    """Refine and distill if requested, in the first process only."""
+    """Refine and distill if requested; the processes refine together, the first one distills."""
     if not request.refine:
         return conversion
-    if distributed.size() > 1:
-        differentiated(problem)  # which the processes share
-
-    def finish() -> Conversion:
-        done = refined(conversion, problem)
-        if not done.refined:
-            done = _unrefined(done, request)
-        if request.distill and done.refined:
-            done = distilled(done, problem, tokenizer, request.distillation)
-        notes = (*conversion.plan.notes, *problem.findings.notes)
-        return replace(done, plan=replace(done.plan, notes=tuple(dict.fromkeys(notes))))
-
-    return distributed.led(finish) or conversion
+    done = refined(conversion, problem)
+    if not done.refined:
+        done = _unrefined(done, request)
+    elif request.distill:
+        work = partial(distilled, done, problem, tokenizer, request.distillation)
+        done = distributed.led(work) or done
+    notes = (*conversion.plan.notes, *problem.findings.notes)
+    return replace(done, plan=replace(done.plan, notes=tuple(dict.fromkeys(notes))))
 
 
 def refined(conversion: Conversion, problem: Problem) -> Conversion:

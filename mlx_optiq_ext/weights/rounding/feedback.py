@@ -36,15 +36,38 @@ ELEMENTS = 1 << 24
 OUTPUT_DAMPING = 0.1
 
 
+@dataclass(frozen=True)
+class OutputSide:
+    """How errors of a weight's rows are weighed together, prepared for blocks of rows.
+
+    Attributes:
+        order: Rows in the order of rounding, (out,).
+        blocks: Of rows in that order.
+        moment: Damped second moment of the gradients at the outputs in that order, (out, out).
+        coupling: By how much errors of the blocks before move the targets of a block, (out, out).
+    """
+
+    order: np.ndarray
+    blocks: list[slice]
+    moment: np.ndarray
+    coupling: np.ndarray
+
+    @classmethod
+    def of(cls, moment: np.ndarray, most: int = BLOCKS) -> "OutputSide":
+        """Prepare a moment (out, out) in float32 for at most so many blocks."""
+        order, blocks = _blocks(len(moment), most)
+        own = np.ascontiguousarray(damped(moment, OUTPUT_DAMPING)[np.ix_(order, order)])
+        return cls(order, blocks, own, np.ascontiguousarray(blocked(own, blocks).T))
+
+
 def round_weight(
     weight: mx.array,
     metric: Metric,
     precision: Precision,
     dtype: mx.Dtype,
     *,
-    outputs: mx.array | None = None,
+    outputs: OutputSide | None = None,
     sweeps: int = SWEEPS,
-    blocks: int = BLOCKS,
     share: float = 0.0,
     steps: Steps,
 ) -> Quantized:
@@ -55,9 +78,8 @@ def round_weight(
         metric: Of its inputs; of each expert's for stacked experts.
         precision: Bits and group size; the group size divides ``in``.
         dtype: Type of stored scales and biases; the search rounds them to it.
-        outputs: Second moment of the gradients at the outputs, (out, out); None for the identity.
+        outputs: The loss's side; None weighs the error of each output alike.
         sweeps: Coordinate-descent passes after the error feedback, along each side.
-        blocks: Blocks of rows at most, where ``outputs`` is given.
         share: How far the target makes up for the error of the layers before, from 0 to 1; the
             metric needs ``cross`` then.
         steps: Where to compute.
@@ -69,7 +91,7 @@ def round_weight(
     found = metric.ordered(form.group_size, steps)
     rounder = _Rounder(steps, found, form, sweeps, weight.ndim == 3)
     if outputs is not None:
-        return rounder.both(rounder.target(weight, metric, share), outputs, blocks)
+        return rounder.both(rounder.target(weight, metric, share), outputs)
     rows = max(1, ELEMENTS * weight.shape[-2] // weight.size)
     parts = [
         rounder.stored(rounder.rows(rounder.target(weight[..., i : i + rows, :], metric, share)))
@@ -105,14 +127,12 @@ class _Rounder:
         """One pass of coordinate descent."""
         return self.steps.sweep(done, slope, self.found, self.form)
 
-    def both(self, weight: Any, outputs: mx.array, most: int) -> Quantized:
+    def both(self, weight: Any, outputs: OutputSide) -> Quantized:
         """Blocks of rows in turn, each against what the blocks before it left to mend."""
-        steps = self.steps
-        order, blocks = _blocks(weight.shape[-2], most)
-        g = damped(np.array(outputs.astype(mx.float32)), OUTPUT_DAMPING)[np.ix_(order, order)]
-        coupling = steps.array(np.ascontiguousarray(blocked(g, blocks).T))
+        steps, order = self.steps, outputs.order
+        coupling = steps.array(outputs.coupling)
         weight, parts = steps.take(weight, order, -2), []
-        for at in blocks:
+        for at in outputs.blocks:
             own = target = weight[..., at, :]
             if parts:
                 before = steps.concatenate([part.error for part in parts], axis=-2)
@@ -120,9 +140,9 @@ class _Rounder:
             part = self.rows(target)
             parts.append(part._replace(error=part.error + (own - target)))
             steps.start(parts[-1].error)
-        curvature = steps.array(np.ascontiguousarray(g))
+        curvature = steps.array(outputs.moment)
         for _ in range(self.sweeps):
-            for number, at in enumerate(blocks):
+            for number, at in enumerate(outputs.blocks):
                 parts[number] = self.improved(parts, number, at, curvature)
                 steps.start(parts[number].error)
         whole = [steps.concatenate(same, axis=-2) for same in zip(*parts, strict=True)]

@@ -10,15 +10,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from . import threads
 from .grid import TINY, Format, Rounded
 from .metric import Ordered
 
 #: Columns whose effect on later ones is put off and then added in one product.
 LAZY = 16
+#: Rows that are worked on at once: what they take stays in a core's cache.
+ROWS = 2048
 
 
 class Host:
     """The steps in numpy; see `steps.Steps`."""
+
+    beside = False
 
     def array(self, values: Any) -> np.ndarray:
         """Values in float32."""
@@ -28,7 +33,11 @@ class Host:
 
     def product(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """``left @ right``."""
-        return left @ right
+        if left.ndim < 3 or left.shape[1] <= ROWS:
+            return left @ right
+        places = _places(left.shape)
+        others = np.broadcast_to(right, (len(left), *right.shape[-2:]))
+        return _whole_array(places, threads.each(lambda at: left[at] @ others[at[0]], places))
 
     def concatenate(self, parts: Sequence[np.ndarray], axis: int = -1) -> np.ndarray:
         """Parts side by side."""
@@ -49,21 +58,45 @@ class Host:
 
     def feedback(self, target: np.ndarray, found: Ordered, form: Format) -> Rounded:
         """Round rows column by column; see `steps.Steps`."""
-        return _together([_fed_back(rows, found, n, form) for n, rows in enumerate(target)])
+        places = _places(target.shape)
+        return _together(
+            places, threads.each(lambda at: _fed_back(target[at], found, at[0], form), places)
+        )
 
     def sweep(
         self, done: Rounded, slope: np.ndarray, found: Ordered, form: Format
     ) -> tuple[Rounded, np.ndarray]:
         """One pass of coordinate descent; see `steps.Steps`."""
-        every = [
-            _swept_rows(Rounded(*(part[n] for part in done)), rows, found.moment[n], form)
-            for n, rows in enumerate(slope)
-        ]
-        return _together([rows for rows, _ in every]), np.stack([change for _, change in every])
+
+        def swept(at: Place) -> tuple[Rounded, np.ndarray]:
+            own = Rounded(*(part[at] for part in done))
+            return _swept_rows(own, slope[at], found.moment[at[0]], form)
+
+        places = _places(slope.shape)
+        rows, changes = zip(*threads.each(swept, places), strict=True)
+        return _together(places, rows), _whole_array(places, changes)
 
 
-def _together(parts: list[Rounded]) -> Rounded:
-    return Rounded(*(np.stack(same) for same in zip(*parts, strict=True)))
+#: Number of a weight in a batch, and some of its rows.
+Place = tuple[int, slice]
+
+
+def _places(shape: tuple[int, ...]) -> list[Place]:
+    """The rows of each weight (batch, rows, in), a few at a time."""
+    return [
+        (n, slice(start, min(start + ROWS, shape[1])))
+        for n in range(shape[0])
+        for start in range(0, shape[1], ROWS)
+    ]
+
+
+def _together(places: Sequence[Place], parts: Sequence[Rounded]) -> Rounded:
+    return Rounded(*(_whole_array(places, same) for same in zip(*parts, strict=True)))
+
+
+def _whole_array(places: Sequence[Place], parts: Sequence[np.ndarray]) -> np.ndarray:
+    batch, rows = (places[-1][0] + 1, places[-1][1].stop)
+    return np.concatenate(parts).reshape(batch, rows, *parts[0].shape[1:])
 
 
 def _joined(parts: list[tuple[np.ndarray, ...]]) -> Rounded:

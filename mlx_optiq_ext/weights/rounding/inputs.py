@@ -1,6 +1,6 @@
 """Inputs of a model's linear layers, and their second moments."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -12,8 +12,8 @@ from .metric import Metric
 
 #: Weight of the pooled moment beside an expert's own, as tokens per input.
 PRIOR = 0.25
-#: Bytes of experts' moments that are held at once.
-EXPERT_BYTES = 1 << 30
+#: Bytes of experts' moments that are held at once, and least parts of a stack of many experts.
+EXPERT_BYTES, PARTS = 1 << 30, 8
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,22 @@ class Moments:
         return [part for part in (self.own, self.cross) if part is not None]
 
 
+def expert_parts(experts: int, size: int, limit: int = EXPERT_BYTES) -> list[slice]:
+    """A stack's experts, a few at a time.
+
+    Args:
+        experts: How many the stack has.
+        size: Inputs of one.
+        limit: Bytes of the moments of two parts together; one expert's are held anyway.
+    """
+    step = max(1, min(limit // (8 * size * size), -(-experts // PARTS)))
+    return [slice(i, min(i + step, experts)) for i in range(0, experts, step)]
+
+
 def expert_metrics(
-    feds: list[Fed], experts: int, limit: int = EXPERT_BYTES
+    feds: list[Fed], experts: int, parts: Sequence[slice]
 ) -> Iterator[tuple[slice, Metric]]:
-    """What each expert of a stack is rounded with, a few experts at a time.
+    """What some experts of a stack are rounded with, one part of the stack after the other.
 
     Each expert's moment has the pooled one beside it: an expert that saw few tokens takes most of
     it from the others, one that saw none all.
@@ -84,10 +96,10 @@ def expert_metrics(
     Args:
         feds: What the stack was fed, a batch each.
         experts: How many it has.
-        limit: Bytes of the moments that are held at once; one expert's are held anyway.
+        parts: From `expert_parts`.
 
     Yields:
-        Some experts, and a metric whose moments are (some, in, in).
+        Each part, and a metric whose moments are (some, in, in).
     """
     size = feds[0].inputs.shape[-1]
     pooled, uses, places = mx.zeros((size, size)), 0, []
@@ -99,9 +111,7 @@ def expert_metrics(
         ends = np.searchsorted(expert[order], np.arange(1, experts))
         places.append([mx.array(part) for part in np.split(order, ends)])
     prior = PRIOR * size * pooled / max(uses, 1)
-    step = max(1, limit // (4 * size * size))
-    for first in range(0, experts, step):
-        at = slice(first, min(first + step, experts))
+    for at in parts:
         moments = [prior] * (at.stop - at.start)
         for fed, of_expert in zip(feds, places, strict=True):
             rows = fed.rows()

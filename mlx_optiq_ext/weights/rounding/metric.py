@@ -1,6 +1,7 @@
 """The second moment of a layer's inputs, prepared once for all tensors that share them."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .elimination import Elimination, eliminated
+from .threads import pool
 
 #: Share of the mean diagonal that is added to the diagonal.
 DAMPING = 0.02
@@ -64,17 +66,22 @@ class Metric:
     cross: mx.array | None = None
     _ordered: dict[tuple[int, int], Ordered] = field(default_factory=dict)
     _differences: dict[tuple[int, int], Any] = field(default_factory=dict)
+    _begun: dict[int, list[Future[Elimination]]] = field(default_factory=dict)
+
+    def begin(self, size: int) -> None:
+        """Start to factor the moment for a group size, on other threads."""
+        if size not in self._begun:
+            moment = np.array(self.moment.astype(mx.float32))
+            every = moment[None] if moment.ndim == 2 else moment
+            self._begun[size] = [pool().submit(_eliminated, one, size) for one in every]
 
     def ordered(self, size: int, steps: Any) -> Ordered:
         """The moment for a group size; computed once."""
         key = (size, id(steps))
         if key not in self._ordered:
-            moment = np.array(self.moment.astype(mx.float32))
-            if moment.ndim == 2:
-                self._ordered[key] = _ordered([eliminated(damped(moment), size)], size, steps)
-            else:
-                every = [eliminated(damped(one), size) for one in moment]
-                self._ordered[key] = _ordered(every, size, steps)
+            self.begin(size)
+            every = [future.result() for future in self._begun.pop(size)]
+            self._ordered[key] = _ordered(every, size, steps)
         return self._ordered[key]
 
     def made_up(self, weight: Any, found: Ordered, steps: Any) -> Any:
@@ -127,6 +134,10 @@ def damped(moment: np.ndarray, damping: float = DAMPING) -> np.ndarray:
     scaled = (moment / mean).astype(np.float32)
     scaled[np.diag_indices(len(scaled))] += damping + 1e-9
     return scaled
+
+
+def _eliminated(moment: np.ndarray, size: int) -> Elimination:
+    return eliminated(damped(moment), size)
 
 
 def _ordered(every: list[Elimination], size: int, steps: Any) -> Ordered:

@@ -9,12 +9,13 @@ rounded one by one, each against the tokens that the quantized model routes to i
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
 from tqdm import tqdm
 
+from ... import distributed
 from ...model.layers import decoder_layers, layer_index, quantizable
 from ...model.layerwise import entry, recordings
 from ...model.replay import Call, Recording, chained, finish
@@ -24,10 +25,12 @@ from ..precision import Precision, assembled, dequantize, quantize
 from ..sensitivity.moments import Factors
 from ..sensitivity.problem import Problem, batches, layer_batches
 from ..sensitivity.taylor import differentiated
-from .feedback import BLOCKS, SWEEPS, Quantized, round_weight
-from .inputs import Fed, Moments, expert_metrics, inputs, stages
+from . import threads
+from .feedback import Quantized
+from .inputs import Fed, Moments, inputs, stages
 from .metric import Metric
 from .selection import current
+from .stage import Rounding, Stage, Thoroughness, experts
 
 #: How far targets compensate the error of earlier layers, from 0 to 1.
 SHARE = 0.5
@@ -39,40 +42,47 @@ Refined = Mapping[str, Quantized]
 def refine(
     problem: Problem,
     precisions: dict[str, Precision],
-    *,
-    blocks: int = BLOCKS,
-    sweeps: int = SWEEPS,
+    thoroughness: Thoroughness | None = None,
 ) -> Refined:
     """Round every planned tensor anew.
+
+    The processes of ``mlx.launch`` run the same forward passes and round a share of the tensors
+    each. All get every result, which is that of one process.
 
     Args:
         problem: The problem that was planned; its model is left as it was.
         precisions: The plan's precision of each tensor.
-        blocks: Blocks of rows of a weight at most, where its outputs' gradients are known.
-        sweeps: Passes of coordinate descent.
+        thoroughness: What to spend time on.
 
     Returns:
         The values to store for each quantized tensor. Models whose layers pass on more than a
         hidden state, and stacks of one matrix per head, are rounded by MLX.
     """
-    refiner = _Refiner(problem, precisions, {"blocks": blocks, "sweeps": sweeps})
+    refiner = _Refiner(problem, precisions, thoroughness or Thoroughness())
     index = layer_index(problem.model)
-    with refiner.originals([path for path in refiner.modules if path not in index]):
+    outer = [path for path in refiner.modules if path not in index]
+    beside = refiner.rounding.steps.beside
+    with refiner.originals(outer), threads.single() if beside else nullcontext():
         refiner.run()
     return refiner.result
 
 
 def judge(problem: Problem, precisions: dict[str, Precision], refined: Refined) -> float:
-    """KL(reference || refined) on the held-out sequences, in nats per token."""
-    parts, dtype = problem.parts, problem.dtype
-    data = batches(problem.calibration.held_out)
-    references = [Reference.run(parts, tokens) for tokens in data]
+    """KL(reference || refined) on the held-out sequences, in nats per token.
+
+    The processes of ``mlx.launch`` run some of the sequences each.
+    """
+    parts, dtype, own = problem.parts, problem.dtype, {}
+    every = batches(problem.calibration.held_out)
+    references = [
+        (number, tokens, Reference.run(parts, tokens))
+        for number, tokens in distributed.share(list(enumerate(every)))
+    ]
     with problem.replaced(refined, lambda p: restored(refined[p], precisions[p], dtype)):
-        total = sum(
-            float(reference.compared(parts, tokens).sum())
-            for tokens, reference in zip(data, references, strict=True)
-        )
-    return total / problem.calibration.held_out.size
+        for number, tokens, reference in references:
+            own[number] = float(reference.compared(parts, tokens).sum())
+    found = {number: kl for part in distributed.gathered(own) for number, kl in part.items()}
+    return sum(found[number] for number in range(len(every))) / problem.calibration.held_out.size
 
 
 def restored(quantized: Quantized, precision: Precision, dtype: mx.Dtype) -> mx.array:
@@ -87,16 +97,17 @@ def restored(quantized: Quantized, precision: Precision, dtype: mx.Dtype) -> mx.
 
 class _Refiner:
     def __init__(
-        self, problem: Problem, precisions: dict[str, Precision], thoroughness: dict[str, int]
+        self, problem: Problem, precisions: dict[str, Precision], thoroughness: Thoroughness
     ):
-        self.problem, self.thoroughness = problem, thoroughness
+        self.problem = problem
         self.modules = dict(quantizable(problem.model))
         self.plan = {path: p for path, p in precisions.items() if p.quantized}
         self.result: dict[str, Quantized] | SpilledPacked = {}
         if problem.stream is not None:
             self.result = SpilledPacked(problem.stream.spill)
         self.block: dict[str, Quantized] = {}
-        self.steps = current(problem.note)
+        steps = current(problem.note, exact=thoroughness.exact)
+        self.rounding = Rounding(self.plan, steps, thoroughness)
         self.factors: Mapping[str, Factors] = {}
 
     def run(self) -> None:
@@ -122,7 +133,7 @@ class _Refiner:
         found = self.factors = differentiated(self.problem)
         lookups = [path for path in outer if found[path].columns is not None]
         for path in lookups:
-            self.store(path, self.embedding(path, found[path]))
+            self.embedding(path, found[path])
         self.flush()
         # With a rounded embedding, the first layer has other inputs than the reference's.
         hidden = [
@@ -164,6 +175,11 @@ class _Refiner:
         mx.eval(quantized, weight)
         self.block[path], self.modules[path].weight = quantized, weight
 
+    def keep(self, found: Mapping[str, Quantized]) -> None:
+        """Store some results."""
+        for path, quantized in found.items():
+            self.store(path, quantized)
+
     def flush(self) -> None:
         """Return the kept results."""
         self.result.update(self.block)
@@ -173,26 +189,19 @@ class _Refiner:
         """MLX's own rounding."""
         return quantize(self.problem.weights[path], self.plan[path])
 
-    def rounded(self, path: str, metric: Metric, experts: slice | None = None) -> Quantized:
-        """A weight rounded against its inputs, and its outputs where those are known."""
-        weight = self.problem.weights[path]
-        weight = weight if experts is None else weight[experts]
-        across = self.factors[path].across if weight.ndim == 2 else None
-        share = SHARE if metric.cross is not None else 0.0
-        precision = self.plan[path]
-        return round_weight(
-            weight, metric, precision, weight.dtype, outputs=across, share=share, steps=self.steps,
-            **self.thoroughness,
-        )  # fmt: skip
+    def stage(self, paths: list[str]) -> Stage:
+        """Tensors that are fed the same."""
+        weights = {path: self.problem.weights[path] for path in paths}
+        return Stage(self.rounding, weights, {path: self.factors[path].across for path in paths})
 
-    def embedding(self, path: str, found: Factors) -> Quantized:
+    def embedding(self, path: str, found: Factors) -> None:
         """Round an embedding, which may also be the head."""
         assert found.columns is not None
         assert found.lookups is not None
         moment = found.columns * mx.mean(found.lookups)
         if found.inputs is not None and found.outputs is not None:
             moment = moment + found.inputs * mx.mean(found.outputs)
-        return self.rounded(path, Metric(moment))
+        self.keep(self.stage([path]).rounded(Metric(moment)))
 
     def layer(
         self, layer: nn.Module, paths: list[str], calls: list[Call], hidden: list[mx.array]
@@ -212,10 +221,9 @@ class _Refiner:
             if self.modules[group[0]].weight.ndim == 3:
                 self.experts(group, calls, hidden, run)
                 continue
+            stage = self.stage(group)
             moments = self.moments(group[0], reference, calls, hidden, run)
-            metric = Metric(moments.own, moments.cross)
-            for path in group:
-                self.store(path, self.rounded(path, metric))
+            self.keep(stage.rounded(Metric(moments.own, moments.cross), SHARE))
         result = [run(c, h) for c, h in zip(calls, hidden, strict=True)]
         mx.eval(result)
         return result
@@ -253,12 +261,8 @@ class _Refiner:
             fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
             mx.eval(fed.inputs, fed.indices)
             feds.append(fed)
-        parts: dict[str, list[Quantized]] = {path: [] for path in paths}
-        for some, metric in expert_metrics(feds, len(self.modules[path].weight)):
-            for each in paths:
-                parts[each].append(self.rounded(each, metric, some))
-        for each, found in parts.items():
-            self.store(each, tuple(mx.concatenate(list(a)) for a in zip(*found, strict=True)))
+        weights = {path: self.problem.weights[path] for path in paths}
+        self.keep(experts(self.rounding, weights, feds))
 
     def head(
         self,
@@ -281,7 +285,7 @@ class _Refiner:
                 totals[path] = totals[path] + moment if path in totals else moment
             mx.eval(totals)
         for path in paths:
-            known = path in totals
-            self.store(
-                path, self.rounded(path, Metric(totals[path])) if known else self.plain(path)
-            )
+            if path in totals:
+                self.keep(self.stage([path]).rounded(Metric(totals[path])))
+            else:
+                self.store(path, self.plain(path))

@@ -1,6 +1,7 @@
 """Where rounding computes: numpy, or a GPU whose kernels were checked against it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import mlx.core as mx
@@ -16,21 +17,24 @@ from .steps import Steps
 HOST = Host()
 
 
-def current(say: Callable[[str], None] = print) -> Steps:
+def current(say: Callable[[str], None] = print, *, exact: bool = True) -> Steps:
     """The steps on MLX's default device.
 
     Args:
         say: Told in one line if a GPU cannot be used.
+        exact: Whether a GPU's products keep 19 bits of their factors; see `Device`.
     """
     name = kernels.current().name
     found = HOST if name == "cpu" else _gpu(name)
     if found is None:
         say(f"The rounding kernels do not work on this {name} device: rounding on the CPU")
-    return found or HOST
+    if found is None or isinstance(found, Host):
+        return HOST
+    return found if found.exact == exact else replace(found, exact=exact)
 
 
 @cache
-def _gpu(name: str) -> Steps | None:
+def _gpu(name: str) -> Device | None:
     from mlx_optiq_compat import symbols
 
     make = symbols.kernel_compiler(name)

@@ -12,6 +12,11 @@ from .metric import Ordered
 class Steps(Protocol):
     """Arrays (batch, rows, columns) in float32, and what rounding does to a group of columns."""
 
+    @property
+    def beside(self) -> bool:
+        """Whether the processor is free while these compute."""
+        ...
+
     def array(self, values: Any) -> Any:
         """Values in float32."""
         ...

@@ -1,15 +1,17 @@
 """What rounding costs and brings on a real model, step by step, in one process.
 
     python tests/benchmarks/weights/efforts.py MODEL --texts FOLDER [--calibration FILE]
-        [--budgets 4.5 3.5] [--sequences N] [--length N] [--blocks N ...] [--sweeps N ...]
+        [--budgets 4.5 3.5] [--sequences N] [--length N] [--refine blocks=8,sweeps=2 ...]
         [--distill steps=400,rate=0.003 ...] [--drawn N] [--tokens N] [--report FILE.jsonl]
         [--kinds NAME ...] [--temperature T] [--surprises SHARE]
 
 Plans each budget, refines it, and distills it if asked. After each step a JSON line has the seconds
-that it took and the KL from the original on four kinds of text (see kinds.py). Several ``--blocks``
-and ``--sweeps`` refine the same plan in each of these ways: the curve of quality over seconds.
-Without --calibration the text is sampled from the model, in all kinds of `planning.kinds` or in
-those named, each at its own temperature and share of surprises or at those given.
+that it took and the KL from the original on four kinds of text (see kinds.py). Several ``--refine``
+settings (blocks, sweeps, outputs, exact: see `Thoroughness`) refine the same plan in each of these
+ways, the first of them twice, because a GPU compiles its kernels in the first: the curve of quality
+over seconds. What the last of them made is distilled. Without --calibration the text is sampled
+from the model, in all kinds of `planning.kinds` or in those named, each at its own temperature and
+share of surprises or at those given.
 """
 
 import argparse
@@ -18,11 +20,11 @@ import platform
 import sys
 import time
 from ast import literal_eval
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from kinds import Judge
@@ -34,14 +36,15 @@ from mlx_optiq_ext.weights import Request
 from mlx_optiq_ext.weights.plan_search import search
 from mlx_optiq_ext.weights.precision import dequantized
 from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed, sampled_sequences
-from mlx_optiq_ext.weights.rounding.feedback import BLOCKS, SWEEPS
 from mlx_optiq_ext.weights.rounding.refinement import Refined, refine, restored
+from mlx_optiq_ext.weights.rounding.stage import Thoroughness
 from mlx_optiq_ext.weights.study import study_model
 
 
-def pairs(words: str) -> list[list[str]]:
+def read(words: str) -> dict[str, Any]:
     """The settings in ``NAME=VALUE,NAME=VALUE``."""
-    return [word.split("=", 1) for word in words.split(",") if word]
+    pairs = [word.split("=", 1) for word in words.split(",") if word]
+    return {name: literal_eval(value) for name, value in pairs}
 
 
 def main() -> None:
@@ -53,8 +56,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[4.5, 3.5])
     parser.add_argument("--sequences", type=int, default=256, help="to refine on")
     parser.add_argument("--length", type=int, default=256, help="tokens of one")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[BLOCKS])
-    parser.add_argument("--sweeps", type=int, nargs="+", default=[SWEEPS])
+    parser.add_argument("--refine", nargs="+", default=[""], metavar="NAME=VALUE,...")
     parser.add_argument("--distill", nargs="*", default=[], metavar="NAME=VALUE,...")
     parser.add_argument("--drawn", type=int, default=0, help="sequences sampled to distill on")
     parser.add_argument("--tokens", type=int, default=16384, help="judged, of each kind")
@@ -114,16 +116,17 @@ def main() -> None:
         def stored(path, values, chosen=chosen):
             return restored(values[path], chosen[path], problem.dtype)
 
-        for blocks, sweeps in product(args.blocks, args.sweeps):
-            how = {"blocks": blocks, "sweeps": sweeps}
+        again = args.refine[:1] if len(args.refine) > 1 else []
+        for words in again + args.refine:
+            how = Thoroughness(**read(words))
             started = time.perf_counter()
-            values = refine(problem, plan.precisions, **how)
+            values = refine(problem, plan.precisions, how)
             spent = time.perf_counter() - started
             put = partial(stored, values=values)
-            judged("refined", spent, put, chosen, budget=budget, **how)
+            judged("refined", spent, put, chosen, budget=budget, **asdict(how))
         for words in args.distill:
             started = time.perf_counter()
-            settings = Settings(**{n: literal_eval(v) for n, v in pairs(words)})
+            settings = Settings(**read(words))
             quiet = replace(problem, progress=False)
             found = distill(quiet, plan.precisions, values, settings, more=drawn)
             spent, tuned = time.perf_counter() - started, found.refined

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mlx_optiq_ext.weights.precision import BITS, GROUP_SIZES, Precision, dequantized, quantize
 from mlx_optiq_ext.weights.rounding.codes import pack, unpack
-from mlx_optiq_ext.weights.rounding.feedback import round_weight
+from mlx_optiq_ext.weights.rounding.feedback import OutputSide, round_weight
 from mlx_optiq_ext.weights.rounding.grid import Format
 from mlx_optiq_ext.weights.rounding.host import fit
 from mlx_optiq_ext.weights.rounding.metric import Metric
@@ -121,7 +121,7 @@ def test_knowing_the_outputs_side_loses_less_there():
         return float(((outputs @ left @ moment) * left).sum())
 
     one = both(rounded(weight, moment, precision))
-    two = both(rounded(weight, moment, precision, outputs=outputs))
+    two = both(rounded(weight, moment, precision, outputs=OutputSide.of(np.array(outputs))))
     assert two < 0.95 * one
 
 

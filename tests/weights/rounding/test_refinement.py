@@ -19,7 +19,7 @@ from mlx_optiq_ext.weights.plan import Plan
 from mlx_optiq_ext.weights.plan_search import Study
 from mlx_optiq_ext.weights.precision import quantize
 from mlx_optiq_ext.weights.rounding import refinement
-from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, expert_metrics, inputs
+from mlx_optiq_ext.weights.rounding.inputs import PRIOR, Fed, expert_metrics, expert_parts, inputs
 from mlx_optiq_ext.weights.rounding.refinement import judge
 
 
@@ -90,22 +90,30 @@ def test_moments_of_experts_are_those_of_the_tokens_routed_to_them(length):
     chosen = np.array(mx.argpartition(layer.gate(x), kth=-2, axis=-1)[0, :, -2:])
     rows = np.array(x[0])
     pooled = PRIOR * 64 * sum(rows[t : t + 1].T @ rows[t : t + 1] for t, _ in np.ndindex(length, 2))
-    ((some, metric),) = expert_metrics([seen[path]], 4)
+    ((some, metric),) = expert_metrics([seen[path]], 4, [slice(0, 4)])
     assert some == slice(0, 4)
     for expert in range(4):
         own = rows[(chosen == expert).any(axis=-1)]
         expected = own.T @ own + pooled / (2 * length)
         assert np.allclose(metric.moment[expert], expected, atol=1e-3)
     # A bound on memory does not change what is found.
-    few = list(expert_metrics([seen[path]], 4, limit=3 * 4 * 64 * 64))
-    assert [at for at, _ in few] == [slice(0, 3), slice(3, 4)]
+    few = list(expert_metrics([seen[path]], 4, [slice(0, 3), slice(3, 4)]))
     assert mx.array_equal(mx.concatenate([m.moment for _, m in few]), metric.moment)
+
+
+def test_a_few_experts_at_a_time_are_within_a_bound_and_enough_to_share():
+    parts = expert_parts(256, 7168)
+    assert parts[0] == slice(0, 2)
+    assert parts[-1].stop == 256
+    assert {part.stop - part.start for part in parts} == {2}
+    assert [part.stop - part.start for part in expert_parts(20, 64)] == [3, 3, 3, 3, 3, 3, 2]
+    assert expert_parts(2, 1 << 20) == [slice(0, 1), slice(1, 2)]
 
 
 def test_an_expert_that_saw_no_token_is_rounded_against_the_others():
     use = Use("experts", mx.ones((3, 1, 2)), mx.array([1, 1, 1]), mx.zeros((3, 1, 5)))
     fed = Fed(use.inputs, use.indices, use.outputs.shape[:-1])
-    ((_, metric),) = expert_metrics([fed], 2)
+    ((_, metric),) = expert_metrics([fed], 2, [slice(0, 2)])
     assert np.allclose(metric.moment[0], 2 * PRIOR * np.ones((2, 2)))
     assert np.allclose(metric.moment[1], (3 + 2 * PRIOR) * np.ones((2, 2)))
 

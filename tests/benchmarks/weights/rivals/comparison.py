@@ -11,6 +11,9 @@ from .rows import Row, latest
 #: Sizes this near in bits per weight count as the same.
 SAME = 0.02
 
+#: Kinds of text as kinds.py names them, in the table's order.
+KINDS = ("wikitext", "books", "gsm8k", "python")
+
 EFFORTS = ("plan", "refine", "distill")
 
 Points = list[tuple[float, float]]
@@ -89,7 +92,7 @@ def table(rows: Iterable[Row], kinds: Iterable[str] | None = None) -> str:
     blocks = []
     for model, tokens in dict.fromkeys((row["model"], row["tokens"]) for row in fine):
         mine = [row for row in fine if (row["model"], row["tokens"]) == (model, tokens)]
-        named = list(dict.fromkeys(kind for row in mine for kind in row["kl"]))
+        named = [kind for kind in KINDS if any(kind in row["kl"] for row in mine)]
         lines = [
             f"{model}, {tokens:,} tokens of each kind:",
             "",

@@ -26,8 +26,8 @@ takes too long.
 
 ``--show`` prints the quality table: KL and its share of stock's, K- and I-quants at the budget's
 size on straight lines between sizes and logarithms of KL, the best of dwq's rates, and how ours
-compare with the better of these rivals. ``--into`` also puts it between the marks of a page such as
-the README, whose first mark names the files.
+compare with the better of these rivals; then every file. ``--into`` also puts the quality table
+between the marks of a page such as the README, whose first mark names the files of rows.
 """
 
 import argparse
@@ -203,6 +203,8 @@ def main() -> None:
             comparison.placed(page, printed, [path.name for path in args.shown]), encoding="utf-8"
         )
     print(printed)
+    files = sorted(rows.latest(shown), key=lambda row: (row["model"], row["bpw"] or 0))
+    print("", rows.HEADER, *map(rows.line, files), sep="\n")
 
 
 def fill(args: argparse.Namespace, work: Path) -> None:

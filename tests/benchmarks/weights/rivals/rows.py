@@ -38,8 +38,14 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return list({key(row): row for row in rows if "label" in row}.values())
 
 
+HEADER = (
+    "| budget | file | bits per weight | bytes | KL | seconds | resident | MLX |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
 def line(row: Row) -> str:
-    """One row of Markdown: sizes, KL by kind, time and memory.
+    """One row of Markdown below ``HEADER``: sizes, KL by kind, time and memory.
 
     A ``*`` behind a time says that others used the machine.
     """
@@ -47,10 +53,11 @@ def line(row: Row) -> str:
     name = f"| {budget} | {row['label']} |"
     if cost.get("failure"):
         return f"{name} {cost['failure']} | | | | | |"
+    size = "" if row["bytes"] is None else f"{row['bytes']:,}"
     kl = ", ".join(f"{kind} {value:.4f}" for kind, value in sorted(row["kl"].items()))
-    mlx = "" if cost["mlx_gib"] is None else f"{cost['mlx_gib']:.2f} GiB"
-    return (
-        f"{name} {row['bpw']:.4f} | {row['bytes']:,} | {kl} | "
-        f"{cost['seconds']:.0f}{'*' if row['contended'] else ''} | "
-        f"{cost['resident_gib']:.2f} GiB | {mlx} |"
+    resident, mlx = (
+        "" if cost[kind] is None else f"{cost[kind]:.2f} GiB"
+        for kind in ("resident_gib", "mlx_gib")
     )
+    seconds = f"{cost['seconds']:.0f}{'*' if row['contended'] else ''}"
+    return f"{name} {row['bpw']:.4f} | {size} | {kl} | {seconds} | {resident} | {mlx} |"

@@ -11,6 +11,8 @@ A plan decides each tensor's bits and group size; refinement decides the codes, 
    that the quantized layers' inputs lead nearer to the original's outputs.
 4. `feedback` rounds the target: column by column, then by coordinate descent. Where the moments of
    the output gradients are known, it works in blocks of rows.
+   `stage` shares the tensors with the same inputs out to the processes of ``mlx.launch``, and
+   `threads` what numpy computes to threads.
 5. `steps` lists what `feedback` needs of the machine. `host` does it in numpy, `device` on a GPU
    with our own kernels; `selection` takes the GPU if it rounds a small weight as well as numpy.
 6. `grid` describes how codes and scales are stored; `codes` lays codes out in MLX's packed words.

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import threads
+
+#: Rows of a large moment that are worked on at once, and how many rows are not yet large.
+ROWS, SMALL = 512, 2048
+
 
 @dataclass(frozen=True)
 class Elimination:
@@ -31,7 +36,7 @@ class Elimination:
     variances: np.ndarray
 
 
-def eliminated(moment: np.ndarray, size: int) -> Elimination:
+def eliminated(moment: np.ndarray, size: int, *, small: int = SMALL) -> Elimination:
     """Order and factor a moment, group by group, since a group shares its scale.
 
     What is rounded last keeps its whole variance, what is rounded before keeps the part that later
@@ -41,6 +46,7 @@ def eliminated(moment: np.ndarray, size: int) -> Elimination:
     Args:
         moment: Damped second moment of the inputs, (in, in) float32.
         size: Group size.
+        small: Rows from which on several threads work on one moment.
     """
     left, columns = moment.copy(), np.arange(len(moment))
     for end in range(len(moment), 0, -size):
@@ -56,7 +62,7 @@ def eliminated(moment: np.ndarray, size: int) -> Elimination:
         if start:
             inverse = np.linalg.inv(factor).astype(np.float32)  # small, and triangular
             above = left[:start, start:end] @ inverse.T
-            left[:start, :start] -= above @ above.T
+            _take_away(left[:start, :start], above, small)
             left[:start, start:end] = above
         left[start:end, start:end] = factor
     scale = np.diagonal(left).copy()
@@ -81,6 +87,18 @@ def blocked(moment: np.ndarray, blocks: list[slice]) -> np.ndarray:
         coupling[: at.start, at] = explained = above @ np.linalg.inv(left[at, at])
         left[: at.start, : at.start] -= explained @ above.T
     return coupling
+
+
+def _take_away(left: np.ndarray, above: np.ndarray, small: int) -> None:
+    """``left -= above @ above.T``, the rows of a large one side by side."""
+    if len(left) <= small:
+        left -= above @ above.T
+        return
+
+    def part(rows: slice) -> None:
+        left[rows] -= above[rows] @ above.T
+
+    threads.each(part, [slice(i, i + ROWS) for i in range(0, len(left), ROWS)])
 
 
 def _exchange(left: np.ndarray, columns: np.ndarray, a: slice, b: slice) -> None:

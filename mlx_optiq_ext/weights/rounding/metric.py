@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .elimination import Elimination, eliminated
-from .threads import pool
+from .threads import begun
 
 #: Share of the mean diagonal that is added to the diagonal.
 DAMPING = 0.02
@@ -73,7 +73,7 @@ class Metric:
         if size not in self._begun:
             moment = np.array(self.moment.astype(mx.float32))
             every = moment[None] if moment.ndim == 2 else moment
-            self._begun[size] = [pool().submit(_eliminated, one, size) for one in every]
+            self._begun[size] = [begun(_eliminated, one, size) for one in every]
 
     def ordered(self, size: int, steps: Any) -> Ordered:
         """The moment for a group size; computed once."""

@@ -140,7 +140,7 @@ class Stage:
         """The outputs' side of this process's weights."""
         blocks = self._rounding.thoroughness.blocks
         return {
-            path: threads.pool().submit(
+            path: threads.begun(
                 OutputSide.of, np.array(self._across[path].astype(mx.float32)), blocks
             )
             for path, _ in self._own

@@ -7,7 +7,7 @@ thread, and independent pieces of work run side by side.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -32,17 +32,21 @@ def single() -> Iterator[None]:
 def each(function: Callable[[S], T], items: Sequence[S]) -> list[T]:
     """A function of each item, on several threads where there are several items.
 
-    The function must not call this again.
+    The function must not call this again: it would wait for the thread that it runs on.
     """
     if len(items) < 2 or count() < 2:
         return [function(item) for item in items]
-    return list(pool().map(function, items))
+    return list(_pool("each").map(function, items))
+
+
+def begun(function: Callable[..., T], *arguments: Any) -> Future[T]:
+    """A function of some arguments, on a thread of its own; it may use `each`."""
+    return _pool("begun").submit(function, *arguments)
 
 
 @cache
-def pool() -> ThreadPoolExecutor:
-    """The threads; what runs on them must not wait for others of them."""
-    return ThreadPoolExecutor(count(), "optiq-rounding")
+def _pool(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count(), f"optiq-{name}")
 
 
 @cache

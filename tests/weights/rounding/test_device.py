@@ -73,6 +73,8 @@ def test_products_keep_what_differences_of_large_numbers_need():
     left, right = (np.random.default_rng(n).normal(size=(64, 64)) for n in (1, 2))
     found = device.product(device.array(left), device.array(right))
     assert np.abs(np.array(found) - left @ right).max() < 3e-4
+    left, right = device.array(left), device.array(right)
+    assert mx.array_equal(replace(device, exact=False).product(left, right), left @ right)
 
 
 def test_a_kernel_that_works_is_used_and_another_is_not(gpu):

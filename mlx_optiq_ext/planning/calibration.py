@@ -2,11 +2,10 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
@@ -14,44 +13,8 @@ from .. import distributed
 from ..errors import InputError
 from ..model.vocabulary import check_tokens
 from .generation import check_tokenizer, generated
-from .kinds import KINDS, Kind
+from .sampling import DEFAULT, Sampling, on_cpu
 from .texts import Text, read_texts, stock_text, tokenized
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How calibration sequences are cut from a text.
-
-    Attributes:
-        length: Tokens of a sequence; of a short text they are shorter, so that one is held out.
-        count: Sequences to plan with, spread evenly over the text.
-        held_out_every: One in this many sequences is held out to judge finished plans.
-        refining: Most sequences for GPTQ-style rounding and distillation, including those measured
-            on and those held out; None for what the device runs in a few minutes.
-        kinds: Kinds of text that the model is asked to write where there is no other text.
-    """
-
-    length: int = 256
-    count: int = 16
-    held_out_every: int = 4
-    refining: int | None = None
-    kinds: tuple[Kind, ...] = KINDS
-
-    @property
-    def most(self) -> int:
-        """Most sequences to refine on."""
-        return self.refining or (CPU_MOST if _on_cpu() else GPU_MOST)
-
-
-#: Most sequences to refine on, if nothing else is asked for.
-CPU_MOST, GPU_MOST = 64, 256
-
-
-def _on_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
-
-
-DEFAULT = Sampling()
 
 #: Tokens of a text that say anything of a model.
 LEAST = 256
@@ -178,7 +141,7 @@ def sampled(
         seed: Of the draws.
         refining: Whether to draw more of them, to refine on.
     """
-    every, length = sampling.held_out_every, sampling.length // (2 if _on_cpu() else 1)
+    every, length = sampling.held_out_every, sampling.length // (2 if on_cpu() else 1)
     count = max(sampling.count, sampling.most if refining else 0)
     tokens = generated(model, tokenizer, count, length, each=every, seed=seed, kinds=sampling.kinds)
     planned, more = tokens[: sampling.count], tokens[sampling.count :]
@@ -218,13 +181,25 @@ def load_calibration(
         tokens = tokenized(found[0], tokenizer)
         check_tokens(model, tokens)
         check_enough(tokens, found[1], say)
-        data = sequences_of(tokens, found[1], sampling)
+        drawn = sampling.drawn if refining else 0
+        data = sequences_of(tokens, found[1], replace(sampling, refining=sampling.most - drawn))
+        if drawn:
+            data = distributed.first(lambda: _beside(model, tokenizer, data, drawn, sampling))
     if not data.holds_out:
         raise InputError(
             f"{len(data.tokens)} calibration sequences, one in {data.held_out_every} of which is "
             "held out to judge plans on, leave none: take more of them"
         )
     return data
+
+
+def _beside(
+    model: nn.Module, tokenizer: Any, data: Calibration, count: int, sampling: Sampling
+) -> Calibration:
+    """The same with further sequences, sampled from the model, to refine on."""
+    length = data.tokens.shape[1]
+    found = generated(model, tokenizer, count, length, seed=1, kinds=sampling.kinds)
+    return replace(data, more=found if data.more is None else np.concatenate([data.more, found]))
 
 
 def load_tokens(

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -162,12 +163,15 @@ def calibrated(
     check_parameters(model)
     if stream is not None:
         check_arrays((f"{path}.weight", array) for path, array in stream.items())
+    sampling = request.sampling
+    if stream is not None:  # each token that is sampled would read the whole model
+        sampling = replace(sampling, beside=0)
     data = load_calibration(
         model,
         tokenizer,
         request.calibration,
         request.say,
-        request.sampling,
+        sampling,
         refining=request.refine,
     )
     distributed.compare(**{"model": digest, "calibration data": data.whole_digest})

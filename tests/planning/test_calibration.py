@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from urllib.error import URLError
 
 import mlx_lm
@@ -152,3 +153,22 @@ def test_a_text_that_upstream_keeps_elsewhere_is_missed_in_one_line(loaded, home
     assert tokens.shape == (DEFAULT.count * DEFAULT.length // 2,)
     (line,) = said
     assert "does not keep it in" in line
+
+
+def test_text_of_the_models_own_stands_beside_a_file_to_refine_on(loaded, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The cat sat on the mat and looked at the moon over the hills. " * 200)
+    sampling = Sampling(length=16, count=8, refining=24, beside=6)
+    model, tokenizer = loaded[:2]
+
+    def read(**asked):
+        return load_calibration(model, tokenizer, path, lambda line: None, **asked)
+
+    alone = read(sampling=replace(sampling, beside=0, refining=18), refining=True)
+    both = read(sampling=sampling, refining=True)
+    assert np.array_equal(both.tokens, alone.tokens)
+    assert np.array_equal(both.more[:-6], alone.more)
+    assert both.more.shape == (16, 16)
+    assert not np.array_equal(both.more[-6:], alone.more[-6:])
+    assert read(sampling=sampling).digest == both.digest
+    assert len(read(sampling=sampling).more) == 16

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ....errors import InputError
+from ....planning.sampling import on_cpu
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Settings:
         epochs: Times that a sequence is trained on, at most; fewer updates are made of few.
         seconds: Time that the updates may take; fewer are made if they would take longer. The
             result then depends on the machine's speed.
-        batch: Sequences of one update.
+        batch: Sequences of one update; None for 8 on a CPU and 32 on a GPU, where launching kernels
+            takes longer than running them for few.
         rate: Of scales and biases, in scales of their group.
         codes_rate: Of codes, in steps of their grid; 0 leaves the codes as they are.
         parameters_rate: Of norm weights and of biases of linear layers, as a share of each; 0
@@ -40,7 +42,7 @@ class Settings:
     steps: int = 400
     epochs: int = 32
     seconds: float | None = None
-    batch: int = 8
+    batch: int | None = None
     rate: float = 4e-3
     codes_rate: float = 1e-2
     parameters_rate: float = 2e-3
@@ -52,12 +54,15 @@ class Settings:
     checkpoint: bool | None = None
     compiled: bool | None = None
 
+    @property
+    def rows(self) -> int:
+        """Sequences of one update."""
+        return self.batch or (8 if on_cpu() else 32)
+
     def __post_init__(self) -> None:
         for name in ("steps", "epochs", "batch", "judged_every", "held_out"):
-            if getattr(self, name) < 1:
-                raise InputError(
-                    f"cannot distill with {name} {getattr(self, name)}: give at least 1"
-                )
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"cannot distill with {name} {value}: give at least 1")
         for name in ("rate", "codes_rate", "parameters_rate", "sampled"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(

@@ -90,7 +90,7 @@ class _Run:
     ):
         self.problem, self.refined, self.settings = problem, refined, settings
         self.training, self.judged = divided(problem.calibration, more, settings)
-        self.batch = min(settings.batch, len(self.training))
+        self.batch = min(settings.rows, len(self.training))
         model = problem.model
         parts = Parts.of(model, self.batch, self.training.shape[1])
         movable, self.states = self._movable(precisions)

@@ -137,7 +137,7 @@ def importance_matrix(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
         mx.eval(head, *(recorder.sums for recorder in recorders.values()))
     model.update_modules(tree_unflatten(list(linear.items())))
     sums = {path: recorder.sums for path, recorder in recorders.items()} | {"head": head}
-    # A head of its own is called behind the layers, where nothing was recorded.
+    # A head of its own was not called.
     return {path: np.array(s) / windows.size for path, s in sums.items() if s.ndim}
 
 
@@ -157,6 +157,12 @@ def matrix(args: argparse.Namespace, model: Any) -> dict[str, np.ndarray]:
         written = args.matrix.with_name(f"{os.getpid()}-{args.matrix.name}")
         np.savez(written, **found)  # pyright: ignore[reportArgumentType]
         written.replace(args.matrix)
+    return found
+
+
+def flat(model: Any) -> list[tuple[str, mx.array]]:
+    """Names and arrays of all parameters."""
+    found: Any = tree_flatten(model.parameters())
     return found
 
 
@@ -182,13 +188,15 @@ def main() -> None:
     model: Any = mlx_lm.load(str(args.model))[0]
     config = json.loads((args.model / "config.json").read_text())
     model.update(tree_map(lambda a: a.astype(mx.float32), model.parameters()))
-    mx.eval(model.parameters())
     importance = matrix(args, model)
-    parameters: Any = dict(tree_flatten(model.parameters()))
+    # Threads other than this one may not evaluate arrays of MLX.
+    parameters = {path: np.array(a) for path, a in flat(model)}
+    if "lm_head.weight" in parameters or any(a.ndim > 2 for a in parameters.values()):
+        raise SystemExit("only models with a tied embedding and without experts")
     layers, wide = len(model.layers), is_wide(config)
 
     def one(path: str) -> tuple[np.ndarray, int]:
-        module, value = path.removesuffix(".weight"), np.array(parameters[path])
+        module, value = path.removesuffix(".weight"), parameters[path]
         number = re.search(r"\.layers\.(\d+)\.", path)
         if value.ndim != 2:
             return value, value.nbytes

@@ -149,7 +149,7 @@ def test_the_time_it_takes_is_said_and_can_be_bounded(problem, rounded):
     )
     assert 3 <= found.steps < 100
     once = distill(problem, *rounded, settings=replace(SMALL, epochs=1, steps=10_000))
-    assert once.steps == -(-len(problem.calibration.refining) // SMALL.batch)
+    assert once.steps == -(-len(problem.calibration.refining) // SMALL.rows)
     line = said[0]
     assert f"{found.steps} steps, about " in line
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .layers import arrays, calls_replaced, copied, decoder_layers, plain
-from .replay import Call, Recording, record
-from .spill import SpilledRecording
+from .replay import Call, Recording, chained, record
+from .spill import Spill, SpilledRecording
 from .stream import Stream
 
 
@@ -21,7 +22,10 @@ class _Reached(Exception):
 
 
 def recordings(
-    model: nn.Module, batches: list[mx.array], stream: Stream | None = None
+    model: nn.Module,
+    batches: list[mx.array],
+    stream: Stream | None = None,
+    spill: Spill | None = None,
 ) -> list[Recording]:
     """Record each batch, as `record` does.
 
@@ -30,12 +34,16 @@ def recordings(
         batches: Token batches, int32 (batch, length).
         stream: The model's stream, if its layers are on disk. Each layer is then read once for all
             batches, and its arguments and results are kept on disk.
+        spill: Where to keep the recordings of a model in memory; None keeps them there too.
 
     Returns:
         One recording a batch; all are empty if that of any is, as `record` says.
     """
     if stream is None:
-        kept = [record(model, tokens)[1] for tokens in batches]
+        kept = [
+            record(model, tokens, None if spill is None else SpilledRecording(spill))[1]
+            for tokens in batches
+        ]
         return kept if all(kept) else [[] for _ in batches]
     found = [SpilledRecording(stream.spill) for _ in batches]
     for _ in count():
@@ -49,6 +57,54 @@ def recordings(
                     return [[] for _ in batches]
                 recording.append(call)
     return []
+
+
+def outlines(model: nn.Module, batches: list[mx.array]) -> list[Recording] | None:
+    """Each batch's calls without what the layers compute, for layers that run one after another.
+
+    Args:
+        model: An mlx-lm model.
+        batches: Token batches, int32 (batch, length).
+
+    Returns:
+        One recording a batch, not evaluated, whose hidden states are all that which enters the
+        first layer. None if calls depend on more than tokens and the hidden state before them.
+    """
+    tokens = mx.array([[0, 1]])
+    known, outline = record(model, tokens)[1], _outline(model, tokens)
+    if not chained(known) or len(known) != len(outline):
+        return None
+    for one, other in zip(known, outline, strict=True):
+        others = (one.args[1:], one.kwargs), (other.args[1:], other.kwargs)
+        if not isinstance(one.output, mx.array) or not _alike(*others):
+            return None
+    return [_outline(model, tokens) for tokens in batches]
+
+
+def _outline(model: nn.Module, tokens: mx.array) -> list[Call]:
+    found: list[Call] = []
+
+    def call(index: int, _: Any, args: tuple, kwargs: dict) -> Any:
+        found.append(Call(copied(args), copied(kwargs), args[0], index))
+        return args[0]
+
+    with calls_replaced(decoder_layers(model), call):
+        model(tokens)
+    return found
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two calls' arguments are the same, with equal arrays."""
+    found, others = (tree_flatten([value], is_leaf=nn.Module.is_module) for value in (one, other))
+    return len(found) == len(others) and all(
+        path == name
+        and (
+            a.shape == b.shape and bool(mx.array_equal(a, b))
+            if isinstance(a, mx.array) and isinstance(b, mx.array)
+            else a is b or a == b
+        )
+        for (path, a), (name, b) in zip(found, others, strict=True)
+    )
 
 
 def entry(model: nn.Module, tokens: mx.array) -> mx.array:

@@ -7,7 +7,7 @@ architecture.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -44,40 +44,50 @@ class Call:
         """The outgoing hidden state."""
         return self.output[0] if isinstance(self.output, tuple) else self.output
 
+    def entered(self, hidden: mx.array) -> "Call":
+        """The call with another incoming hidden state."""
+        return replace(self, args=(hidden, *self.args[1:]))
+
 
 Recording = Sequence[Call]
 
 
-def record(model: nn.Module, tokens: mx.array) -> tuple[mx.array, Recording]:
+def record(
+    model: nn.Module, tokens: mx.array, into: Any | None = None
+) -> tuple[mx.array, Recording]:
     """Run a batch and keep each decoder layer's call.
 
     Args:
         model: An mlx-lm model.
         tokens: int32 of shape (batch, length).
+        into: An empty recording that evaluates what is appended; None for one in memory.
 
     Returns:
         Logits (batch, length, vocabulary), not evaluated, and the recording, one entry a call. It
         is empty if the layers pass each other more than arrays, such as a cache that they write to:
         then their outputs do not contain all their effects.
     """
-    recording: list[Call] = []
-    returned: Any = None
+    recording: Any = [] if into is None else into
+    returned, usable = None, True
 
     def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
-        nonlocal returned
+        nonlocal returned, usable
         follows = not recording or (bool(args) and args[0] is returned)
         kept = copied(args), copied(kwargs)
         output = original(*args, **kwargs)
         returned = output[0] if isinstance(output, tuple) and output else output
-        recording.append(Call(*kept, copied(output), index, follows))
+        one = Call(*kept, copied(output), index, follows)
+        usable = usable and all(plain(p) for p in (one.args, *one.kwargs.values(), one.output))
+        if usable:
+            recording.append(one)
         return output
 
     with calls_replaced(decoder_layers(model), call):
         logits = model(tokens)
-    parts = [part for c in recording for part in (c.args, *c.kwargs.values(), c.output)]
-    if not all(plain(part) for part in parts):
-        recording = []
-    mx.eval([arrays(part) for part in parts])
+    if not usable:
+        return logits, []
+    if into is None:
+        mx.eval([arrays((one.args, one.kwargs, one.output)) for one in recording])
     return logits, recording
 
 

@@ -188,6 +188,7 @@ def calibrated(
         refine=request.refine,
         say=request.say,
         stream=stream,
+        scratch=request.scratch,
     )
 
 

@@ -2,18 +2,25 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ...model.replay import Call
 from ...model.taps import Use, tapped
 from .metric import Metric
 
 #: Weight of the pooled moment beside an expert's own, as tokens per input.
 PRIOR = 0.25
+#: Bytes of the inputs of a decoder layer's modules that are held.
+HELD = 1 << 30
 #: Bytes of experts' moments that are held at once, and least parts of a stack of many experts.
-EXPERT_BYTES, PARTS = 1 << 30, 8
+EXPERT_BYTES, PARTS = 1 << 29, 8
+
+#: Runs a decoder layer on a call's arguments and a hidden state.
+Run = Callable[[Call, mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,18 @@ def expert_metrics(
                     used = rows[own]
                     moments[number] = moments[number] + used.T @ used
             mx.eval(moments)
-        yield at, Metric(mx.stack(moments))
+        metric = Metric(mx.stack(moments))
+        mx.eval(metric.moment)
+        moments.clear()
+        yield at, metric
 
 
 def inputs(
     modules: Mapping[str, nn.Module], run: Callable[[], mx.array], *, evaluate: bool = True
-) -> dict[str, Fed]:
+) -> tuple[dict[str, Fed], mx.array]:
     """Inputs of plain linear layers and stacked experts during a run, in order of use.
+
+    Also returns what the run does.
 
     Look-ups, and stacks that take no expert indices (one matrix per head), are left out.
     """
@@ -142,7 +154,54 @@ def inputs(
         output = run()
     if evaluate:
         mx.eval(output, [(fed.inputs, fed.indices) for fed in seen.values()])
-    return seen
+    return seen, output
+
+
+class ReferenceInputs:
+    """The inputs of a layer's modules before any of them is rounded, batch by batch.
+
+    Attributes:
+        outputs: What the layer returns, a batch each.
+        stages: Paths of layers with the same input array, in the order they run.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], calls: list[Call], run: Run):
+        """Run the layer on all batches.
+
+        Args:
+            modules: Layer path -> linear layer inside of this decoder layer.
+            calls: Of the decoder layer.
+            run: Runs it on a call's arguments and a hidden state.
+        """
+        self._modules, self._calls, self._run = modules, calls, run
+        self._weights = {path: module["weight"] for path, module in modules.items()}
+        self._kept: list[dict[str, Fed]] = []
+        self.outputs: list[mx.array] = []
+        self.stages: list[list[str]] = []
+        for call in calls:
+            seen, output = inputs(modules, partial(run, call, call.hidden), evaluate=False)
+            mx.eval(output)
+            self.outputs.append(output)
+            self.stages = self.stages or stages(seen)
+            if len(calls) * sum(fed.inputs.nbytes for fed in seen.values()) <= HELD:
+                mx.eval([(fed.inputs, fed.indices) for fed in seen.values()])
+                self._kept.append(seen)
+
+    def fed(self, number: int, path: str) -> Fed:
+        """What a module was fed in a batch; computed once more where there is too much to keep."""
+        if self._kept:
+            return self._kept[number][path]
+        call, rounded = self._calls[number], {p: m["weight"] for p, m in self._modules.items()}
+        try:
+            self._put(self._weights)
+            own = {path: self._modules[path]}
+            return inputs(own, partial(self._run, call, call.hidden), evaluate=False)[0][path]
+        finally:
+            self._put(rounded)
+
+    def _put(self, weights: Mapping[str, mx.array]) -> None:
+        for path, weight in weights.items():
+            self._modules[path]["weight"] = weight
 
 
 def stages(seen: Mapping[str, Fed]) -> list[list[str]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ... import distributed
 from ...model.layers import decoder_layers, layer_index, quantizable
-from ...model.layerwise import entry, recordings
+from ...model.layerwise import entry, outlines, recordings
 from ...model.replay import Call, Recording, chained, finish
 from ...model.spill import SpilledPacked
 from ...planning.divergence import Reference
@@ -27,7 +27,7 @@ from ..sensitivity.problem import Problem, batches, layer_batches
 from ..sensitivity.taylor import differentiated
 from . import threads
 from .feedback import Quantized
-from .inputs import Fed, Moments, inputs, stages
+from .inputs import Moments, ReferenceInputs, inputs
 from .metric import Metric
 from .selection import current
 from .stage import Rounding, Stage, Thoroughness, experts
@@ -119,7 +119,10 @@ class _Refiner:
         for path in self.plan:
             index = inside.get(id(self.modules[path]))
             (outer if index is None else own[index]).append(path)
-        recorded = recordings(model, data, self.problem.stream)
+        recorded = None if self.problem.stream else outlines(model, data)
+        if recorded is None:
+            spill = self.problem.spill(self.problem.calibration.refining.size)
+            recorded = recordings(model, data, self.problem.stream, spill)
         if not layers or not all(chained(r) for r in recorded):
             self.problem.note(
                 "The layers of this model pass on more than a hidden state: not refined, but "
@@ -130,23 +133,23 @@ class _Refiner:
                 mx.eval(plain)
                 self.result.update(plain)
             return
+        before = [r[0].hidden for r in recorded]
+        mx.eval(before)
         found = self.factors = differentiated(self.problem)
         lookups = [path for path in outer if found[path].columns is not None]
         for path in lookups:
             self.embedding(path, found[path])
         self.flush()
         # With a rounded embedding, the first layer has other inputs than the reference's.
-        hidden = [
-            entry(model, t) if lookups else r[0].hidden for t, r in zip(data, recorded, strict=True)
-        ]
+        hidden = [entry(model, tokens) for tokens in data] if lookups else before
         mx.eval(hidden)
         started = time.perf_counter()
         for index in tqdm(range(len(layers)), desc="Refining", disable=not self.problem.progress):
             if index == 1:
                 self.announce(time.perf_counter() - started, len(layers))
-            calls = [r[index] for r in recorded]
+            calls = [r[index].entered(h) for r, h in zip(recorded, before, strict=True)]
             with self.problem.layer(index), self.originals(own[index]):
-                hidden = self.layer(layers[index], own[index], calls, hidden)
+                before, hidden = self.layer(layers[index], own[index], calls, hidden)
             self.flush()
         rest = [path for path in outer if path not in lookups]
         self.head(rest, data, recorded, hidden)
@@ -205,16 +208,16 @@ class _Refiner:
 
     def layer(
         self, layer: nn.Module, paths: list[str], calls: list[Call], hidden: list[mx.array]
-    ) -> list[mx.array]:
-        """Refine one decoder layer; returns the hidden states after it."""
+    ) -> tuple[list[mx.array], list[mx.array]]:
+        """Refine one decoder layer; returns the hidden states after it, the reference's first."""
         modules = {path: self.modules[path] for path in paths}
 
         def run(call: Call, state: mx.array) -> mx.array:
             output = layer(state, *call.args[1:], **call.kwargs)
             return output[0] if isinstance(output, tuple) else output
 
-        reference = [inputs(modules, lambda c=c: run(c, c.hidden)) for c in calls]
-        groups = stages(reference[0]) if reference else []
+        reference = ReferenceInputs(modules, calls, run)
+        groups = reference.stages
         for path in set(paths) - {path for group in groups for path in group}:
             self.store(path, self.plain(path))
         for group in groups:
@@ -224,24 +227,27 @@ class _Refiner:
             stage = self.stage(group)
             moments = self.moments(group[0], reference, calls, hidden, run)
             self.keep(stage.rounded(Metric(moments.own, moments.cross), SHARE))
-        result = [run(c, h) for c, h in zip(calls, hidden, strict=True)]
-        mx.eval(result)
-        return result
+            del moments  # before the next stage's
+        result = []
+        for call, state in zip(calls, hidden, strict=True):
+            result.append(run(call, state))
+            mx.eval(result[-1])
+        return reference.outputs, result
 
     def moments(
         self,
         path: str,
-        reference: list[dict[str, Fed]],
+        reference: ReferenceInputs,
         calls: list[Call],
         hidden: list[mx.array],
         run: Callable[[Call, mx.array], mx.array],
     ) -> Moments:
         """Second moments of a layer's inputs after the quantized layers."""
         own, total = {path: self.modules[path]}, None
-        for seen, call, state in zip(reference, calls, hidden, strict=True):
+        for number, (call, state) in enumerate(zip(calls, hidden, strict=True)):
             # Lazy: only what the layer's inputs depend on is computed.
-            fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
-            batch = Moments.of(fed, seen[path])
+            fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[0][path]
+            batch = Moments.of(fed, reference.fed(number, path))
             total = batch if total is None else total + batch
             mx.eval(total.arrays())
         assert total is not None
@@ -258,7 +264,7 @@ class _Refiner:
         path, feds = paths[0], []
         for call, state in zip(calls, hidden, strict=True):
             own = {path: self.modules[path]}
-            fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[path]
+            fed = inputs(own, lambda c=call, h=state: run(c, h), evaluate=False)[0][path]
             mx.eval(fed.inputs, fed.indices)
             feds.append(fed)
         weights = {path: self.problem.weights[path] for path in paths}
@@ -275,7 +281,7 @@ class _Refiner:
         modules = {path: self.modules[path] for path in paths}
         totals: dict[str, mx.array] = {}
         for tokens, recording, state in zip(data, recorded, hidden, strict=True):
-            found = inputs(
+            found, _ = inputs(
                 modules,
                 lambda t=tokens, r=recording, h=state: finish(self.problem.model, t, r, h),
                 evaluate=False,

@@ -11,6 +11,7 @@ from ... import distributed
 from ...model.layers import arrays, decoder_layers, quantizable, with_arrays
 from ...model.layerwise import recordings
 from ...model.replay import Recording, joined, replaced
+from ...model.spill import Spill
 from ...model.stream import Stream
 from ...planning.parts import Parts
 from .backward import GradientError, gather, told_apart
@@ -31,6 +32,7 @@ def factors(
     across: Collection[str] = (),
     stream: Stream | None = None,
     parts: Parts | None = None,
+    spill: Spill | None = None,
 ) -> Iterator[dict[str, Factors]]:
     """Measure the factors of every quantizable tensor with one backward pass a sequence.
 
@@ -52,6 +54,7 @@ def factors(
         stream: The model's stream, if its layers are on disk.
         parts: How to run the model with a chunk of a sequence's logits at a time, which is done
             where those of a batch are many; None for all at once.
+        spill: Where to keep the hidden states between the layers; None keeps them in memory.
 
     Yields:
         The factors of each decoder layer, the last one first, then of the modules around them;
@@ -73,10 +76,10 @@ def factors(
     model.train()  # in training mode mlx-lm avoids fused kernels that have no gradient
     try:
         own = own if parted else every
-        recorded = recordings(model, [sequence.tokens for sequence in own], stream)
+        recorded = recordings(model, [sequence.tokens for sequence in own], stream, spill)
         if parted and not (all(recorded) and once(recorded[0])):
             parted, own = False, every
-            recorded = recordings(model, [sequence.tokens for sequence in own], stream)
+            recorded = recordings(model, [sequence.tokens for sequence in own], stream, spill)
         with told_apart():
             if all(recorded):
                 walk = _Walk(model, own, recorded, draws, across, stream, head)

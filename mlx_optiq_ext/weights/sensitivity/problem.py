@@ -1,16 +1,19 @@
 """A model to measure, with its tensors and calibration sequences; judges whole plans."""
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ... import distributed
+from ... import distributed, files
 from ...model.layers import arrays, calls_replaced, decoder_layers, layer_index, quantizable
+from ...model.spill import Spill
 from ...model.stream import Stream
 from ...planning.calibration import Calibration
 from ...planning.divergence import Reference
@@ -25,6 +28,10 @@ Sensitivity = dict[str, dict[Precision, float]]
 
 #: Calibration sequences run at once; and on a GPU, where no logits are wanted.
 BATCH, GPU_BATCH = 4, 32
+#: Tokens that single layers run on at once on a GPU, unless one sequence has more.
+GPU_TOKENS = 8192
+#: Bytes of the hidden states between all layers that are held in memory.
+HELD = 1 << 30
 
 
 @dataclass
@@ -60,6 +67,7 @@ class Problem:
         say: Receives one-line messages.
         findings: Results of one step for later steps.
         stream: The model's stream, if its layers are on disk; it is then ``weights`` too.
+        scratch: A folder for what does not fit into memory; None for that of measurements.
     """
 
     model: nn.Module
@@ -73,6 +81,7 @@ class Problem:
     say: Callable[[str], None] = print
     findings: Findings = field(default_factory=Findings)
     stream: Stream | None = None
+    scratch: Path | None = None
 
     def journal(self, name: str, version: int) -> Journal:
         """Measurements of this problem that are kept between runs.
@@ -104,6 +113,19 @@ class Problem:
             length = self.calibration.tokens.shape[1]
             self.findings.parts = Parts.of(self.model, 1, length, CHUNK)
         return self.findings.parts
+
+    def spill(self, tokens: int) -> Spill | None:
+        """Disk space for the hidden states of so many tokens between all layers, if they are many.
+
+        None if they fit into memory, or not on the disk.
+        """
+        if self.stream is not None:
+            return self.stream.spill
+        size = tokens * self.parts.dim * self.dtype.size * len(decoder_layers(self.model))
+        folder = self.scratch or files.cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(folder).free
+        return Spill(folder) if HELD < size < room / 2 else None
 
     def layer(self, index: int) -> AbstractContextManager[None]:
         """Keep a decoder layer in memory inside the block, if the model is on disk."""
@@ -172,7 +194,8 @@ def batches(tokens: np.ndarray, size: int = BATCH) -> list[mx.array]:
 def layer_batches(tokens: np.ndarray) -> list[mx.array]:
     """Calibration sequences (n, length) as batches to run single layers on."""
     cpu = mx.default_device() == mx.Device(mx.cpu)
-    return batches(tokens, BATCH if cpu else GPU_BATCH)
+    most = max(1, min(GPU_BATCH, GPU_TOKENS // tokens.shape[1]))
+    return batches(tokens, BATCH if cpu else most)
 
 
 def end_to_end(problem: Problem, choices: list[dict[str, Precision]]) -> list[float]:

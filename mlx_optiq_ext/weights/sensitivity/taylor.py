@@ -164,9 +164,8 @@ def differentiate(
         tokens = problem.calibration.refining
         tokens = tokens[spread(len(tokens), DIFFERENTIATED)]
         across = widest(problem.tensors)
-    kept: dict[str, Factors] | SpilledFactors = {}
-    if problem.stream is not None:
-        kept = SpilledFactors(problem.stream.spill)
+    spill = problem.spill(tokens.size)
+    kept: dict[str, Factors] | SpilledFactors = {} if spill is None else SpilledFactors(spill)
     blocks = _tried(
         problem,
         factors(
@@ -175,6 +174,7 @@ def differentiate(
             across=across,
             stream=problem.stream,
             parts=problem.parts,
+            spill=spill,
         ),
         instead,
     )

@@ -86,7 +86,7 @@ def test_moments_of_experts_are_those_of_the_tokens_routed_to_them(length):
     model = moe()
     layer, path = model.layers[0].mlp, "model.layers.0.mlp.switch_mlp.up_proj"
     x = mx.random.normal((1, length, 64), key=mx.random.key(1))
-    seen = inputs({path: dict(quantizable(model))[path]}, lambda: layer(x))
+    seen, _ = inputs({path: dict(quantizable(model))[path]}, lambda: layer(x))
     chosen = np.array(mx.argpartition(layer.gate(x), kth=-2, axis=-1)[0, :, -2:])
     rows = np.array(x[0])
     pooled = PRIOR * 64 * sum(rows[t : t + 1].T @ rows[t : t + 1] for t, _ in np.ndindex(length, 2))

@@ -16,6 +16,7 @@ from toy_fixtures import quiet, without_gradients
 from toy_models import FAMILIES, NO_METAL, TOYS, UNSAFE, UNSUPPORTED, build, config
 
 from mlx_optiq_ext.model.layers import calls_replaced, decoder_layers, quantizable
+from mlx_optiq_ext.model.layerwise import outlines
 from mlx_optiq_ext.model.replay import record, replayed
 from mlx_optiq_ext.model.stream import Stream, runs_whole
 from mlx_optiq_ext.planning.calibration import Sampling
@@ -177,6 +178,12 @@ def test_an_architecture_is_replayed_and_differentiated_by_layer(name, monkeypat
     assert bool(recording) == (name not in NOT_REPLAYED)
     if not recording:
         return
+    outlined = outlines(model, [TOKENS])
+    if outlined is not None:
+        for call, known in zip(outlined[0], recording, strict=True):
+            one = call.entered(known.hidden)
+            output = decoder_layers(model)[call.index](*one.args, **one.kwargs)
+            assert mx.array_equal(output, known.hidden_out), call.index
     by_layer = factors_of(model)
     monkeypatch.setattr(fisher, "recordings", lambda *_: [[]])
     whole = factors_of(model)

@@ -11,9 +11,11 @@ process of its own with nothing measured beforehand, on ``--sequences`` of ``--l
 
 Prints a JSON line a model: parameters, seconds by phase, seconds a layer and a parameter, the peak
 of MLX's allocator while it is measured and refined and while it is written, and the bound on it:
-the weights in 16 bits and two layers' working sets. A layer's working set is its weights in
-float32, the hidden states of all calibration tokens before and behind it, of the original and of
-the rounded model, and two second moments of its widest input in float32.
+the weights in 16 bits (on a CPU also in float32, which it computes in) and two layers' working
+sets. A layer's working set is its weights in float32, the hidden states of all calibration tokens
+before and behind it, of the original and of the rounded model, and five matrices of the size of the
+second moment of its widest input in float32: of these inputs, of the original's with them, in the
+order of rounding, its factor, and the difference of the first two.
 
 A shortened model also gets the seconds of the whole one: if it was measured at two depths, from the
 line through both, else from its seconds a layer, which are too many, for what is around the layers
@@ -172,8 +174,13 @@ def working_set(config: dict[str, Any], tokens: int) -> int:
     own = {path: value for path, value in every.items() if ".layers.0." in path}
     weights = 4 * sum(value.size for value in own.values())
     widest = max(value.shape[-1] for value in own.values() if value.ndim > 1)
-    hidden = 2 * 2 * tokens * config["hidden_size"] * 2
-    return weights + hidden + 2 * 4 * widest**2
+    hidden = 2 * 2 * tokens * config["hidden_size"] * (4 if on_cpu() else 2)
+    return weights + hidden + 5 * 4 * widest**2
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU."""
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def convert(model: Path, out: Path, text: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -269,7 +276,9 @@ def main() -> None:
         count = sum(array.size for array in parameters(config).values())
         depth, work = config["num_hidden_layers"], found["seconds"]
         busy = sum(work.get(phase, 0.0) for phase in ("measure", "refine"))
-        bound = 2 * count + 2 * working_set(config, args.sequences * args.length)
+        bound = (6 if on_cpu() else 2) * count + 2 * working_set(
+            config, args.sequences * args.length
+        )
         row = {
             "model": name,
             "layers": depth,

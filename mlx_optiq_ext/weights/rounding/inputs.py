@@ -17,7 +17,7 @@ PRIOR = 0.25
 #: Bytes of the inputs of a decoder layer's modules that are held.
 HELD = 1 << 30
 #: Bytes of experts' moments that are held at once, and least parts of a stack of many experts.
-EXPERT_BYTES, PARTS = 1 << 29, 8
+EXPERT_BYTES, PARTS = 1 << 30, 8
 
 #: Runs a decoder layer on a call's arguments and a hidden state.
 Run = Callable[[Call, mx.array], mx.array]

@@ -30,9 +30,15 @@ def peak(run):
     return mx.get_peak_memory() - before, found
 
 
+def outlined(model):
+    found = outlines(model, [TOKENS])
+    assert found is not None
+    return found[0]
+
+
 def test_outlines_are_recordings_without_what_layers_compute(loaded):
     model = loaded[0]
-    (outline,), (recording,) = outlines(model, [TOKENS]), recordings(model, [TOKENS])
+    outline, (recording,) = outlined(model), recordings(model, [TOKENS])
     hidden = outline[0].hidden
     for call, known in zip(outline, recording, strict=True):
         assert mx.array_equal(call.hidden, recording[0].hidden)
@@ -44,7 +50,7 @@ def test_outlines_are_recordings_without_what_layers_compute(loaded):
 
 def test_reference_inputs_are_the_same_computed_once_more(loaded, monkeypatch):
     model = loaded[0]
-    layer, (outline,) = model.layers[0], outlines(model, [TOKENS])
+    layer, outline = model.layers[0], outlined(model)
     modules = {"q": layer.self_attn.q_proj, "down": layer.mlp.down_proj}
     run = lambda call, hidden: layer(hidden, *call.args[1:], **call.kwargs)  # noqa: E731
     calls = [outline[0], outline[0]]

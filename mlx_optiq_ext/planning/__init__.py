@@ -13,11 +13,14 @@ from .allocation import allocate
 from .calibration import Calibration, Sampling, load_calibration
 from .divergence import Reference
 from .journal import Journal
+from .kinds import KINDS, Kind
 from .texts import read_texts
 
 __all__ = [
+    "KINDS",
     "Calibration",
     "Journal",
+    "Kind",
     "Reference",
     "Sampling",
     "allocate",

@@ -1,14 +1,17 @@
-"""How ranks of ``mlx.launch`` on this machine share a sweep, and how long it takes them.
+"""How ranks of ``mlx.launch`` on this machine share a sweep or a refinement, and how long it takes.
 
     python tests/benchmarks/weights/distributed.py --calibration FILE
-        [--model tests/data/tiny-qwen3] [--ranks 1 2 4] [--methods taylor kl] [--report FILE.json]
+        [--model tests/data/tiny-qwen3] [--ranks 1 2 4] [--methods taylor kl refine]
+        [--report FILE.json]
 
 Each run measures every candidate with nothing known beforehand. Printed are its wall time, from
 when all ranks have loaded the model; and for each rank the windows that it differentiated (times
 layers), the candidates that it costed, the probes that it ran, and its processor seconds without
 those spent waiting for other ranks. The last line of a run says how far the busiest rank is from
-an even share of each. Ranks compute with one thread each; where they are more than the processor's
-cores, or others use it too, the wall time says little.
+an even share of each. ``refine`` refines to 3 bits what was measured with taylor, and counts the
+weights that each rank rounded; its seconds are those of the refinement alone. Ranks compute with
+one thread each; where they are more than the processor's cores, or others use it too, the wall time
+says little.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 TINY = HERE.parents[1] / "data" / "tiny-qwen3"
-COUNTED = ("windows", "candidates", "probes")
+COUNTED = ("windows", "candidates", "probes", "weights")
 
 
 def sweep(model: str, calibration: Path, method: str) -> None:
@@ -35,8 +38,9 @@ def sweep(model: str, calibration: Path, method: str) -> None:
 
     from mlx_optiq_ext import distributed
     from mlx_optiq_ext.distributed import exchange
-    from mlx_optiq_ext.weights import Request
+    from mlx_optiq_ext.weights import Precision, Request, refine
     from mlx_optiq_ext.weights import study as planning
+    from mlx_optiq_ext.weights.rounding import stage
     from mlx_optiq_ext.weights.sensitivity import fisher, kl, taylor
     from mlx_optiq_ext.weights.sensitivity.problem import journal_key
 
@@ -69,23 +73,27 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     counting(fisher._Walk, "call", "windows", lambda *args: 1)
     counting(taylor, "predictions", "candidates", costed)
     counting(kl.Probes, "__call__", "probes", unknown)
+    counting(stage.Rounding, "rounded", "weights", lambda self, path, weight, *rest: weight.size)
     evaluated, exchange._evaluated = exchange._evaluated, waiting
     loaded, tokenizer, _ = planning.load_unquantized(model)
     mx.eval(loaded.parameters())
     distributed.agree()
     waited, started, processor = 0.0, time.perf_counter(), time.process_time()
-    planning.study_model(
+    study = planning.study_model(
         loaded,
         tokenizer,
         Request(
-            effort="plan",
+            effort="refine" if method == "refine" else "plan",
             calibration=calibration,
-            method=method,
+            method="taylor" if method == "refine" else method,
             progress=False,
             say=lambda line: None,
         ),
         load=partial(planning.reload, model),
     )
+    if method == "refine":
+        waited, started, processor = 0.0, time.perf_counter(), time.process_time()
+        refine(study.problem, {t.path: Precision(3, 64) for t in study.problem.tensors})
     seconds = time.perf_counter() - started
     worked = time.process_time() - processor - waited
     rows = distributed.gathered({**counts, "processor": worked, "waiting": waited})

@@ -1,0 +1,1 @@
+"""Designs of rounding that roundings.py compares."""

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 from kernel_shim import kernel_factory
 
+from mlx_optiq_ext.weights import Precision
 from mlx_optiq_ext.weights.precision import BITS, GROUP_SIZES
 from mlx_optiq_ext.weights.rounding.device import Device
 from mlx_optiq_ext.weights.rounding.grid import Format, Rounded
 from mlx_optiq_ext.weights.rounding.host import Host
+from mlx_optiq_ext.weights.rounding.inputs import Fed
 from mlx_optiq_ext.weights.rounding.metric import Metric, Ordered
+from mlx_optiq_ext.weights.rounding.refinement import restored
 from mlx_optiq_ext.weights.rounding.selection import HOST, agrees
+from mlx_optiq_ext.weights.rounding.stage import Rounding, Stage, Thoroughness, experts
 
 pytestmark = pytest.mark.newest
 
@@ -94,3 +98,26 @@ def test_a_kernel_that_works_is_used_and_another_is_not(gpu):
         raise RuntimeError("no such compiler")
 
     assert not agrees(Device("cuda", fails))
+
+
+def test_what_is_prepared_beside_the_device_is_rounded_as_numpy_rounds_it(gpu):
+    plan, across = {"a": Precision(3, 32), "b": Precision(3, 64)}, metric(8, 1).moment[0]
+    weights = {
+        "a": mx.random.normal((8, 64), key=mx.random.key(1)).astype(DTYPES[32]),
+        "b": mx.random.normal((4, 64), key=mx.random.key(2)).astype(DTYPES[64]),
+    }
+    stacks = {"a": mx.random.normal((2, 2, 64), key=mx.random.key(3)).astype(DTYPES[32])}
+    rows = mx.random.normal((1, 36, 1, 1, 64), key=mx.random.key(4))
+    feds = [Fed(rows, mx.array(np.arange(36)[None, :, None] % 2), (1, 36, 1, 1))]
+
+    def lost(steps) -> list[float]:
+        rounding = Rounding(plan, steps, Thoroughness(sweeps=1))
+        stage = Stage(rounding, weights, {"a": across, "b": None})
+        found = [
+            *((weights[path], q, path) for path, q in stage.rounded(metric(64, 1)).items()),
+            *((stacks[path], q, path) for path, q in experts(rounding, stacks, feds).items()),
+        ]
+        lefts = [weight - restored(q, plan[path], mx.float32) for weight, q, path in found]
+        return [float(mx.square(left).sum()) for left in lefts]
+
+    assert lost(gpu) == pytest.approx(lost(HOST), rel=0.02)

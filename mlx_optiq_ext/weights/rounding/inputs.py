@@ -15,7 +15,7 @@ from .metric import Metric
 #: Weight of the pooled moment beside an expert's own, as tokens per input.
 PRIOR = 0.25
 #: Bytes of the inputs of a decoder layer's modules that are held.
-HELD = 1 << 30
+HELD = 1 << 29
 #: Bytes of experts' moments that are held at once, and least parts of a stack of many experts.
 EXPERT_BYTES, PARTS = 1 << 30, 8
 

@@ -18,7 +18,7 @@ from ...model.stream import Stream
 from ...planning.calibration import Calibration
 from ...planning.divergence import Reference
 from ...planning.journal import Journal
-from ...planning.parts import CHUNK, Parts
+from ...planning.parts import Parts
 from ..candidates import Size, Tensor
 from ..precision import AFFINE, Precision, dequantized, pieces
 from .moments import Factors
@@ -30,6 +30,8 @@ Sensitivity = dict[str, dict[Precision, float]]
 BATCH, GPU_BATCH = 4, 32
 #: Tokens that single layers run on at once on a GPU, unless one sequence has more.
 GPU_TOKENS = 8192
+#: Bytes of one float32 array (tokens, vocabulary) of logits.
+LOGITS = 32 << 20
 #: Bytes of the hidden states between all layers that are held in memory.
 HELD = 1 << 30
 
@@ -111,7 +113,7 @@ class Problem:
         """How to run the model with a chunk of a sequence's logits at a time."""
         if self.findings.parts is None:
             length = self.calibration.tokens.shape[1]
-            self.findings.parts = Parts.of(self.model, 1, length, CHUNK)
+            self.findings.parts = Parts.of(self.model, 1, length, LOGITS)
         return self.findings.parts
 
     def spill(self, tokens: int) -> Spill | None:

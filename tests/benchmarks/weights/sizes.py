@@ -15,7 +15,9 @@ the weights in 16 bits (on a CPU also in float32, which it computes in) and two 
 sets. A layer's working set is its weights in float32, the hidden states of all calibration tokens
 before and behind it, of the original and of the rounded model, and five matrices of the size of the
 second moment of its widest input in float32: of these inputs, of the original's with them, in the
-order of rounding, its factor, and the difference of the first two.
+order of rounding, its factor, and the difference of the first two. With MLX_OPTIQ_EXT_STREAM=1 the
+bound is what is around the layers and four layers' working sets. What is kept up to a fixed size,
+1 GiB in all, is not in the bound, so that small models exceed it.
 
 A shortened model also gets the seconds of the whole one: if it was measured at two depths, from the
 line through both, else from its seconds a layer, which are too many, for what is around the layers
@@ -57,15 +59,8 @@ QWEN3 = {
 #: The dimensions that the models' publishers give in their config.json.
 SHAPES: dict[str, dict[str, Any]] = {
     "toy": QWEN3
-    | {
-        "num_hidden_layers": 12,
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "vocab_size": 8192,
-    },
+    | {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "head_dim": 64}
+    | {"num_hidden_layers": 12, "vocab_size": 8192},
     "qwen3-0.6b": QWEN3
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16},
     "qwen3-4b": QWEN3
@@ -178,6 +173,16 @@ def working_set(config: dict[str, Any], tokens: int) -> int:
     return weights + hidden + 5 * 4 * widest**2
 
 
+def bound_bytes(config: dict[str, Any], tokens: int) -> int:
+    """Bytes of a conversion at most, as the docstring of this script defines them."""
+    each = 6 if on_cpu() else 2
+    every = parameters(config)
+    if os.environ.get("MLX_OPTIQ_EXT_STREAM") == "1":
+        around = sum(value.size for path, value in every.items() if ".layers." not in path)
+        return each * around + 4 * working_set(config, tokens)
+    return each * sum(value.size for value in every.values()) + 2 * working_set(config, tokens)
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on the CPU."""
     return mx.default_device() == mx.Device(mx.cpu)
@@ -217,8 +222,7 @@ def child(arguments: list[str]) -> None:
     from mlx_optiq_ext import weights
     from mlx_optiq_ext.planning import Sampling
 
-    count, length, *rest = arguments
-    prepared, found = weights.prepare, {}
+    (count, length, *rest), prepared, found = arguments, weights.prepare, {}
 
     def prepare(path: str, request: weights.Request, **source: Any) -> weights.Conversion:
         sampling = Sampling(int(length), min(16, int(count)), refining=int(count))
@@ -276,9 +280,7 @@ def main() -> None:
         count = sum(array.size for array in parameters(config).values())
         depth, work = config["num_hidden_layers"], found["seconds"]
         busy = sum(work.get(phase, 0.0) for phase in ("measure", "refine"))
-        bound = (6 if on_cpu() else 2) * count + 2 * working_set(
-            config, args.sequences * args.length
-        )
+        bound = bound_bytes(config, args.sequences * args.length)
         row = {
             "model": name,
             "layers": depth,

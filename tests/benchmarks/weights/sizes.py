@@ -64,12 +64,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": QWEN3
     | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16},
     "qwen3-4b": QWEN3
-    | {
-        "num_hidden_layers": 36,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_attention_heads": 32,
-    },
+    | {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32}
+    | {"num_hidden_layers": 36},
     "qwen3-8b": QWEN3
     | {
         "num_hidden_layers": 36,
@@ -108,6 +104,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 6,
         "max_position_embeddings": 32768,
         "vocab_size": 262144,
+        "tie_word_embeddings": True,
     },
 }
 #: Layers whose output is added to the hidden state.
@@ -126,7 +123,8 @@ def parameters(config: dict[str, Any]) -> dict[str, mx.array]:
     """A model's parameters by path, not evaluated."""
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     found: Any = tree_flatten(module.Model(module.ModelArgs.from_dict(config)).parameters())
-    return dict(found)
+    tied = config.get("tie_word_embeddings", False)
+    return {path: array for path, array in found if not (tied and path == "lm_head.weight")}
 
 
 def write(out: Path, config: dict[str, Any], tokenizer: Path, seed: int = 0) -> None:
@@ -166,9 +164,9 @@ def words(path: Path, tokenizer: Path, tokens: int, seed: int = 0) -> None:
 def working_set(config: dict[str, Any], tokens: int) -> int:
     """Bytes of a layer's working set, as the docstring of this script defines it."""
     every = parameters({**config, "num_hidden_layers": 1})
-    own = {path: value for path, value in every.items() if ".layers.0." in path}
-    weights = 4 * sum(value.size for value in own.values())
-    widest = max(value.shape[-1] for value in own.values() if value.ndim > 1)
+    own = [value for path, value in every.items() if ".layers.0." in path]
+    weights = 4 * sum(value.size for value in own)
+    widest = max(value.shape[-1] for value in own if value.ndim > 1)
     hidden = 2 * 2 * tokens * config["hidden_size"] * (4 if on_cpu() else 2)
     return weights + hidden + 5 * 4 * widest**2
 
@@ -208,9 +206,8 @@ def convert(model: Path, out: Path, text: Path, args: argparse.Namespace) -> dic
     seconds = time.perf_counter() - started
     if child.wait():
         raise SystemExit(f"{' '.join(command)}\n{output}")
-    order = sorted(begun.items(), key=lambda item: item[1])
-    ends = [*(start for _, start in order[1:]), seconds]
-    phases = {p: round(end - start, 2) for (p, start), end in zip(order, ends, strict=True)}
+    ends = [*list(begun.values())[1:], seconds]
+    phases = {p: round(end - begun[p], 2) for p, end in zip(begun, ends, strict=True)}
     peaks = json.loads(output.rpartition("PEAKS ")[2].partition("\n")[0])
     return {"seconds": phases, "total": round(seconds, 2), **peaks}
 
@@ -292,9 +289,10 @@ def main() -> None:
             "held": max(found["peak_bytes"], found["writing_bytes"]) <= bound,
         }
         rows.append(row)
-        print(json.dumps(list(extrapolated(rows))[-1]), flush=True)
-    if args.report is not None:
-        args.report.write_text(json.dumps(list(extrapolated(rows)), indent=1))
+        found = list(extrapolated(rows))
+        print(json.dumps(found[-1]), flush=True)
+        if args.report is not None:
+            args.report.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,22 @@ for kind in ("dense", "experts"):
     sys.stdout.flush()
 """
 
+DISTILLED = """
+from mlx_optiq_ext.weights import Request, prepare
+from mlx_optiq_ext.weights.rounding.distillation import Settings
+
+done = prepare(sys.argv[2], Request(
+    budget=4.5, bits=(3, 4), calibration=Path(sys.argv[3]), effort="distill", progress=False,
+    sampling=Sampling(length=32, count=10, refining=10), say=lambda line: None,
+    distillation=Settings(steps=2, batch=2, sampled=0, seconds=None),
+), dtype="float32")
+if distributed.leads():
+    values = [array for path in sorted(done.refined) for array in done.refined[path]]
+    values += [done.parameters[path] for path in sorted(done.parameters)]
+    digest = hashlib.sha256(b"".join(np.array(a).tobytes() for a in values)).hexdigest()
+    print(json.dumps([digest, done.plan.kl, done.post_processing]))
+"""
+
 FAILING = """
 class Gone(dict):
     def __getitem__(self, path):
@@ -76,6 +92,16 @@ def test_every_rank_has_what_one_process_stores(launch, run, words):
         assert done.returncode == 0, done.stderr
         found = [line for line in done.stdout.splitlines() if line.startswith("[")]
         assert sorted(found) == sorted(alone * count)
+
+
+def test_what_the_first_rank_distills_is_what_one_process_distills(launch, run, words, tmp_path):
+    code, folders = START + REFINE + DISTILLED, (tmp_path / "one", tmp_path / "two")
+    one, two = ({"MLX_OPTIQ_EXT_CACHE": str(folder)} for folder in folders)
+    alone = run("python", "-c", code, *words, env=one, check=True).stdout.splitlines()
+    done = launch(2, "-c", code, *words, env=two)
+    assert done.returncode == 0, done.stderr
+    assert [step["op"] for step in json.loads(alone[-1])[2]] == ["refine", "distill"]
+    assert done.stdout.splitlines()[-1] == alone[-1]
 
 
 def test_an_error_while_one_rank_refines_ends_all(launch, words):

@@ -21,6 +21,7 @@ from .kl import anchor, measured, probe
 from .method import Need
 from .moments import Factors
 from .problem import Problem, Sensitivity, journal_key, layer_batches
+from .remainder import ROWS, remainders
 
 #: Tensors measured directly, to fit the scale of the expansion.
 DIRECT = 4
@@ -39,21 +40,27 @@ class Taylor:
 
     A conversion takes one forward and one backward pass of the model for each measured sequence;
     with refinement, for up to `DIFFERENTIATED` of the refinement sequences. Then every candidate
-    is quantized once. Memory holds the model, the hidden states between its layers for
-    all sequences, and one layer's activations and second moments.
+    is quantized once; with refinement, some rows of each tensor are also refined at two of them.
+    Memory holds the model, the hidden states between its layers for all sequences, and one layer's
+    activations and second moments.
+
+    Attributes:
+        rows: Rows of each tensor to refine, to find those of which far less is left than predicted;
+            0 takes every prediction as it is.
     """
 
     name: str = "taylor"
-    version: int = 7
+    version: int = 8
     needs: frozenset[Need] = frozenset({Need.CALIBRATION, Need.GRADIENTS})
+    rows: int = ROWS
 
     def measure(self, problem: Problem) -> Sensitivity:
         """Expand every candidate of every tensor of a problem."""
-        return _expanded(problem, self.version)
+        return _expanded(problem, self.version, self.rows)
 
 
-def _expanded(problem: Problem, version: int) -> Sensitivity:
-    ledger = _Ledger.of(problem, version)
+def _expanded(problem: Problem, version: int, rows: int) -> Sensitivity:
+    ledger = _Ledger.of(problem, version, rows)
     missing = {t.path: t for t in problem.tensors if not ledger.has(t)}
     if missing:
 
@@ -87,17 +94,22 @@ class _Ledger:
         predicted: KL by the expansion, not yet scaled.
         plain: KL by the expansion without error feedback, at the precision of `anchor`.
         direct: Measured KL of tensors without a gradient.
+        rows: Rows of each tensor to refine.
     """
 
     predicted: Journal
     plain: Journal
     direct: Journal
+    rows: int
 
     @classmethod
-    def of(cls, problem: Problem, version: int) -> "_Ledger":
+    def of(cls, problem: Problem, version: int, rows: int) -> "_Ledger":
         name = "taylor refined" if problem.refine else "taylor"
+        if problem.refine and rows != ROWS:
+            name = f"{name} from {rows} rows"
         names = (name, f"{name} anchors", "taylor direct")
-        return cls(*(problem.journal(each, version) for each in names))
+        predicted, plain, direct = (problem.journal(each, version) for each in names)
+        return cls(predicted, plain, direct, rows)
 
     def was_measured(self, tensor: Tensor) -> bool:
         return _knows(self.direct, tensor, tensor.precisions)
@@ -117,12 +129,17 @@ class _Ledger:
         own: dict[str, list[Precision]] = {}
         for tensor, precision in mine:
             own.setdefault(tensor.path, []).append(precision)
+        rows = self.rows if problem.refine else 0
+        left = remainders(problem.weights, tensors, found, rows)
         for tensor in tensors:
             precisions, at = own.get(tensor.path, []), anchor(tensor)
             if not precisions:
                 continue
             these = predictions(problem, tensor, found[tensor.path], precisions)
-            self.predicted.add_all((journal_key(tensor.path, p), c) for p, c in these.items())
+            by = left[tensor.path].correction
+            self.predicted.add_all(
+                (journal_key(tensor.path, p), c * by(p.bits)) for p, c in these.items()
+            )
             if at in precisions:
                 if problem.refine:
                     these = predictions(problem, tensor, found[tensor.path], [at], feedback=False)

@@ -3,7 +3,7 @@
     python tests/benchmarks/weights/efforts.py MODEL --texts FOLDER [--calibration FILE]
         [--budgets 4.5 3.5] [--sequences N] [--length N] [--refine blocks=8,sweeps=2 ...]
         [--distill steps=400,rate=0.003 ...] [--drawn N] [--tokens N] [--report FILE.jsonl]
-        [--beside N] [--kinds NAME ...] [--temperature T] [--surprises SHARE]
+        [--beside N] [--kinds NAME ...] [--temperature T] [--surprises SHARE] [--rows N]
 
 Plans each budget, refines it, and distills it if asked. After each step a JSON line has the seconds
 that it took and the KL from the original on four kinds of text (see kinds.py). Several ``--refine``
@@ -11,7 +11,7 @@ settings (blocks, sweeps, outputs, exact: see `Thoroughness`) refine the same pl
 ways, the first of them twice, because a GPU compiles its kernels in the first: the curve of quality
 over seconds. What the last of them made is distilled. Without --calibration the text is sampled
 from the model, in all kinds of `planning.kinds` or in those named, each at its own temperature and
-share of surprises or at those given.
+share of surprises or at those given. ``--rows 0`` plans without refining rows of each tensor first.
 """
 
 import argparse
@@ -38,6 +38,8 @@ from mlx_optiq_ext.weights.precision import dequantized
 from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed, sampled_sequences
 from mlx_optiq_ext.weights.rounding.refinement import Refined, refine, restored
 from mlx_optiq_ext.weights.rounding.stage import Thoroughness
+from mlx_optiq_ext.weights.sensitivity.remainder import ROWS
+from mlx_optiq_ext.weights.sensitivity.taylor import Taylor
 from mlx_optiq_ext.weights.study import study_model
 
 
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=[kind.name for kind in KINDS])
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--surprises", type=float)
+    parser.add_argument("--rows", type=int, default=ROWS, help="of each tensor, refined to plan")
     args = parser.parse_args()
 
     def say(**row) -> None:
@@ -87,7 +90,11 @@ def main() -> None:
         length=args.length, refining=args.sequences, kinds=kinds, beside=args.beside
     )
     request = Request(
-        budget=min(args.budgets), calibration=args.calibration, sampling=sampling, effort="refine"
+        budget=min(args.budgets),
+        calibration=args.calibration,
+        sampling=sampling,
+        effort="refine",
+        method=Taylor(rows=args.rows),
     )
     started = time.perf_counter()
     study = study_model(model, tokenizer, request)

@@ -5,6 +5,7 @@ import numpy as np
 from scipy.linalg import hadamard
 
 from mlx_optiq_ext.weights.precision import Precision
+from mlx_optiq_ext.weights.rounding.feedback import OutputSide
 from mlx_optiq_ext.weights.rounding.metric import Metric
 
 from .tensors import Tensor, rounded
@@ -74,7 +75,10 @@ def rotations(
     }
 
     def left(weight: np.ndarray, moments: list, gradients: list, bits: int) -> list[float]:
-        metric, outputs = Metric(mx.array(moments[0])), mx.array(gradients[0])
+        metric, outputs = (
+            Metric(mx.array(moments[0])),
+            OutputSide.of(np.ascontiguousarray(gradients[0], np.float32)),
+        )
         error = weight - rounded(weight, metric, Precision(bits, 64), outputs=outputs)
         pairs = zip(moments, gradients, strict=True)
         return [0.5 * float(((g @ error @ h) * error).sum()) for h, g in pairs]

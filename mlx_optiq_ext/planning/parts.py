@@ -105,13 +105,13 @@ class Parts:
             tokens: int32 (batch, length).
             layer: Runs each layer, if not the layer itself.
         """
-        last = len(decoder_layers(self.model)) - 1
+        last = self.recording[-1].index if self.recording else None  # some may never run
 
         def call(index: int, original: Any, args: tuple, kwargs: dict) -> Any:
             output = (
                 original(*args, **kwargs) if layer is None else layer(index, original, args, kwargs)
             )
-            if self.recording is not None and index == last:
+            if index == last:
                 raise _Reached(output[0] if isinstance(output, tuple) else output)
             return output
 

@@ -173,8 +173,12 @@ def test_text_of_the_models_own_stands_beside_a_file_to_refine_on(loaded, tmp_pa
     alone = read(sampling=replace(sampling, beside=0, refining=18), refining=True)
     both = read(sampling=sampling, refining=True)
     assert np.array_equal(both.tokens, alone.tokens)
+    assert both.more is not None
+    assert alone.more is not None
     assert np.array_equal(both.more[:-6], alone.more)
     assert both.more.shape == (16, 16)
     assert not np.array_equal(both.more[-6:], alone.more[-6:])
-    assert read(sampling=sampling).digest == both.digest
-    assert len(read(sampling=sampling).more) == 16
+    unrefined = read(sampling=sampling)
+    assert unrefined.digest == both.digest
+    assert unrefined.more is not None
+    assert len(unrefined.more) == 16

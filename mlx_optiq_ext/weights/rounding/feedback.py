@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..precision import Precision
+from . import threads
 from .codes import pack
 from .elimination import blocked
 from .grid import Format, Rounded
@@ -60,6 +61,7 @@ class OutputSide:
         return cls(order, blocks, own, np.ascontiguousarray(blocked(own, blocks).T))
 
 
+@threads.single()
 def round_weight(
     weight: mx.array,
     metric: Metric,

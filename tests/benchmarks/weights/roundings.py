@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -116,7 +117,9 @@ def embedding(model: Model, rows: int) -> dict:
         return own["columns"] * rare[rows].mean() + own["inputs"] * own["outputs"][rows].mean()
 
     ratio = (own["lookups"] + 0.1 * own["lookups"].mean()) / (own["outputs"] + 1e-30)
-    found = {"roles": ["look-up", "head", "look-up on other text", "head on other text"]}
+    found: dict[str, list] = {
+        "roles": ["look-up", "head", "look-up on other text", "head on other text"]
+    }
     for bits in (3, 4, 5, 6):
         precision = Precision(bits, 64)
         ways = {
@@ -169,7 +172,8 @@ def plans(model: Model, budgets: list[float], sequences: int) -> dict:
 
 def every(model: Model, args: argparse.Namespace) -> Iterator[Task]:
     """All that can be measured: a design, what of, and the work."""
-    rows, heads = args.rows, model.model.args.num_key_value_heads
+    decoder: Any = model.model
+    rows, heads = args.rows, decoder.args.num_key_value_heads
     yield "embedding", "embedding", partial(embedding, model, 50 * rows)
     for index in args.layers:
         layer, whole = model.layer(index, rows), model.layer(index, 1 << 30)

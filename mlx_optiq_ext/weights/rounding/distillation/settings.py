@@ -44,7 +44,7 @@ class Settings:
     seconds: float | None = None
     batch: int | None = None
     rate: float = 4e-3
-    codes_rate: float = 1e-2
+    codes_rate: float = 4e-3
     parameters_rate: float = 2e-3
     anchor: float = 0.5
     judged_every: int = 50

@@ -1,5 +1,7 @@
 """Changes of the weights that leave a model's function as it is."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 from scipy.linalg import hadamard
@@ -74,7 +76,7 @@ def rotations(
         "eigenvectors, hadamard": [mixed @ turn for turn in own],
     }
 
-    def left(weight: np.ndarray, moments: list, gradients: list, bits: int) -> list[float]:
+    def left(weight: np.ndarray, moments: Sequence, gradients: Sequence, bits: int) -> list[float]:
         metric, outputs = (
             Metric(mx.array(moments[0])),
             OutputSide.of(np.ascontiguousarray(gradients[0], np.float32)),

@@ -37,15 +37,16 @@ class Sampling:
     @property
     def drawn(self) -> int:
         """Sequences to sample from the model beside a text."""
-        if self.beside is None:
-            return 0 if on_cpu() else int(GPU_BESIDE * self.most)
-        return min(self.beside, self.most - self.count)
+        wanted = self.beside
+        if wanted is None:
+            wanted = int((CPU_BESIDE if on_cpu() else GPU_BESIDE) * self.most)
+        return max(0, min(wanted, self.most - self.count))
 
 
 #: Most sequences to refine on, if nothing else is asked for.
 CPU_MOST, GPU_MOST = 64, 256
-#: Share of them that is sampled from the model on a GPU.
-GPU_BESIDE = 0.5
+#: Share of them that is sampled from the model; a CPU draws slowly.
+CPU_BESIDE, GPU_BESIDE = 0.25, 0.5
 
 
 def on_cpu() -> bool:

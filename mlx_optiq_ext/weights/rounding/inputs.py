@@ -165,25 +165,31 @@ class ReferenceInputs:
         stages: Paths of layers with the same input array, in the order they run.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], calls: list[Call], run: Run):
+    def __init__(
+        self, modules: Mapping[str, nn.Module], calls: list[Call], run: Run, held: int = HELD
+    ):
         """Run the layer on all batches.
 
         Args:
             modules: Layer path -> linear layer inside of this decoder layer.
             calls: Of the decoder layer.
             run: Runs it on a call's arguments and a hidden state.
+            held: Bytes of inputs that are kept; more are computed again when they are asked for.
         """
         self._modules, self._calls, self._run = modules, calls, run
         self._weights = {path: module["weight"] for path, module in modules.items()}
         self._kept: list[dict[str, Fed]] = []
         self.outputs: list[mx.array] = []
         self.stages: list[list[str]] = []
+        keeps = True
         for call in calls:
             seen, output = inputs(modules, partial(run, call, call.hidden), evaluate=False)
             mx.eval(output)
             self.outputs.append(output)
             self.stages = self.stages or stages(seen)
-            if len(calls) * sum(fed.inputs.nbytes for fed in seen.values()) <= HELD:
+            if len(self.outputs) == 1:  # the largest batch decides for all
+                keeps = len(calls) * sum(fed.inputs.nbytes for fed in seen.values()) <= held
+            if keeps:
                 mx.eval([(fed.inputs, fed.indices) for fed in seen.values()])
                 self._kept.append(seen)
 

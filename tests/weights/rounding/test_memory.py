@@ -1,5 +1,7 @@
 """What refinement and its backward pass hold: a layer's working set, not every layer's states."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -11,7 +13,6 @@ from mlx_optiq_ext.model.layerwise import outlines, recordings
 from mlx_optiq_ext.model.spill import Spill
 from mlx_optiq_ext.planning import Sampling
 from mlx_optiq_ext.weights import Precision
-from mlx_optiq_ext.weights.rounding import inputs
 from mlx_optiq_ext.weights.rounding.inputs import Fed, ReferenceInputs, expert_metrics, expert_parts
 from mlx_optiq_ext.weights.rounding.refinement import refine
 from mlx_optiq_ext.weights.sensitivity.fisher import factors
@@ -48,15 +49,14 @@ def test_outlines_are_recordings_without_what_layers_compute(loaded):
         assert mx.array_equal(hidden, known.hidden_out)
 
 
-def test_reference_inputs_are_the_same_computed_once_more(loaded, monkeypatch):
+def test_reference_inputs_are_the_same_computed_once_more(loaded):
     model = loaded[0]
     layer, outline = model.layers[0], outlined(model)
     modules = {"q": layer.self_attn.q_proj, "down": layer.mlp.down_proj}
     run = lambda call, hidden: layer(hidden, *call.args[1:], **call.kwargs)  # noqa: E731
     calls = [outline[0], outline[0]]
     kept = ReferenceInputs(modules, calls, run)
-    monkeypatch.setattr(inputs, "HELD", 0)
-    again = ReferenceInputs(modules, calls, run)
+    again = ReferenceInputs(modules, calls, run, held=0)
     wanted = mx.array(kept.fed(1, "down").inputs)
     rounded = modules["q"].weight = mx.zeros_like(modules["q"].weight)
     assert mx.array_equal(again.fed(1, "down").inputs, wanted)
@@ -124,3 +124,16 @@ def test_moments_of_256_experts_take_the_stated_bytes():
     # The moments as a list and as one array, and the rows of a batch.
     assert taken < 3 * limit + 8 * 512 * size * 4 < every / 2
     assert peak(lambda: run([slice(0, experts)]))[0] > every
+
+
+def test_a_smaller_last_batch_is_not_kept_alone(loaded):
+    model = loaded[0]
+    layer, outline = model.layers[0], outlined(model)
+    modules = {"down": layer.mlp.down_proj}
+    run = lambda call, hidden: layer(hidden, *call.args[1:], **call.kwargs)  # noqa: E731
+    first = outline[0]
+    last = replace(first, args=(first.hidden[:1], *first.args[1:]))
+    bytes_of = ReferenceInputs(modules, [first], run).fed(0, "down").inputs.nbytes
+    some = ReferenceInputs(modules, [first, last], run, held=bytes_of)
+    assert some.fed(0, "down").inputs.shape[0] == first.hidden.shape[0]
+    assert some.fed(1, "down").inputs.shape[0] == 1

@@ -34,7 +34,7 @@ ALL = replace(SMALL, codes_rate=5e-3, parameters_rate=1e-3, anchor=0.9)
 def problem(tiny):
     """The tiny model on sequences of 32 tokens."""
     model, tokenizer = mlx_lm.load(str(tiny))[:2]
-    text, sampling = tiny.parent / "calibration.jsonl", Sampling(length=32, count=8, refining=48)
+    text, sampling = tiny.parent / "calibration.jsonl", Sampling(32, 8, refining=48, beside=0)
     return unmeasured(model, tokenizer, calibration=text, sampling=sampling, effort="refine")
 
 

@@ -24,7 +24,7 @@ from .plan_file import read_plan
 from .plan_search import Study, search
 from .precision import AFFINE
 from .request import Request
-from .rounding.distillation import Settings, distill, placed, sampled_sequences
+from .rounding.distillation import Settings, distill, placed
 from .rounding.refinement import Refined, judge, refine
 from .sensitivity.problem import Problem
 from .speed import search_speed, target
@@ -143,7 +143,7 @@ def _from_file(source: _Source, request: Request) -> Conversion:
     problem = calibrated(
         source.model, source.tokenizer, request, digest=source.digest, load=source.load
     )
-    return _finished(Conversion(plan), problem, source.tokenizer, request)
+    return _finished(Conversion(plan), problem, request)
 
 
 def _measured(source: _Source, request: Request) -> Conversion:
@@ -163,7 +163,7 @@ def _measured(source: _Source, request: Request) -> Conversion:
     else:
         assert request.budget is not None
         plan = search(study, request.budget, protect=request.protect)
-    return _finished(Conversion(plan, study=study), study.problem, source.tokenizer, request)
+    return _finished(Conversion(plan, study=study), study.problem, request)
 
 
 def _parameters(model: nn.Module) -> int:
@@ -175,9 +175,7 @@ def _check_room(request: Request, needed: float) -> None:
         files.check_room(request.scratch, needed)
 
 
-def _finished(
-    conversion: Conversion, problem: Problem, tokenizer: Any, request: Request
-) -> Conversion:
+def _finished(conversion: Conversion, problem: Problem, request: Request) -> Conversion:
     """Refine and distill if requested; the processes refine together, the first one distills."""
     if not request.refine:
         return conversion
@@ -185,7 +183,7 @@ def _finished(
     if not done.refined:
         done = _unrefined(done, request)
     elif request.distill:
-        work = partial(distilled, done, problem, tokenizer, request.distillation)
+        work = partial(distilled, done, problem, request.distillation)
         done = distributed.led(work) or done
     notes = (*conversion.plan.notes, *problem.findings.notes)
     return replace(done, plan=replace(done.plan, notes=tuple(dict.fromkeys(notes))))
@@ -222,15 +220,10 @@ def _unrefined(conversion: Conversion, request: Request) -> Conversion:
     return replace(conversion, plan=search(study, request.budget, protect=request.protect))
 
 
-def distilled(
-    conversion: Conversion, problem: Problem, tokenizer: Any, settings: Settings
-) -> Conversion:
+def distilled(conversion: Conversion, problem: Problem, settings: Settings) -> Conversion:
     """Tune what a refined conversion stores; keep it if the held-out KL falls."""
-    plan, more = conversion.plan, None
-    if settings.sampled:
-        length = problem.calibration.refining.shape[1]
-        more = sampled_sequences(problem.model, tokenizer, settings.sampled, length)
-    found = distill(problem, plan.precisions, conversion.refined, settings, more=more)
+    plan = conversion.plan
+    found = distill(problem, plan.precisions, conversion.refined, settings)
     in_model = {path: value.astype(problem.dtype) for path, value in found.parameters.items()}
     with placed(problem.model, in_model):
         kl = judge(problem, plan.precisions, found.refined)

@@ -1,7 +1,7 @@
 """What distillation's settings bring: KL on a text before and after, for each of them.
 
     python tests/benchmarks/weights/distilling.py MODEL --start CONVERTED --calibration FILE
-        --text FILE [--try "steps=300 codes_rate=0.003 parameters_rate=0.001 sampled=256"]...
+        --text FILE [--try "steps=300 codes_rate=0.003 parameters_rate=0.001"]...
 
 Starts from a converted folder (``--start``), from a plan for ``--budget`` that is refined first,
 or from MLX's own rounding to ``--bits``. Each ``--try`` names fields of the library's ``Settings``
@@ -18,7 +18,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
-import numpy as np
 from quality import divergence, load, log_probs
 
 from mlx_optiq_ext.model.layers import quantizable
@@ -26,7 +25,7 @@ from mlx_optiq_ext.model.loading import cast, half_dtype, load_unquantized
 from mlx_optiq_ext.planning.calibration import Sampling
 from mlx_optiq_ext.weights import Precision, Request, calibrated, refine, search, study_model
 from mlx_optiq_ext.weights.precision import quantize
-from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed, sampled_sequences
+from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed
 from mlx_optiq_ext.weights.rounding.refinement import restored
 
 
@@ -110,16 +109,11 @@ def main() -> None:
             return divergence(reference, log_probs(judge, windows))
 
     before = kl(stored, {})
-    drawn: dict[int, np.ndarray | None] = {0: None}
     for text, chosen in zip(args.tries or [""], tries, strict=True):
-        began, count = time.perf_counter(), chosen.sampled
-        if count not in drawn:
-            drawn[count] = sampled_sequences(problem.model, tokenizer, count, args.length)
-        sampling = time.perf_counter() - began
         mx.clear_cache()
         mx.reset_peak_memory()
         began, active = time.perf_counter(), mx.get_active_memory()
-        found = distill(problem, precisions, stored, chosen, more=drawn[count])
+        found = distill(problem, precisions, stored, chosen)
         seconds, peak = time.perf_counter() - began, mx.get_peak_memory()
         row = {
             "settings": text,
@@ -130,7 +124,6 @@ def main() -> None:
             "steps": found.steps,
             "seconds_a_step": found.seconds,
             "seconds": seconds,
-            "sampling_seconds": sampling,
             "peak_gib": peak / 2**30,
             "peak_above_models_gib": (peak - active) / 2**30,
             "digest": digest(found),

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/weights/efforts.py MODEL --texts FOLDER [--calibration FILE]
         [--budgets 4.5 3.5] [--sequences N] [--length N] [--refine blocks=8,sweeps=2 ...]
-        [--distill steps=400,rate=0.003 ...] [--drawn N] [--tokens N] [--report FILE.jsonl]
+        [--distill steps=400,rate=0.003 ...] [--tokens N] [--report FILE.jsonl]
         [--beside N] [--kinds NAME ...] [--temperature T] [--surprises SHARE] [--rows N]
 
 Plans each budget, refines it, and distills it if asked. After each step a JSON line has the seconds
@@ -35,7 +35,7 @@ from mlx_optiq_ext.planning.kinds import KINDS
 from mlx_optiq_ext.weights import Request
 from mlx_optiq_ext.weights.plan_search import search
 from mlx_optiq_ext.weights.precision import dequantized
-from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed, sampled_sequences
+from mlx_optiq_ext.weights.rounding.distillation import Settings, distill, placed
 from mlx_optiq_ext.weights.rounding.refinement import Refined, refine, restored
 from mlx_optiq_ext.weights.rounding.stage import Thoroughness
 from mlx_optiq_ext.weights.sensitivity.remainder import ROWS
@@ -60,7 +60,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of one")
     parser.add_argument("--refine", nargs="+", default=[""], metavar="NAME=VALUE,...")
     parser.add_argument("--distill", nargs="*", default=[], metavar="NAME=VALUE,...")
-    parser.add_argument("--drawn", type=int, default=0, help="sequences sampled to distill on")
     parser.add_argument("--tokens", type=int, default=16384, help="judged, of each kind")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--report", type=Path)
@@ -106,11 +105,6 @@ def main() -> None:
             found = judge.divergences(problem.model)
         say(step=step, seconds=seconds, peak=mx.get_peak_memory() / 2**30, **found, **more)
 
-    drawn = None
-    if args.drawn:
-        started = time.perf_counter()
-        drawn = sampled_sequences(problem.model, tokenizer, args.drawn, args.length)
-        say(step="drawn", seconds=time.perf_counter() - started, shape=list(drawn.shape))
     for budget in args.budgets:
         started = time.perf_counter()
         plan = search(study, budget)
@@ -138,7 +132,7 @@ def main() -> None:
             started = time.perf_counter()
             settings = Settings(**read(words))
             quiet = replace(problem, progress=False)
-            found = distill(quiet, plan.precisions, values, settings, more=drawn)
+            found = distill(quiet, plan.precisions, values, settings)
             spent, tuned = time.perf_counter() - started, found.refined
             others = {path: a.astype(problem.dtype) for path, a in found.parameters.items()}
             with placed(problem.model, others):

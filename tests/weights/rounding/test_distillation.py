@@ -164,31 +164,15 @@ def test_stacked_experts_are_tuned_too(loaded, text):
     assert len(moved) == 6
 
 
-def test_more_sequences_are_cut_and_trained_on():
-    calibration = Calibration(np.arange(128, dtype=np.int32).reshape(16, 8), "text")
-    more = np.arange(1000, 1100, dtype=np.int32).reshape(10, 10)
-    training, held_out = divided(calibration, more, Settings(held_out=6))
+def test_every_source_is_judged_on_and_nothing_that_is_trained_on():
+    tokens = np.arange(128, dtype=np.int32).reshape(16, 8)
+    more = np.arange(1000, 1096, dtype=np.int32).reshape(12, 8)
+    training, held_out = divided(Calibration(tokens, "text", more), Settings(held_out=6))
     assert training.shape == (12 + 12 - 2, 8)
-    assert (held_out[:4] == calibration.held_out).all()
     assert (held_out[4] < 128).all()
     assert (held_out[5] >= 1000).all()
     kept = {tuple(row) for row in training.tolist()}
     assert not kept & {tuple(row) for row in held_out.tolist()}
-
-
-def test_sampled_sequences_are_trained_on(problem, rounded, loaded, monkeypatch):
-    given = []
-
-    def distilled(*args, more):
-        given.append(more)
-        return Distilled(rounded[1])
-
-    monkeypatch.setattr(pipeline, "distill", distilled)
-    plan = Plan(rounded[0], {}, "taylor", 3.0, 3.0, kl=0.0)
-    conversion = pipeline.Conversion(plan, rounded[1])
-    pipeline.distilled(conversion, problem, loaded[1], replace(SMALL, sampled=3))
-    assert given[0].shape == (3, problem.calibration.refining.shape[1])
-    assert len(np.unique(given[0], axis=0)) == 3
 
 
 def test_every_sequence_is_seen_before_any_comes_again():
@@ -231,11 +215,11 @@ def test_only_what_helps_on_held_out_sequences_is_kept(problem, rounded, monkeyp
     plan = Plan(precisions, {}, "taylor", 3.0, 3.0, kl=1.0)
     norm = {"model.norm.weight": mx.ones((128,))}
     found = Distilled({"tuned": ()}, norm, steps=7)
-    monkeypatch.setattr(pipeline, "distill", lambda *args, more: found)
+    monkeypatch.setattr(pipeline, "distill", lambda *args: found)
     monkeypatch.setattr(pipeline, "judge", lambda *args: factor)
     said = []
     problem = replace(problem, say=said.append)
-    done = pipeline.distilled(pipeline.Conversion(plan, start), problem, None, SMALL)
+    done = pipeline.distilled(pipeline.Conversion(plan, start), problem, SMALL)
     assert done.post_processing[-1]["kept"] == (factor < 1)
     assert done.post_processing[-1]["steps"] == 7
     assert (done.refined == {"tuned": ()}) == (factor < 1)

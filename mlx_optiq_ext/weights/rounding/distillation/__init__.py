@@ -12,9 +12,8 @@ the loss is KL(reference || model), as in mlx-lm's DWQ. Codes move by straight-t
 (Bengio et al., arXiv 1308.3432).
 """
 
-from .sequences import sampled_sequences
 from .settings import Settings
 from .student import placed
 from .training import Distilled, distill
 
-__all__ = ["Distilled", "Settings", "distill", "placed", "sampled_sequences"]
+__all__ = ["Distilled", "Settings", "distill", "placed"]

@@ -28,7 +28,6 @@ class Settings:
             the unquantized weight, or the nearest in the cell.
         judged_every: Updates between two judgements on held-out sequences. The best result is kept.
         held_out: Sequences to judge on, at least; fewer if there are not twice as many.
-        sampled: Sequences drawn from the model, to train on beside the calibration sequences.
         seed: Of the order of sequences and of stochastic rounding.
         checkpoint: Whether a layer's activations are computed once more for the gradients instead
             of kept; None decides by the memory that they need.
@@ -49,7 +48,6 @@ class Settings:
     anchor: float = 0.5
     judged_every: int = 50
     held_out: int = 16
-    sampled: int = 0
     seed: int = 0
     checkpoint: bool | None = None
     compiled: bool | None = None
@@ -63,7 +61,7 @@ class Settings:
         for name in ("steps", "epochs", "batch", "judged_every", "held_out"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"cannot distill with {name} {value}: give at least 1")
-        for name in ("rate", "codes_rate", "parameters_rate", "sampled"):
+        for name in ("rate", "codes_rate", "parameters_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(
                     f"cannot distill at a {name} of {getattr(self, name):g}: give 0 or more"

@@ -56,8 +56,6 @@ def distill(
     precisions: dict[str, Precision],
     refined: Refined,
     settings: Settings | None = None,
-    *,
-    more: np.ndarray | None = None,
 ) -> Distilled:
     """Tune what is stored on the calibration sequences until the logits agree best.
 
@@ -70,13 +68,12 @@ def distill(
         precisions: The plan's precision of each refined tensor.
         refined: From `refine`.
         settings: How to distill.
-        more: Further sequences to train on, int32 (n, length).
 
     Returns:
         New values of the same shapes and dtypes, or those given where none is better on held-out
         sequences.
     """
-    return _Run(problem, precisions, refined, settings or Settings(), more).run()
+    return _Run(problem, precisions, refined, settings or Settings()).run()
 
 
 class _Run:
@@ -86,10 +83,9 @@ class _Run:
         precisions: dict[str, Precision],
         refined: Refined,
         settings: Settings,
-        more: np.ndarray | None,
     ):
         self.problem, self.refined, self.settings = problem, refined, settings
-        self.training, self.judged = divided(problem.calibration, more, settings)
+        self.training, self.judged = divided(problem.calibration, settings)
         self.batch = min(settings.rows, len(self.training))
         model = problem.model
         parts = Parts.of(model, self.batch, self.training.shape[1])

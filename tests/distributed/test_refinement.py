@@ -54,7 +54,7 @@ from mlx_optiq_ext.weights.rounding.distillation import Settings
 done = prepare(sys.argv[2], Request(
     budget=4.5, bits=(3, 4), calibration=Path(sys.argv[3]), effort="distill", progress=False,
     sampling=Sampling(length=32, count=10, refining=10), say=lambda line: None,
-    distillation=Settings(steps=2, batch=2, sampled=0, seconds=None),
+    distillation=Settings(steps=2, batch=2, seconds=None),
 ), dtype="float32")
 if distributed.leads():
     values = [array for path in sorted(done.refined) for array in done.refined[path]]

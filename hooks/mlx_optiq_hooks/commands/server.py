@@ -1,6 +1,8 @@
 """``mlx_lm.server``: ``--optiq-kv``, and adapters beside the base model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +40,26 @@ class Serving:
     base: str
     catalogue: "Catalogue"
     updates: Path | None = None
+
+
+# While the server loads a model: its --adapter-path, in a tuple. None elsewhere.
+_loading: ContextVar[tuple[str | None] | None] = ContextVar("mlx_optiq_ext_loading", default=None)
+
+
+@contextmanager
+def loading(adapter_path: str | None) -> Iterator[None]:
+    """Say that the server loads a model, and which adapter its ``--adapter-path`` names."""
+    token = _loading.set((adapter_path,))
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
+def by_client(adapter_path: str) -> bool:
+    """Whether a request to the server named an adapter that its ``--adapter-path`` does not."""
+    own = _loading.get()
+    return own is not None and adapter_path != own[0]
 
 
 def add_arguments(group):

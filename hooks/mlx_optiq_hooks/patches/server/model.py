@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from mlx_optiq_ext.errors import OptiqError
 
 from ...commands import kv as command
+from ...commands import server
 from ...engine import session
 from ...engine.patch import Patch, of
 
@@ -87,7 +88,8 @@ def _end(running: session.Session, error: OptiqError) -> None:
 
 @ending
 def load(wrapped, instance, args, kwargs):
-    return wrapped(*args, **kwargs)
+    with server.loading(instance.cli_args.adapter_path):
+        return wrapped(*args, **kwargs)
 
 
 @ending

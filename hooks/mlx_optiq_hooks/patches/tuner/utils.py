@@ -1,6 +1,7 @@
 """``mlx_lm.tuner.utils``: LoRA ranks by layer, and adapters in every form."""
 
 from ...commands import lora as command
+from ...commands import server
 from ...engine import session
 from ...engine.patch import Patch, bind, of
 
@@ -39,11 +40,14 @@ def _choose():
 
 
 def load_adapters(wrapped, instance, args, kwargs):
+    call = bind(wrapped, args, kwargs)
+    if server.by_client(call["adapter_path"]):
+        # Stock reads folders only, in its own form. A request must not reach the Hub or a plugin.
+        return wrapped(*args, **kwargs)
     from mlx_optiq_ext import lora
 
     from ...installation import gate, plugin_manager
 
-    call = bind(wrapped, args, kwargs)
     hook = plugin_manager().hook.optiq_resolve_adapter
     if gate().state("plugins").on and hook.get_hookimpls():
         folder = hook(name=call["adapter_path"])

@@ -12,8 +12,7 @@ The base model is never changed; outside of the block it runs without an adapter
 """
 
 from .activation import AdapterActivation, MountedAdapter, activate, active
-from .catalogue import Catalogue, Offer
-from .jobs import RequestQueue
+from .catalogue import Catalogue, Offer, RequestQueue, read_offers
 from .layers import MountedLoRAEmbedding, MountedLoRALinear, MountedLoRASwitchLinear
 from .mounting import (
     Mounts,
@@ -23,7 +22,6 @@ from .mounting import (
     unmount,
 )
 from .naming import base_names, check_name, shortened
-from .offers import read_offers
 from .prompt_cache import AdapterPromptCache
 from .requests import Refusal, Wanted, select
 from .routing import Routes

@@ -1,6 +1,5 @@
 """Mounting adapters on a model, and unmounting them."""
 
-import hashlib
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -9,14 +8,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..errors import InputError, UnsupportedError
-from ..lora import Adapter, LayerAdapter, read_adapter
-from ..lora.fitting import fit_modules
+from ..lora import Adapter, read_adapter
 from ..lora.geometry import EXPERTS, geometry
 from . import stack as stacking
 from .activation import MountedAdapter, Selection, registries
+from .fitted import Fitted, fit
 from .layers import SPLIT, MountedExperts, mounted_layer
 from .split import split_of
 from .stack import Stack, Stacks
@@ -52,6 +50,15 @@ class Mounts:
         """Paths of the layers that adapters are on."""
         return frozenset(self._layers)
 
+    def fit(self, adapter: Adapter) -> Fitted:
+        """Check an adapter from `lora.read_adapter` against the model; any thread may.
+
+        Raises:
+            InputError: It is for another model.
+            UnsupportedError: It is DoRA.
+        """
+        return fit(adapter, self._modules if self._split is None else self._split.modules)
+
     def mount(self, name: str, adapter: Adapter) -> MountedAdapter:
         """Mount an adapter. It replaces one of the same name for new rows; old rows keep theirs.
 
@@ -60,32 +67,43 @@ class Mounts:
             adapter: From `lora.read_adapter`.
 
         Returns:
-            The mounted adapter; the existing one if the same weights are mounted under that name.
+            The mounted adapter; the existing one if the same weights have a name already.
 
         Raises:
             InputError: It is for another model.
             UnsupportedError: It is DoRA, or cannot follow how the model is split over ranks.
         """
-        split = self._split
-        fitted = fit_modules(adapter, self._modules if split is None else split.modules)
-        if fitted.dora:
-            raise UnsupportedError(
-                f"{adapter.source} is a DoRA adapter, which cannot share a base model: serve it "
-                "alone with --adapter-path, or train LoRA"
-            )
-        version = _version(fitted.layers)
-        current = self.names.get(name)
-        if current is not None and current.version == version:
-            return current
-        layers = fitted.layers if split is None else split.own(fitted.layers, self._modules)
+        fitted = self.fit(adapter)
+        for twin in list(self.names.values()):
+            if twin.version == fitted.version:
+                self.link(name, twin)
+                self.sweep()
+                return twin
+        mounted = self.place(name, fitted)
+        self.sweep()
+        return mounted
+
+    def place(self, name: str, fitted: Fitted) -> MountedAdapter:
+        """Put an adapter on the model's layers under a name; if it fails, nothing is changed.
+
+        Raises:
+            UnsupportedError: It cannot follow how the model is split over ranks.
+        """
+        layers = fitted.layers
+        if self._split is not None:
+            layers = self._split.own(layers, self._modules)
         nbytes = sum(each.nbytes for layer in layers.values() for each in layer.arrays())
-        mounted = MountedAdapter(name, version, adapter.source, nbytes)
+        mounted = MountedAdapter(name, fitted.version, fitted.source, nbytes)
         with self.changed:
             self._place({p: stacking.single(mounted, x) for p, x in layers.items()})
             self.names[name] = mounted
             self._placed.add(mounted)
-            self.sweep()
         return mounted
+
+    def link(self, name: str, adapter: MountedAdapter) -> None:
+        """Give a mounted adapter one more name."""
+        with self.changed:
+            self.names[name] = adapter
 
     def sweep(self) -> None:
         """Unmount replaced adapters that no row uses any more."""
@@ -94,25 +112,28 @@ class Mounts:
                 if not self._uses[replaced]:
                     self._take_off(replaced)
 
-    def unmount(self, adapter: MountedAdapter) -> None:
-        """Unmount an adapter; layers without another one are the original modules again.
+    def unmount(self, name: str) -> None:
+        """Take a name away; layers without any adapter are the original modules again.
 
         Raises:
-            InputError: The adapter is not mounted, or rows use it.
+            InputError: There is no such name, or rows use the adapter and it has no other name.
         """
         with self.changed:
-            if adapter not in self._placed:
-                raise InputError(f"adapter {adapter.name!r} is not mounted")
-            if self._uses[adapter]:
-                raise InputError(f"adapter {adapter.name!r} is in use")
-            self.discard(adapter)
+            adapter = self.names.get(name)
+            if adapter is None:
+                raise InputError(f"no adapter {name!r} is mounted on this model")
+            if self._uses[adapter] and list(self.names.values()).count(adapter) == 1:
+                raise InputError(f"adapter {name!r} is in use")
+            del self.names[name]
+            self.sweep()
 
     def discard(self, adapter: MountedAdapter) -> None:
-        """Forget an adapter's name; `sweep` unmounts it once it is unused."""
+        """Forget an adapter's names; unless rows use it, it is unmounted now."""
         with self.changed:
-            if self.names.get(adapter.name) is adapter:
-                del self.names[adapter.name]
-            self.sweep()
+            for name in [name for name, each in self.names.items() if each is adapter]:
+                del self.names[name]
+            if adapter in self._placed and not self._uses[adapter]:
+                self._take_off(adapter)
 
     def resolve(self, selection: Selection) -> MountedAdapter | None:
         """The adapter of this model that a selection names for a new row."""
@@ -244,9 +265,9 @@ def unmount(model: nn.Module, adapter_id: str) -> None:
         InputError: It is not mounted, or a batch uses it.
     """
     mounts = mounts_on(model)
-    if mounts is None or adapter_id not in mounts.names:
+    if mounts is None:
         raise InputError(f"no adapter {adapter_id!r} is mounted on this model")
-    mounts.unmount(mounts.names[adapter_id])
+    mounts.unmount(adapter_id)
 
 
 def at(model: nn.Module, path: str) -> Any:
@@ -266,13 +287,3 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     if isinstance(holder, MountedExperts):
         holder = holder["experts"]
     holder[int(last) if isinstance(holder, list) else last] = module
-
-
-def _version(layers: Mapping[str, LayerAdapter]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for path, layer in sorted(layers.items()):
-        digest.update(f"{path} {layer.scale!r}".encode())
-        for array in layer.arrays():
-            digest.update(f"{array.shape} {array.dtype}".encode())
-            digest.update(np.asarray(mx.contiguous(array).view(mx.uint8)).data)
-    return digest.hexdigest()

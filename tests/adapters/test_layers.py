@@ -142,7 +142,7 @@ def test_unmounting_restores_blocks_of_experts():
     mounts, adapters = made(model, "abc", (4, 4, 4))
     assert dict(model.named_modules()).keys() != before.keys()
     for adapter in adapters:
-        mounts.unmount(adapter)
+        mounts.unmount(adapter.name)
     after = dict(model.named_modules())
     assert after.keys() == before.keys()
     assert all(after[path] is module for path, module in before.items())

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..errors import InputError
-from ..lora.forms.location import locate
-from .catalogue import Offer
-from .naming import base_names, check_name
+from ...errors import InputError
+from ...lora.forms.location import locate
+from ..naming import base_names, check_name
+from .reading import Offer
 
 
 def _itself(source: str) -> str:

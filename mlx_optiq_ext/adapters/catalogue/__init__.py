@@ -1,0 +1,19 @@
+"""The adapters that a server offers: found, read, mounted when asked for, evicted when idle."""
+
+from .catalogue import AdaptersBusyError, Catalogue
+from .copies import AdapterConflictError, State, UnknownAdapterError
+from .jobs import Jobs, RequestQueue
+from .offers import read_offers
+from .reading import Offer
+
+__all__ = [
+    "AdapterConflictError",
+    "AdaptersBusyError",
+    "Catalogue",
+    "Jobs",
+    "Offer",
+    "RequestQueue",
+    "State",
+    "UnknownAdapterError",
+    "read_offers",
+]

@@ -1,0 +1,54 @@
+"""An adapter that was checked against a model and is ready to be mounted."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import UnsupportedError
+from ..lora import Adapter, LayerAdapter
+from ..lora.fitting import fit_modules
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter with the paths of one model.
+
+    Attributes:
+        source: The folder or Hub repository it came from.
+        version: Digest of its tensors.
+        layers: Updates of whole layers, by the model's paths.
+    """
+
+    source: str
+    version: str
+    layers: Mapping[str, LayerAdapter]
+
+
+def fit(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Fitted:
+    """Check an adapter against a model's modules by path.
+
+    Raises:
+        InputError: It is for another model.
+        UnsupportedError: It is DoRA.
+    """
+    fitted = fit_modules(adapter, modules)
+    if fitted.dora:
+        raise UnsupportedError(
+            f"{adapter.source} is a DoRA adapter, which cannot share a base model: serve it "
+            "alone with --adapter-path, or train LoRA"
+        )
+    return Fitted(adapter.source, _version(fitted.layers), fitted.layers)
+
+
+def _version(layers: Mapping[str, LayerAdapter]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path, layer in sorted(layers.items()):
+        digest.update(f"{path} {layer.scale!r}".encode())
+        for array in layer.arrays():
+            digest.update(f"{array.shape} {array.dtype}".encode())
+            digest.update(np.asarray(mx.contiguous(array).view(mx.uint8)).data)
+    return digest.hexdigest()

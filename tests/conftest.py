@@ -68,7 +68,7 @@ def pytest_configure(config):
     # nothing is downloaded, and the switches of the developer's shell do not count.
     home = tempfile.mkdtemp(prefix="mlx-optiq-ext-tests-")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
-    for name in ("", "_BLOCK", "_METAL_KERNEL", "_STREAM", "_TRACE"):
+    for name in ("", "_API_KEY", "_BLOCK", "_METAL_KERNEL", "_STREAM", "_TRACE"):
         os.environ.pop(f"MLX_OPTIQ_EXT{name}", None)
     os.environ.update(
         HOME=home,

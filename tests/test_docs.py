@@ -61,7 +61,9 @@ def test_ci_runs_the_command_that_the_readme_gives():
     assert "nox -f compat/noxfile.py" in command
 
 
-@pytest.mark.parametrize("switch", ["", "_BLOCK", "_TRACE", "_CACHE", "_METAL_KERNEL", "_STREAM"])
+@pytest.mark.parametrize(
+    "switch", ["", "_API_KEY", "_BLOCK", "_TRACE", "_CACHE", "_METAL_KERNEL", "_STREAM"]
+)
 def test_every_environment_switch_stands_in_the_readme(switch):
     name = f"MLX_OPTIQ_EXT{switch}"
     sources = [*(ROOT / "mlx_optiq_ext").rglob("*.py"), *(ROOT / "hooks").rglob("*.py")]

@@ -28,6 +28,12 @@ def tables() -> tuple[Patch, ...]:
         distributed as server_ranks,
     )
     from .patches.server import (
+        generation as server_generation,
+    )
+    from .patches.server import (
+        guard as server_guard,
+    )
+    from .patches.server import (
         model as server,
     )
     from .patches.tuner import trainer
@@ -43,6 +49,8 @@ def tables() -> tuple[Patch, ...]:
         *server.PATCHES,
         *server_adapters.PATCHES,
         *server_ranks.PATCHES,
+        *server_generation.PATCHES,
+        *server_guard.PATCHES,
         *perplexity.PATCHES,
         *tuner_utils.PATCHES,
         *lora.PATCHES,

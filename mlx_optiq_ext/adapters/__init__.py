@@ -23,7 +23,7 @@ from .mounting import (
 )
 from .naming import base_names, check_name, shortened
 from .prompt_cache import AdapterPromptCache
-from .requests import Refusal, Wanted, select
+from .requests import Selected, Wanted, refusal, select
 from .routing import Routes
 from .split import Split, note_split, split_of
 
@@ -37,9 +37,9 @@ __all__ = [
     "MountedLoRASwitchLinear",
     "Mounts",
     "Offer",
-    "Refusal",
     "RequestQueue",
     "Routes",
+    "Selected",
     "Split",
     "Wanted",
     "activate",
@@ -51,6 +51,7 @@ __all__ = [
     "note_split",
     "prepare_model_for_mounted_lora",
     "read_offers",
+    "refusal",
     "select",
     "shortened",
     "split_of",

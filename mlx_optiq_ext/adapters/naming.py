@@ -20,7 +20,18 @@ def base_names(model: str) -> set[str]:
         model: The base model's folder or name.
     """
     path = Path(model)
-    return {DEFAULT_MODEL, model, *([str(path.resolve())] if path.exists() else [])}
+    whole = [str(path.resolve())] if path.exists() else []
+    return {DEFAULT_MODEL, model, public_name(model), *whole}
+
+
+def public_name(source: str) -> str:
+    """A model's or adapter's name as clients see it: of a folder here only its last part.
+
+    Args:
+        source: A folder, or a repository on the Hub.
+    """
+    path = Path(source)
+    return path.resolve().name or DEFAULT_MODEL if path.is_absolute() or path.exists() else source
 
 
 def check_name(name: str) -> None:

@@ -1,6 +1,6 @@
 """Selects a request's adapter, and answers in OpenAI's form if it cannot be served."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -8,6 +8,7 @@ from typing import Any, BinaryIO
 from .. import files
 from ..errors import InputError, OptiqError
 from ..lora.forms.location import locate
+from ..serving import Refusal, without_folders
 from .catalogue import (
     AdapterConflictError,
     AdaptersBusyError,
@@ -15,48 +16,35 @@ from .catalogue import (
     Offer,
     UnknownAdapterError,
 )
-from .naming import DEFAULT_MODEL, base_names, check_name, shortened
+from .naming import DEFAULT_MODEL, base_names, check_name, public_name, shortened
 
 #: Header that selects an adapter.
 HEADER = "X-OptIQ-Adapter"
 #: Paths that load and unload one.
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+#: The field that names an adapter -> the one that names its files.
+PATHS = {"lora_name": "lora_path"}
 #: Bytes of a request to load or unload an adapter.
 LIMIT = 1 << 16
 
 
-@dataclass
-class Refusal(Exception):
-    """A request that is answered with an error.
+def refusal(error: OptiqError, field: str, *folders: str | Path) -> Refusal:
+    """The answer to an error of the catalogue.
 
-    Attributes:
-        status: The status code of HTTP.
-        message: For the client.
-        code: OpenAI's code.
-        param: The field that is wrong, or None.
+    Args:
+        error: The error.
+        field: The request's field that names the adapter.
+        folders: Folders that the error may name; clients do not see where they are.
     """
-
-    status: int
-    message: str
-    code: str
-    param: str | None = None
-
-    @classmethod
-    def of(cls, error: OptiqError) -> "Refusal":
-        """The answer to an error of the catalogue."""
-        if isinstance(error, UnknownAdapterError):
-            return cls(404, str(error), "model_not_found", "model")
-        if isinstance(error, AdapterConflictError):
-            return cls(409, str(error), "adapter_conflict", "lora_name")
-        if isinstance(error, AdaptersBusyError):
-            return cls(503, str(error), "adapters_busy")
-        return cls(400, str(error), "invalid_adapter", "lora_path")
-
-    def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": fields}
+    if isinstance(error, UnknownAdapterError):
+        return Refusal(404, str(error), "model_not_found", field)
+    if isinstance(error, AdapterConflictError):
+        return Refusal(409, str(error), "adapter_conflict", field)
+    if isinstance(error, AdaptersBusyError):
+        return Refusal(503, str(error), "adapters_busy", headers={"Retry-After": "1"})
+    # Its files are wrong: where to load from is in lora_path.
+    message = without_folders(str(error), *folders)
+    return Refusal(400, message, "invalid_adapter", PATHS.get(field, field))
 
 
 @dataclass(frozen=True)
@@ -76,18 +64,31 @@ class Wanted:
     draft_model: str = DEFAULT_MODEL
 
 
-def select(catalogue: Catalogue, base: str, wanted: Wanted) -> str | None:
+@dataclass(frozen=True)
+class Selected:
+    """An adapter that a request selects.
+
+    Attributes:
+        name: The adapter's name.
+        field: The field or header that named it.
+    """
+
+    name: str
+    field: str
+
+
+def select(offered: Iterable[Offer], base: str, wanted: Wanted) -> Selected | None:
     """The adapter that a request selects; None for the base model.
 
     Args:
-        catalogue: The served adapters.
+        offered: The served adapters.
         base: The base model's folder or name.
         wanted: The request's fields.
 
     Raises:
         Refusal: The request names something that is not served, or two adapters.
     """
-    offers = {offer.name: offer for offer in catalogue.offers()}
+    offers = {offer.name: offer for offer in offered}
     sources = {offer.source: offer.name for offer in offers.values()}
     named: dict[str, str] = {}
     if wanted.model not in base_names(base):
@@ -98,34 +99,33 @@ def select(catalogue: Catalogue, base: str, wanted: Wanted) -> str | None:
         named[HEADER] = wanted.header.strip()
     for field, name in named.items():
         if name not in offers:
-            known = ", ".join([DEFAULT_MODEL, *offers])
+            known = ", ".join([public_name(base), *offers])
             message = f"{field} {shortened(name)} is not served here (served: {known})"
             raise Refusal(404, message, "model_not_found", field)
     if len(set(named.values())) > 1:
         both = ", ".join(f"{field} {name!r}" for field, name in named.items())
         raise Refusal(400, f"the request names two adapters: {both}", "adapter_conflict")
     if wanted.draft_model != DEFAULT_MODEL:
-        message = "beside adapters the draft model is the server's: leave draft_model out"
+        message = "the draft model is the server's: leave draft_model out"
         raise Refusal(400, message, "invalid_draft_model", "draft_model")
-    return next(iter(named.values()), None)
+    return next((Selected(name, field) for field, name in named.items()), None)
 
 
-def listing(catalogue: Catalogue, base: str, created: int) -> list[dict[str, Any]]:
+def listing(offered: Iterable[Offer], base: str, created: int) -> list[dict[str, Any]]:
     """OpenAI's model objects of the base model and its adapters.
 
     Args:
-        catalogue: The served adapters.
+        offered: The served adapters.
         base: The base model's folder or name.
         created: Unix time.
     """
-    path = Path(base)
-    identity = str(path.resolve()) if path.exists() else base
+    identity = public_name(base)
     common = {"object": "model", "created": created, "owned_by": "mlx-lm"}
     return [
         {"id": identity, **common, "root": identity, "parent": None},
         *(
-            {"id": offer.name, **common, "root": offer.source, "parent": identity}
-            for offer in catalogue.offers()
+            {"id": offer.name, **common, "root": public_name(offer.source), "parent": identity}
+            for offer in offered
         ),
     ]
 
@@ -146,14 +146,25 @@ def update(
         The answer.
 
     Raises:
-        Refusal: The request is wrong.
-        OptiqError: The adapter is unusable.
+        Refusal: The request is wrong, or the adapter unusable.
     """
     name = _text(body, "lora_name")
+    try:
+        return _update(catalogue, base, folder, path, name, body)
+    except OptiqError as error:
+        raise refusal(error, "lora_name", folder, folder.resolve()) from error
+
+
+def _update(
+    catalogue: Catalogue, base: str, folder: Path, path: str, name: str, body: Mapping[str, Any]
+) -> dict[str, Any]:
     if path == UNLOAD:
         catalogue.unload(name)
         return {"id": name, "object": "model", "deleted": True}
-    check_name(name)
+    try:
+        check_name(name)
+    except InputError as error:
+        raise Refusal(400, str(error), "invalid_adapter", "lora_name") from error
     if name in base_names(base):
         raise Refusal(400, f"{name!r} is the base model's name", "adapter_conflict", "lora_name")
     wanted = _text(body, "lora_path")

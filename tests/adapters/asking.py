@@ -27,7 +27,7 @@ def post(server, path, body) -> tuple[int, Any]:
     where = urllib.parse.urlsplit(server.url)
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=60)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    connection.request("POST", path, content)
+    connection.request("POST", path, content, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     text = answer.read()
     return answer.status, json.loads(text) if text.startswith(b"{") else text

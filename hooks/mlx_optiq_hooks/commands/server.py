@@ -11,7 +11,7 @@ from mlx_optiq_ext.errors import InputError, UnsupportedError
 
 from ..engine import session
 from ..engine.options import given, read
-from . import kv
+from . import kv, serving
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.adapters import Catalogue
@@ -91,6 +91,7 @@ def add_arguments(group):
         type=Path,
         help="The folder that clients may load adapters from.",
     )
+    serving.add_arguments(group)
 
 
 def check(command, parsed, args) -> None:
@@ -98,9 +99,11 @@ def check(command, parsed, args) -> None:
     from mlx_optiq_ext import distributed
 
     kv.check(command, parsed, args)
-    options = read(Options, parsed)
+    options, rules = read(Options, parsed), read(serving.Options, parsed)
     if given(options):
         _check_adapters(options, args)
+    if given(options) or given(rules):
+        serving.keep_guard(rules, args)
     if distributed.size() > 1:
         _check_processes(options, args)
     if given(options):

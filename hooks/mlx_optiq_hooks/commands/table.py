@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ..engine.flags import Command
-from . import benchmark, convert, evaluate, kv, lora, server
+from . import benchmark, convert, evaluate, kv, lora, server, serving
 
 #: For commands whose only option is --optiq-kv.
 _RUNS_A_MODEL = Command(kv.add_arguments, kv.check)
@@ -20,5 +20,10 @@ COMMANDS: Mapping[str, Command] = {
     "generate": _RUNS_A_MODEL,
     "lora": Command(lora.add_arguments, lora.check, interrupted=lora.interrupted),
     "perplexity": _RUNS_A_MODEL,
-    "server": Command(server.add_arguments, server.check, interrupted=None),
+    "server": Command(
+        server.add_arguments,
+        server.check,
+        interrupted=None,
+        environment={"api_key": serving.KEY_VARIABLE},
+    ),
 }

@@ -6,6 +6,7 @@ one group before parsing and takes our values out of the namespace after it.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -39,12 +40,15 @@ class Command:
         replaced: Destination of a required stock option -> the option of ours that replaces it.
         interrupted: Gives the text that follows "interrupted" after Ctrl-C; None leaves Ctrl-C to
             stock.
+        environment: Destination of an option of ours that may be given many times -> environment
+            variable that gives it where the command line does not.
     """
 
     add_arguments: Callable[[Any], None] = _nothing
     check: Callable[[str, SimpleNamespace, argparse.Namespace], Run | None] = _nothing
     replaced: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     interrupted: Callable[[], str] | None = str
+    environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,6 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     optiq_command: str = ""
     optiq_replaced: Mapping[str, str] = MappingProxyType({})
+    optiq_environment: Mapping[str, str] = MappingProxyType({})
     _optiq_added = False
 
     def _add_optiq_arguments(self) -> None:
@@ -101,6 +106,9 @@ class Parser(argparse.ArgumentParser):
             for key in list(vars(namespace))
             if key.startswith(PREFIX)
         }
+        for name, variable in self.optiq_environment.items():
+            if values.get(name) is None and (text := os.environ.get(variable)) is not None:
+                values[name] = [text]
         if any(value is not None for value in values.values()):
             running = session.running()
             if running is None or running.command != self.optiq_command:
@@ -180,9 +188,13 @@ class Instead(Exception):
 class _View(ModuleType):
     """argparse as one command module sees it."""
 
-    def __init__(self, command: str, replaced: Mapping[str, str]):
+    def __init__(self, name: str, command: Command):
         super().__init__("argparse", argparse.__doc__)
-        own = {"optiq_command": command, "optiq_replaced": replaced}
+        own = {
+            "optiq_command": name,
+            "optiq_replaced": command.replaced,
+            "optiq_environment": command.environment,
+        }
         self.ArgumentParser = type("ArgumentParser", (Parser,), own)
 
     def __getattr__(self, name: str) -> Any:
@@ -248,7 +260,7 @@ def patches(name: str, command: Command) -> tuple[Patch, Patch]:
             feature="flags",
             why=why,
             upstream=upstream,
-            replace=lambda original: _View(name, command.replaced),
+            replace=lambda original: _View(name, command),
         ),
         Patch(
             f"mlx_lm.{name}:main",

@@ -24,6 +24,7 @@ FEATURES = (
     "evaluation",
     "yolo",
     "sharded",
+    "serving",
     "plugins",
 )
 

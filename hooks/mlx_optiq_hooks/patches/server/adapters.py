@@ -4,15 +4,12 @@ Each request has a handler thread; the model runs in the generation thread. The 
 adapter in use while it runs, and passes it on with the request. Rows of a batch keep their own.
 """
 
-import json
-from typing import Any
-from urllib.parse import unquote
-
 from mlx_optiq_ext.errors import OptiqError
 
 from ...commands.server import Serving
 from ...engine import session
 from ...engine.patch import Patch, bind, of
+from . import guard
 from . import model as server
 
 
@@ -82,7 +79,7 @@ def validate_model_parameters(wrapped, instance, args, kwargs):
             header=instance.headers.get(requests.HEADER),
             draft_model=instance.requested_draft_model,
         )
-        instance.optiq_adapter = requests.select(serving.catalogue, serving.base, wanted)
+        instance.optiq_adapter = requests.select(serving.catalogue.offers(), serving.base, wanted)
     return result
 
 
@@ -90,61 +87,34 @@ def handle_completion(wrapped, instance, args, kwargs):
     serving = session.state(Serving)
     if serving is None or instance.optiq_adapter is None:
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.adapters import AdapterActivation, Refusal
+    from mlx_optiq_ext.adapters import AdapterActivation, refusal
+    from mlx_optiq_ext.serving import at_end, once
 
+    selected = instance.optiq_adapter
     try:
-        adapter = serving.catalogue.acquire(instance.optiq_adapter)
+        adapter = serving.catalogue.acquire(selected.name)
     except OptiqError as error:
-        raise Refusal.of(error) from error
+        folders = [each.folder for each in serving.catalogue.offers()]
+        raise refusal(error, selected.field, *folders) from error
+    # A row ends before its client has read the answer, which may take as long as it likes.
+    release = once(lambda: serving.catalogue.release(adapter))
     try:
-        with AdapterActivation(adapter):
+        with AdapterActivation(adapter), at_end(release):
             return wrapped(*args, **kwargs)
     finally:
-        serving.catalogue.release(adapter)
+        release()
 
 
 def do_POST(wrapped, instance, args, kwargs):
     serving = session.state(Serving)
-    if serving is None:
-        return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.adapters import Refusal, requests
-
-    try:
-        if serving.updates is None or instance.path not in (requests.LOAD, requests.UNLOAD):
-            return wrapped(*args, **kwargs)
-        body = requests.read_body(instance.headers.get("Content-Length"), instance.rfile)
-        try:
-            done = requests.update(
-                serving.catalogue, serving.base, serving.updates, instance.path, body
-            )
-        except OptiqError as error:
-            raise Refusal.of(error) from error
-        _answer(instance, 200, done)
-    except Refusal as refused:
-        _answer(instance, refused.status, refused.body())
-
-
-def handle_models_request(wrapped, instance, args, kwargs):
-    serving = session.state(Serving)
-    if serving is None:
+    if serving is None or instance.path not in guard.changing():
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.adapters import requests
 
-    listed = requests.listing(serving.catalogue, serving.base, instance.created)
-    # Like stock: a name after the path filters the list.
-    wanted = unquote(instance.path.removeprefix("/v1/models")).strip("/")
-    data = [each for each in listed if wanted in ("", each["id"].strip("/"))]
-    _answer(instance, 200, {"object": "list", "data": data})
-
-
-def _answer(handler: Any, status: int, body: dict[str, Any]) -> None:
-    """Send a JSON answer."""
-    content = json.dumps(body).encode()
-    handler._set_completion_headers(status)
-    handler.send_header("Content-Length", str(len(content)))
-    handler.end_headers()
-    handler.wfile.write(content)
-    handler.wfile.flush()
+    assert serving.updates is not None
+    body = requests.read_body(instance.headers.get("Content-Length"), instance.rfile)
+    done = requests.update(serving.catalogue, serving.base, serving.updates, instance.path, body)
+    guard.send(instance, 200, done)
 
 
 #: Names of mlx_lm.server that the wrappers read or set.
@@ -153,8 +123,8 @@ USES = of(
     *(
         f"APIHandler.{name}"
         for name in (
-            *("adapter", "created", "requested_draft_model", "requested_model"),
-            *("response_generator", "_set_completion_headers"),
+            *("adapter", "requested_draft_model", "requested_model"),
+            "response_generator",
         )
     ),
     "GenerationArguments.model",
@@ -191,9 +161,4 @@ PATCHES = (
     ),
     _patch("APIHandler.handle_completion", handle_completion, "holds a request's adapter"),
     _patch("APIHandler.do_POST", do_POST, "answers requests about adapters"),
-    _patch(
-        "APIHandler.handle_models_request",
-        handle_models_request,
-        "lists the adapters beside the base model",
-    ),
 )

@@ -1,0 +1,49 @@
+"""What a server asks of its clients: keys, limits, and parameters that it survives.
+
+Nothing here knows mlx-lm's server; a guard works on headers::
+
+    from email.message import Message
+
+    from mlx_optiq_ext import serving
+
+    guard = serving.Guard(keys=serving.Keys.read(["secret"]))
+    headers = Message()
+    headers["Authorization"] = "Bearer wrong"
+    try:
+        guard.check_key("/v1/models", headers)
+    except serving.Refusal as refusal:
+        print(refusal.status, refusal.message)
+"""
+
+from .answers import Answers, Waiting, at_end, once
+from .connection import Connection, Slots, drain, gone, turn_away
+from .guard import COMPLETIONS, HEALTH, MODELS, Guard, Limits, is_loopback, known_origins, warning
+from .keys import Keys
+from .refusal import Refusal, without_folders
+from .sampling import check, check_prompt, vocabulary_of
+
+__all__ = [
+    "COMPLETIONS",
+    "HEALTH",
+    "MODELS",
+    "Answers",
+    "Connection",
+    "Guard",
+    "Keys",
+    "Limits",
+    "Refusal",
+    "Slots",
+    "Waiting",
+    "at_end",
+    "check",
+    "check_prompt",
+    "drain",
+    "gone",
+    "is_loopback",
+    "known_origins",
+    "once",
+    "turn_away",
+    "vocabulary_of",
+    "warning",
+    "without_folders",
+]

@@ -16,6 +16,7 @@ Nothing here knows mlx-lm's server; a guard works on headers::
 """
 
 from .answers import Answers, Waiting, at_end, once
+from .body import check_text, read_object
 from .connection import Connection, Slots, drain, gone, turn_away
 from .guard import COMPLETIONS, HEALTH, MODELS, Guard, Limits, is_loopback, known_origins, warning
 from .keys import Keys
@@ -37,11 +38,13 @@ __all__ = [
     "at_end",
     "check",
     "check_prompt",
+    "check_text",
     "drain",
     "gone",
     "is_loopback",
     "known_origins",
     "once",
+    "read_object",
     "turn_away",
     "vocabulary_of",
     "warning",

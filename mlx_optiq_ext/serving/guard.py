@@ -64,8 +64,8 @@ class Guard:
         if self.keys is not None and path != HEALTH:
             self.keys.check(headers.get("Authorization"))
 
-    def check_length(self, headers: Message) -> None:
-        """Refuse a request whose body is larger than the limit, or does not say how large it is.
+    def check_length(self, headers: Message) -> int:
+        """Bytes of a request's body, unless it is too large or does not say how large it is.
 
         Raises:
             Refusal: 400, 411 or 413.
@@ -79,6 +79,7 @@ class Guard:
         if len(length) > 18 or int(length) > self.limits.body:
             message = f"the request is larger than {self.limits.body} bytes"
             raise Refusal(413, message, "request_too_large")
+        return int(length)
 
     def check_change(self, headers: Message, client: str) -> None:
         """Refuse a request to change the server that a web page could have sent, or a stranger.

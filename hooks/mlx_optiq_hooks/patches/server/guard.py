@@ -1,6 +1,7 @@
 """``mlx_lm.server``: who may ask what, and answers to what is refused."""
 
 import contextlib
+import io
 import json
 import logging
 from contextvars import ContextVar
@@ -72,7 +73,7 @@ def do_GET(wrapped, instance, args, kwargs):
 
 
 def do_POST(wrapped, instance, args, kwargs):
-    from mlx_optiq_ext.serving import COMPLETIONS, Refusal
+    from mlx_optiq_ext.serving import COMPLETIONS, Refusal, check_text, read_object
 
     guarded = session.state(Guarded)
     if guarded is None:
@@ -87,7 +88,13 @@ def do_POST(wrapped, instance, args, kwargs):
             raise Refusal(404, "there is nothing at this path", "not_found")
         if instance.path in changing():
             guarded.guard.check_change(instance.headers, instance.client_address[0])
-        guarded.guard.check_length(instance.headers)
+        length = guarded.guard.check_length(instance.headers)
+        content = instance.rfile.read(length)
+        if len(content) < length:
+            raise Refusal(400, "the request is shorter than its Content-Length", "invalid_request")
+        if instance.path in COMPLETIONS:
+            check_text(instance.path, read_object(content))
+        instance.rfile = io.BytesIO(content)
         return wrapped(*args, **kwargs)
 
     return _guarded(instance, post)
@@ -137,10 +144,6 @@ def _guarded(handler: Any, serve) -> None:
         logging.info(f"a client left: {error}")
         handler.close_connection = True
         return None
-    except UnicodeDecodeError:
-        refused = Refusal(400, "the request is not UTF-8", "invalid_request")
-    except RecursionError:
-        refused = Refusal(400, "the request is nested too deep", "invalid_request")
     except Exception:
         logging.exception("mlx_lm.server: a request failed")
         refused = Refusal(500, "the request failed: see the server's log", "internal_error")

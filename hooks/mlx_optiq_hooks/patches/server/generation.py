@@ -3,6 +3,7 @@
 Without options of ours only requests that stock does not survive are refused.
 """
 
+from ...commands.server import Serving
 from ...commands.serving import Guarded
 from ...engine import session
 from ...engine.patch import Patch, bind, of
@@ -31,8 +32,6 @@ def validate_model_parameters(wrapped, instance, args, kwargs):
     if guarded is not None:
         from mlx_optiq_ext.adapters import requests
 
-        from ...commands.server import Serving
-
         if session.state(Serving) is None:
             named = instance.adapter
             adapters = None if named == guarded.adapter_path else named
@@ -47,7 +46,7 @@ def validate_model_parameters(wrapped, instance, args, kwargs):
 
 def handle_completion(wrapped, instance, args, kwargs):
     # A client's stream_options are looked at after the whole stream was sent.
-    options = instance.stream_options
+    options = instance.stream_options if instance.stream else None
     if options is not None and not (isinstance(options, dict) and "include_usage" in options):
         from mlx_optiq_ext.serving import Refusal
 
@@ -81,6 +80,9 @@ def _generate(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
     except BaseException:
         instance.optiq_waiting.end()
+        serving = session.state(Serving)
+        if serving is not None:
+            serving.catalogue.jobs.end(guard.dead())
         raise
 
 
@@ -106,7 +108,7 @@ def generate(wrapped, instance, args, kwargs):
     from mlx_optiq_ext.serving import Refusal, without_folders
 
     call = bind(wrapped, args, kwargs)
-    dead = guard.Refused(Refusal(503, "the server must be started anew", "server_dead"))
+    dead = guard.Refused(guard.dead())
     progress = call.get("progress_callback")
 
     def reported(*numbers):
@@ -143,7 +145,7 @@ USES = of(
         f"APIHandler.{name}"
         for name in (
             *("adapter", "body", "requested_draft_model", "requested_model"),
-            *("response_generator", "stream_options"),
+            *("response_generator", "stream", "stream_options"),
         )
     ),
     "CompletionRequest.request_type",

@@ -86,6 +86,8 @@ def do_POST(wrapped, instance, args, kwargs):
         guarded.guard.check_key(instance.path, instance.headers)
         if instance.path not in (*COMPLETIONS, *changing()):
             raise Refusal(404, "there is nothing at this path", "not_found")
+        if instance.response_generator.optiq_waiting.dead:
+            raise dead()
         if instance.path in changing():
             guarded.guard.check_change(instance.headers, instance.client_address[0])
         length = guarded.guard.check_length(instance.headers)
@@ -98,6 +100,13 @@ def do_POST(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
 
     return _guarded(instance, post)
+
+
+def dead() -> "Refusal":
+    """The answer of a server whose generation thread has died."""
+    from mlx_optiq_ext.serving import Refusal
+
+    return Refusal(503, "the server must be started anew", "server_dead")
 
 
 def changing() -> tuple[str, ...]:

@@ -59,12 +59,12 @@ class Mounts:
         """
         return fit(adapter, self._modules if self._split is None else self._split.modules)
 
-    def mount(self, name: str, adapter: Adapter) -> MountedAdapter:
+    def mount(self, name: str, adapter: Adapter | Fitted) -> MountedAdapter:
         """Mount an adapter. It replaces one of the same name for new rows; old rows keep theirs.
 
         Args:
             name: The name that selects it.
-            adapter: From `lora.read_adapter`.
+            adapter: From `lora.read_adapter` or `fit`.
 
         Returns:
             The mounted adapter; the existing one if the same weights have a name already.
@@ -73,7 +73,7 @@ class Mounts:
             InputError: It is for another model.
             UnsupportedError: It is DoRA, or cannot follow how the model is split over ranks.
         """
-        fitted = self.fit(adapter)
+        fitted = adapter if isinstance(adapter, Fitted) else self.fit(adapter)
         for twin in list(self.names.values()):
             if twin.version == fitted.version:
                 self.link(name, twin)

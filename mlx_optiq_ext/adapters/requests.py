@@ -7,7 +7,6 @@ from typing import Any, BinaryIO
 
 from .. import files
 from ..errors import InputError, OptiqError
-from ..lora.forms.location import locate
 from ..serving import Refusal, without_folders
 from .catalogue import (
     AdapterConflictError,
@@ -177,7 +176,7 @@ def _update(
     if not inside:
         message = "lora_path must name a folder in the server's --optiq-adapter-dir"
         raise Refusal(400, message, "invalid_adapter", "lora_path")
-    offer = Offer(name, wanted, locate(found).folder)
+    offer = Offer(name, wanted, found, closed=True)
     catalogue.load(offer, replace=body.get("load_inplace") is True)
     return {"id": name, "object": "model", "root": wanted}
 

@@ -81,12 +81,15 @@ def mounted(catalogue):
 
 def test_four_loads_at_once_where_one_may_be_mounted(model, offer):
     catalogue = Catalogue(limit=1, patience=10)
-    with generating(catalogue, model), ThreadPoolExecutor(4) as pool:
-        loaded = list(pool.map(lambda name: catalogue.load(offer(name)), NAMES))
-        assert [each.name for each in loaded] == [*NAMES]
-        assert len(mounted(catalogue)) == 1
-        # Requests for evicted adapters come at once too.
-        found = list(pool.map(lambda name: version(catalogue, name), NAMES * 2))
+    with ThreadPoolExecutor(4) as pool:
+        loading = [pool.submit(catalogue.load, offer(name)) for name in NAMES]
+        time.sleep(0.05)  # all wait for the generation thread, and none occupies the place
+        with generating(catalogue, model):
+            loaded = [each.result() for each in loading]
+            assert [each.name for each in loaded] == [*NAMES]
+            assert len(mounted(catalogue)) == 1
+            # Requests for evicted adapters come at once too.
+            found = list(pool.map(lambda name: version(catalogue, name), NAMES * 2))
     assert found == [each.version for each in loaded] * 2
     mounts = mounts_on(model)
     assert mounts is not None

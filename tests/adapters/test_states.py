@@ -110,6 +110,7 @@ class Interleaving(RuleBasedStateMachine):
         except AdapterConflictError:
             self._leave(ticket)
             return False
+        assert ticket.copy is not None
         assert ticket.copy.digest == weights
         if ticket.copy.state is State.MOUNTED:  # shared
             assert self.states.offered()[ticket.name] == weights

@@ -1,7 +1,7 @@
 """The adapters that a server offers: found, read, mounted when asked for, evicted when idle."""
 
-from .catalogue import AdaptersBusyError, Catalogue
-from .copies import AdapterConflictError, State, UnknownAdapterError
+from .catalogue import Catalogue
+from .copies import AdapterConflictError, AdaptersBusyError, State, UnknownAdapterError
 from .jobs import Jobs, RequestQueue
 from .offers import read_offers
 from .reading import Offer

@@ -10,22 +10,22 @@ from typing import TypeVar
 import mlx.nn as nn
 
 from ... import distributed
-from ...errors import OptiqError
 from ..activation import MountedAdapter
 from ..fitted import Fitted
 from ..mounting import Mounts, prepare_model_for_mounted_lora
-from ..naming import shortened
 from ..proof import rows_apart
-from .copies import AdapterConflictError, Copy, State, Ticket, UnknownAdapterError
+from .copies import (
+    AdapterConflictError,
+    AdaptersBusyError,
+    Copy,
+    State,
+    Ticket,
+)
 from .jobs import Jobs
-from .reading import Offer, read
+from .reading import Offer, Pin, Reader
 from .states import States
 
 Found = TypeVar("Found")
-
-
-class AdaptersBusyError(OptiqError):
-    """The server did not get to it: all adapters that may be mounted are in use, or it is busy."""
 
 
 class Catalogue:
@@ -55,7 +55,7 @@ class Catalogue:
         self._mounts: Mounts | None = None
         self._proven: frozenset[str] = frozenset()
         self._changed = threading.Condition()
-        self._reading = threading.Lock()
+        self._reader = Reader()
 
     def offers(self) -> list[Offer]:
         """The offered adapters, in the order in which they were added."""
@@ -82,14 +82,15 @@ class Catalogue:
             return
         offers = self.offers()[: self._limit]
         with distributed.together():
-            found = {each: mounts.mount(each.name, read(each)) for each in offers}
+            found = {each: self._begin(mounts, each) for each in offers}
             distributed.gathered(None)  # no rank continues before all have read their files
-        distributed.agree(**{f"weights of adapter {o.name}": a.version for o, a in found.items()})
-        for adapter in set(found.values()):
+        weights = {f"weights of adapter {o.name}": pin.version for o, (_, pin) in found.items()}
+        distributed.agree(**weights)
+        for adapter in {each for each, _ in found.values()}:
             self._prove(mounts, adapter)
         self.routable = all(distributed.gathered(self.routable))
         with self._changed:
-            self._states.attach({o.name: (a.version, a) for o, a in found.items()})
+            self._states.attach({o.name: (a.version, a, pin) for o, (a, pin) in found.items()})
             self._mounts = mounts
             self._changed.notify_all()
 
@@ -102,18 +103,17 @@ class Catalogue:
             InputError: The adapter's files are missing or damaged.
         """
         end = time.monotonic() + self._patience
-        with self._named():
-            while True:
-                with self._changed:
-                    ticket = self._states.request(name)
-                with self._left(ticket), suppress(AdapterConflictError):
-                    held = self._await(partial(self._turn, ticket), end)
-                    if held is True:
-                        self._bring(ticket, ticket.entry.offer, end)
-                        with self._changed:
-                            held = self._used(name)
-                    if held:
-                        return held
+        while True:
+            with self._changed:
+                ticket = self._states.request(name)
+            with self._leaving(ticket), suppress(AdapterConflictError):
+                held = self._await(partial(self._turn, ticket), end)
+                if held is True:
+                    self._bring(ticket, ticket.entry.offer, end, ticket.entry.pin)
+                    with self._changed:
+                        held = self._used(name)
+                if held:
+                    return held
 
     def release(self, adapter: MountedAdapter) -> None:
         """End a request's use of an adapter."""
@@ -153,7 +153,7 @@ class Catalogue:
         with self._changed:
             ticket = self._states.load(offer.name, offer, replace=replace)
             old = ticket.entry.copy
-        with self._left(ticket):
+        with self._leaving(ticket):
             self._await(lambda: self._mounts and self._states.start(ticket), end)
             copy = self._bring(ticket, offer, end)
         if old is not None and old is not copy:
@@ -167,7 +167,7 @@ class Catalogue:
             UnknownAdapterError: The adapter is not offered.
             AdaptersBusyError: Requests still use it. It is taken off when they end.
         """
-        with self._named(), self._changed:
+        with self._changed:
             copy = self._states.unload(name)
             self._changed.notify_all()
         if copy is None:
@@ -180,18 +180,7 @@ class Catalogue:
             )
 
     @contextmanager
-    def _named(self):
-        """Say which adapters there are where one is not known."""
-        try:
-            yield
-        except UnknownAdapterError as error:
-            known = ", ".join(each.name for each in self.offers()) or "none"
-            raise UnknownAdapterError(
-                f"there is no model or adapter {shortened(str(error))} (adapters: {known})"
-            ) from error
-
-    @contextmanager
-    def _left(self, ticket: Ticket):
+    def _leaving(self, ticket: Ticket):
         try:
             yield
         finally:
@@ -230,23 +219,21 @@ class Catalogue:
         self._mounts.use(copy.adapter)
         return copy.adapter
 
-    def _bring(self, ticket: Ticket, offer: Offer, end: float) -> Copy:
+    def _begin(self, mounts: Mounts, offer: Offer) -> tuple[MountedAdapter, Pin]:
+        fitted, pin = self._reader.read(offer, mounts.fit)
+        return mounts.mount(offer.name, fitted), pin
+
+    def _bring(self, ticket: Ticket, offer: Offer, end: float, pin: Pin | None = None) -> Copy:
         """Read a started load's files in this thread, and let the generation thread mount it."""
         mounts = self._mounts
         assert mounts is not None
-        if not self._reading.acquire(timeout=max(0.0, end - time.monotonic())):
-            raise AdaptersBusyError("other adapters are still being read: try again")
-        try:
-            fitted = mounts.fit(read(offer))
-        finally:
-            self._reading.release()
+        fitted, ticket.pin = self._reader.read(offer, mounts.fit, pin=pin, seconds=_left(end))
         self._await(lambda: self._placed(ticket, mounts, fitted), end)
         copy = ticket.copy
         assert copy is not None
         if copy.state is State.LOADING:
             try:
-                seconds = max(0.0, end - time.monotonic())
-                self.jobs.run(lambda: self._mount(mounts, ticket, fitted), seconds)
+                self.jobs.run(lambda: self._mount(mounts, ticket, fitted), _left(end))
             except TimeoutError as error:
                 raise AdaptersBusyError(
                     "the server did not get to mounting the adapter: try again"
@@ -296,3 +283,8 @@ class Catalogue:
                 mounts.discard(copy.adapter)
             if gone:
                 self._changed.notify_all()
+
+
+def _left(end: float) -> float:
+    """Seconds until a time of the monotonic clock; 0 after it."""
+    return max(0.0, end - time.monotonic())

@@ -15,6 +15,10 @@ class AdapterConflictError(OptiqError):
     """An adapter of that name is offered, loaded or unloaded already."""
 
 
+class AdaptersBusyError(OptiqError):
+    """The server did not get to it: all adapters that may be mounted are in use, or it is busy."""
+
+
 class State(Enum):
     """Where a copy of an adapter's weights is."""
 
@@ -52,10 +56,12 @@ class Entry:
     Attributes:
         offer: What the name stands for; None before the first load has finished.
         copy: Its weights.
+        pin: What its weights were read from.
         owner: The load in progress.
     """
 
     offer: Any = None
+    pin: Any = None
     copy: Copy | None = None
     owner: "Ticket | None" = None
 
@@ -73,6 +79,7 @@ class Ticket:
         taken: Whether the generation thread has taken it over.
         copy: Its copy, once it was placed.
         victim: The copy whose slot it takes.
+        pin: What its weights were read from.
     """
 
     name: str
@@ -83,3 +90,4 @@ class Ticket:
     taken: bool = False
     copy: Copy | None = None
     victim: Copy | None = None
+    pin: Any = None

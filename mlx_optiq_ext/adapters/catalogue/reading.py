@@ -1,9 +1,16 @@
-"""Reads an offered adapter's files."""
+"""Reads an offered adapter's files, and tells whether they are still those that were loaded."""
 
-from dataclasses import dataclass
+import stat
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...errors import InputError
 from ...lora import Adapter, read_adapter
+from ...lora.forms.location import CONFIG, MLX_LM_WEIGHTS, NOTES, PEFT_WEIGHTS
+from ..fitted import Fitted
+from .copies import AdaptersBusyError
 
 
 @dataclass(frozen=True)
@@ -13,18 +20,115 @@ class Offer:
     Attributes:
         name: The name by which requests select it.
         source: The folder or Hub repository that the user named.
-        folder: The folder with its files.
+        folder: The folder with its files; links to it are followed now and never again.
+        closed: Whether its files may be no links, because clients may have put them there.
     """
 
     name: str
     source: str
     folder: Path
+    closed: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "folder", self.folder.resolve())
 
 
-def read(offer: Offer) -> Adapter:
-    """Read an offered adapter.
+@dataclass(frozen=True)
+class Pin:
+    """What an adapter was read from.
 
-    Raises:
-        InputError: Its files are missing or damaged.
+    Attributes:
+        folder: Device and inode of its folder.
+        files: Device, inode, size and times of its files.
+        version: Digest of its tensors.
     """
-    return read_adapter(offer.folder)
+
+    folder: tuple[int, int]
+    files: tuple[tuple[int, ...] | None, ...] = field(compare=False)
+    version: str = ""
+
+
+class Reader:
+    """Reads one adapter at a time."""
+
+    def __init__(self):
+        self._reading = threading.Lock()
+
+    def read(
+        self,
+        offer: Offer,
+        fit: Callable[[Adapter], Fitted],
+        *,
+        pin: Pin | None = None,
+        seconds: float = -1,
+    ) -> tuple[Fitted, Pin]:
+        """Read an offered adapter, in any thread.
+
+        Args:
+            offer: The adapter.
+            fit: Checks it against the model.
+            pin: What it was read from before; None if it is to be read as it is now.
+            seconds: How long to wait for other adapters to be read; -1 for as long as it takes.
+
+        Returns:
+            The adapter, and what it was read from.
+
+        Raises:
+            AdaptersBusyError: Others were still being read.
+            InputError: Its files are missing, damaged, changed, or for another model.
+            UnsupportedError: It is DoRA.
+        """
+        if not self._reading.acquire(timeout=seconds):
+            raise AdaptersBusyError("other adapters are still being read: try again")
+        try:
+            return _read(offer, fit, pin)
+        finally:
+            self._reading.release()
+
+
+def _read(offer: Offer, fit: Callable[[Adapter], Fitted], pin: Pin | None) -> tuple[Fitted, Pin]:
+    seen = _look(offer)
+    if pin is not None and seen.folder != pin.folder:
+        raise _changed(offer)
+    fitted = fit(read_adapter(offer.folder))
+    if _look(offer).files != seen.files:
+        raise InputError(f"adapter {offer.name!r}: its files changed while they were read")
+    if pin is not None and fitted.version != pin.version:
+        raise _changed(offer)
+    return fitted, Pin(seen.folder, seen.files, fitted.version)
+
+
+def _changed(offer: Offer) -> InputError:
+    return InputError(
+        f"adapter {offer.name!r}: its files are no longer those that were loaded: load it again "
+        "with load_inplace, or start the server anew"
+    )
+
+
+def _look(offer: Offer) -> Pin:
+    """The folder and its files as they are now, without reading them."""
+    try:
+        if offer.folder.resolve(strict=True) != offer.folder or not offer.folder.is_dir():
+            raise _changed(offer)
+        folder = offer.folder.stat()
+        files = tuple(_file(offer, name) for name in (CONFIG, NOTES, MLX_LM_WEIGHTS, PEFT_WEIGHTS))
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"adapter {offer.name!r}: its folder is gone or cannot be read: put it back, or unload "
+            "the adapter"
+        ) from error
+    return Pin((folder.st_dev, folder.st_ino), files)
+
+
+def _file(offer: Offer, name: str) -> tuple[int, ...] | None:
+    path = offer.folder / name
+    try:
+        found = path.lstat() if offer.closed else path.stat()
+    except FileNotFoundError:
+        return None
+    if offer.closed and not stat.S_ISREG(found.st_mode):
+        raise InputError(
+            f"adapter {offer.name!r}: {name} is a link or no regular file: copy the file itself "
+            "into the adapter's folder"
+        )
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ..naming import shortened
 from .copies import AdapterConflictError, Copy, Entry, State, Ticket, UnknownAdapterError
 
 
@@ -47,19 +48,19 @@ class States:
         entry = self._entries.get(name)
         return entry.copy.state if entry is not None and entry.copy else State.ABSENT
 
-    def attach(self, adapters: Mapping[str, tuple[str, Any]]) -> None:
+    def attach(self, adapters: Mapping[str, tuple[str, Any, Any]]) -> None:
         """Start on a model that has adapters already.
 
         Args:
-            adapters: Digest and adapter of each name.
+            adapters: Digest, adapter and pin of each name.
         """
         for copy in self.copies:
             copy.state, copy.held = State.ABSENT, False
         found: dict[str, Copy] = {}
         for name, entry in self._entries.items():
-            digest, adapter = adapters.get(name, ("", None))
             entry.copy = None
-            if digest:
+            if name in adapters:
+                digest, adapter, entry.pin = adapters[name]
                 fresh = Copy(digest, State.MOUNTED, adapter, next(self._clock))
                 entry.copy = found.setdefault(digest, fresh)
         self.copies = list(found.values())
@@ -211,7 +212,10 @@ class States:
     def _offered(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None or entry.offer is None:
-            raise UnknownAdapterError(name)
+            known = ", ".join(self.offered()) or "none"
+            raise UnknownAdapterError(
+                f"there is no model or adapter {shortened(name)} (adapters: {known})"
+            )
         return entry
 
     def _ticket(self, name: str, entry: Entry, offer: Any) -> Ticket:
@@ -268,6 +272,7 @@ class States:
         entry, ticket.copy = ticket.entry, copy
         old, entry.copy, entry.owner = entry.copy, copy, None
         entry.offer = entry.offer if ticket.offer is None else ticket.offer
+        entry.pin = ticket.pin
         copy.used = next(self._clock)
         for each in (old, copy):
             if each is not None:

@@ -12,7 +12,7 @@ The base model is never changed; outside of the block it runs without an adapter
 """
 
 from .activation import AdapterActivation, MountedAdapter, activate, active
-from .catalogue import Catalogue, Offer, RequestQueue, read_offers
+from .catalogue import Caps, Catalogue, Offer, RequestQueue, read_offers
 from .layers import MountedLoRAEmbedding, MountedLoRALinear, MountedLoRASwitchLinear
 from .mounting import (
     Mounts,
@@ -30,6 +30,7 @@ from .split import Split, note_split, split_of
 __all__ = [
     "AdapterActivation",
     "AdapterPromptCache",
+    "Caps",
     "Catalogue",
     "MountedAdapter",
     "MountedLoRAEmbedding",

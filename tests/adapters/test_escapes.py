@@ -5,7 +5,7 @@ import shutil
 import pytest
 from toy_adapters import write_adapter
 
-from mlx_optiq_ext.adapters import Catalogue, Offer
+from mlx_optiq_ext.adapters import Caps, Catalogue, Offer
 from mlx_optiq_ext.adapters.catalogue import State
 from mlx_optiq_ext.adapters.catalogue.reading import Reader
 from mlx_optiq_ext.errors import InputError
@@ -84,7 +84,7 @@ def test_files_that_change_while_they_are_read_are_refused(adapter):
         return found
 
     with pytest.raises(InputError, match="changed while they were read"):
-        Reader().read(offer, fit)
+        Reader(Caps()).read(offer, fit)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "optiq_lora_config.json"])

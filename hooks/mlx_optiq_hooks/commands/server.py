@@ -23,6 +23,8 @@ class Options:
 
     adapter: Sequence[str] = ()
     max_adapters: int | None = None
+    max_adapter_rank: int | None = None
+    max_adapter_bytes: int | None = None
     allow_adapter_updates: bool = False
     adapter_dir: Path | None = None
 
@@ -79,6 +81,18 @@ def add_arguments(group):
         help="Mount at most so many adapters at a time; idle ones make room. Default: all.",
     )
     group.add_argument(
+        "--optiq-max-adapter-rank",
+        metavar="RANK",
+        type=int,
+        help="Refuse adapters of a higher LoRA rank. Default: 256.",
+    )
+    group.add_argument(
+        "--optiq-max-adapter-bytes",
+        metavar="BYTES",
+        type=int,
+        help="Refuse adapters whose weights are larger. Default: any size.",
+    )
+    group.add_argument(
         "--optiq-allow-adapter-updates",
         action="store_const",
         const=True,
@@ -128,8 +142,10 @@ def _check_adapters(options: Options, args) -> None:
         )
     if options.adapter_dir is not None and not options.adapter_dir.is_dir():
         raise InputError(f"--optiq-adapter-dir {options.adapter_dir}: no such folder")
-    if options.max_adapters is not None and options.max_adapters < 1:
-        raise InputError("--optiq-max-adapters must be 1 or more")
+    for name in ("max_adapters", "max_adapter_rank", "max_adapter_bytes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--optiq-{name.replace('_', '-')} must be 1 or more")
 
 
 def _check_processes(options: Options, args) -> None:
@@ -156,11 +172,12 @@ def _check_processes(options: Options, args) -> None:
 def _keep_adapters(options: Options, base: str) -> None:
     """Find the adapters; repositories are downloaded here, before the server starts."""
     from mlx_optiq_ext import distributed
-    from mlx_optiq_ext.adapters import Catalogue, read_offers
+    from mlx_optiq_ext.adapters import Caps, Catalogue, read_offers
     from mlx_optiq_ext.lora.forms.location import digest
 
     offers = read_offers(options.adapter, base, _resolved)
-    catalogue = Catalogue(offers, limit=options.max_adapters)
+    caps = Caps(options.max_adapter_rank or Caps.rank, options.max_adapter_bytes)
+    catalogue = Catalogue(offers, limit=options.max_adapters, caps=caps)
     session.keep(Serving(base, catalogue, options.adapter_dir))
     running = session.running()
     if running is not None and distributed.size() > 1:

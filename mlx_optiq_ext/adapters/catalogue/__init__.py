@@ -4,11 +4,12 @@ from .catalogue import Catalogue
 from .copies import AdapterConflictError, AdaptersBusyError, State, UnknownAdapterError
 from .jobs import Jobs, RequestQueue
 from .offers import read_offers
-from .reading import Offer
+from .reading import Caps, Offer
 
 __all__ = [
     "AdapterConflictError",
     "AdaptersBusyError",
+    "Caps",
     "Catalogue",
     "Jobs",
     "Offer",

@@ -22,7 +22,7 @@ from .copies import (
     Ticket,
 )
 from .jobs import Jobs
-from .reading import Offer, Pin, Reader
+from .reading import Caps, Offer, Pin, Reader
 from .states import States
 
 Found = TypeVar("Found")
@@ -37,6 +37,7 @@ class Catalogue:
     Args:
         offers: Adapters that are offered from the start.
         limit: How many adapters are mounted at most; None for all.
+        caps: How large an adapter may be; None for the default.
         patience: Seconds that a request waits while all that may be mounted are in use.
 
     Attributes:
@@ -45,7 +46,12 @@ class Catalogue:
     """
 
     def __init__(
-        self, offers: Iterable[Offer] = (), *, limit: int | None = None, patience: float = 60.0
+        self,
+        offers: Iterable[Offer] = (),
+        *,
+        limit: int | None = None,
+        caps: Caps | None = None,
+        patience: float = 60.0,
     ):
         self.jobs = Jobs(self._drain)
         self.routable = True
@@ -55,7 +61,7 @@ class Catalogue:
         self._mounts: Mounts | None = None
         self._proven: frozenset[str] = frozenset()
         self._changed = threading.Condition()
-        self._reader = Reader()
+        self._reader = Reader(caps or Caps())
 
     def offers(self) -> list[Offer]:
         """The offered adapters, in the order in which they were added."""

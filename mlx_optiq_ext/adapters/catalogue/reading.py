@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...errors import InputError
 from ...lora import Adapter, read_adapter
-from ...lora.forms.location import CONFIG, MLX_LM_WEIGHTS, NOTES, PEFT_WEIGHTS
+from ...lora.forms.location import CONFIG, MLX_LM_WEIGHTS, NOTES, PEFT_WEIGHTS, locate
 from ..fitted import Fitted
 from .copies import AdaptersBusyError
 
@@ -48,10 +48,54 @@ class Pin:
     version: str = ""
 
 
-class Reader:
-    """Reads one adapter at a time."""
+@dataclass(frozen=True)
+class Caps:
+    """How large an adapter may be.
 
-    def __init__(self):
+    Attributes:
+        rank: Largest LoRA rank of a layer.
+        nbytes: Most bytes of the file with its weights; None for any number.
+    """
+
+    rank: int = 256
+    nbytes: int | None = None
+
+    def check_file(self, offer: Offer) -> None:
+        """Refuse a file that is too large, before it is read.
+
+        Raises:
+            InputError: It is too large, or there is none.
+        """
+        size = locate(offer.folder).weights.stat().st_size
+        if self.nbytes is not None and size > self.nbytes:
+            raise InputError(
+                f"adapter {offer.name!r} takes {size:,} bytes, and at most {self.nbytes:,} are "
+                "served: raise --optiq-max-adapter-bytes, or train with a lower rank"
+            )
+
+    def check(self, offer: Offer, adapter: Adapter) -> None:
+        """Refuse an adapter of a rank that is too high.
+
+        Raises:
+            InputError: It is.
+        """
+        path, layer = max(adapter.layers.items(), key=lambda each: each[1].rank)
+        if layer.rank > self.rank:
+            raise InputError(
+                f"adapter {offer.name!r} has rank {layer.rank} at {path}, and at most {self.rank} "
+                "is served: raise --optiq-max-adapter-rank, or train with a lower rank"
+            )
+
+
+class Reader:
+    """Reads one adapter at a time.
+
+    Args:
+        caps: How large it may be.
+    """
+
+    def __init__(self, caps: Caps):
+        self._caps = caps
         self._reading = threading.Lock()
 
     def read(
@@ -75,27 +119,31 @@ class Reader:
 
         Raises:
             AdaptersBusyError: Others were still being read.
-            InputError: Its files are missing, damaged, changed, or for another model.
+            InputError: Its files are missing, damaged, changed, too large, or for another model.
             UnsupportedError: It is DoRA.
         """
         if not self._reading.acquire(timeout=seconds):
             raise AdaptersBusyError("other adapters are still being read: try again")
         try:
-            return _read(offer, fit, pin)
+            return self._read(offer, fit, pin)
         finally:
             self._reading.release()
 
-
-def _read(offer: Offer, fit: Callable[[Adapter], Fitted], pin: Pin | None) -> tuple[Fitted, Pin]:
-    seen = _look(offer)
-    if pin is not None and seen.folder != pin.folder:
-        raise _changed(offer)
-    fitted = fit(read_adapter(offer.folder))
-    if _look(offer).files != seen.files:
-        raise InputError(f"adapter {offer.name!r}: its files changed while they were read")
-    if pin is not None and fitted.version != pin.version:
-        raise _changed(offer)
-    return fitted, Pin(seen.folder, seen.files, fitted.version)
+    def _read(
+        self, offer: Offer, fit: Callable[[Adapter], Fitted], pin: Pin | None
+    ) -> tuple[Fitted, Pin]:
+        seen = _look(offer)
+        if pin is not None and seen.folder != pin.folder:
+            raise _changed(offer)
+        self._caps.check_file(offer)
+        adapter = read_adapter(offer.folder)
+        self._caps.check(offer, adapter)
+        fitted = fit(adapter)
+        if _look(offer).files != seen.files:
+            raise InputError(f"adapter {offer.name!r}: its files changed while they were read")
+        if pin is not None and fitted.version != pin.version:
+            raise _changed(offer)
+        return fitted, Pin(seen.folder, seen.files, fitted.version)
 
 
 def _changed(offer: Offer) -> InputError:

@@ -105,3 +105,17 @@ def test_fewer_mounted_than_offered(exact, named, tmp_path):
         with ThreadPoolExecutor(9) as pool:
             assert list(pool.map(lambda name: ask(server, name), NAMES * 3)) == [*NAMES * 3]
         assert post(server, LOAD, {"lora_name": "x", "lora_path": "y"})[0] == 404
+
+
+def test_loads_at_once_where_one_may_be_mounted(exact, folder, tmp_path):
+    updates = ("--optiq-allow-adapter-updates", "--optiq-adapter-dir", folder)
+    limited = ("--optiq-max-adapters", 1)
+    with serve(tmp_path / "log", "--model", exact, *updates, *limited) as server:
+        bodies = [{"lora_name": f"{n}.{n}", "lora_path": n} for n in (*NAMES, "broken")]
+        with ThreadPoolExecutor(4) as pool:
+            statuses = list(pool.map(lambda body: post(server, LOAD, body)[0], bodies))
+            assert statuses == [200, 200, 200, 400]
+            names = [body["lora_name"] for body in bodies[:3]]
+            assert list(pool.map(lambda name: ask(server, name), names)) == [*NAMES]
+            gone = [pool.submit(post, server, UNLOAD, {"lora_name": name}) for name in names]
+            assert [each.result()[0] for each in gone] == [200] * 3

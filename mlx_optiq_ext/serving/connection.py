@@ -10,6 +10,9 @@ from typing import Any
 
 #: Bytes read of a request that was refused, so that its sender can read the answer, and seconds.
 DRAINED, LINGER = 1 << 20, 1.0
+#: Bytes of an answer that the system keeps for a client that does not read. Its own choice is
+#: megabytes, so that nobody would notice for minutes.
+KEPT = 1 << 15
 #: Seconds between two looks whether a client is still there.
 INTERVAL = 0.2
 
@@ -34,6 +37,8 @@ class Connection:
         self._patience = patience
         self._end = time.monotonic() + patience
         self._looked = 0.0
+        with contextlib.suppress(OSError):
+            wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KEPT)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._wire, name)

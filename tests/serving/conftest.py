@@ -1,15 +1,17 @@
 """Servers with keys, limits and adapters."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import mlx_lm
 import pytest
-from live_server import Server, serve
+from live_server import serve
+from mlx_lm import server as stock
 from toy_adapters import write_adapter
 
 KEY, OTHER = "first-key", "second-key"
+#: From mlx-lm 0.31 on.
+ORIGINS = ("--allowed-origins", "https://good.example") if hasattr(stock, "TimeBudget") else ()
 BEARER = {"Authorization": f"Bearer {KEY}"}
 
 
@@ -18,8 +20,9 @@ def folder(tiny, tmp_path_factory) -> Path:
     """A folder of adapters that clients may load from; its name has a space."""
     root = tmp_path_factory.mktemp("adapters") / "some adapters"
     model = mlx_lm.load(str(tiny))[0]
-    for name in ("a", "b"):
-        write_adapter(root / name, model)
+    # Names of the same weights would share one copy.
+    for seed, name in enumerate(("a", "b")):
+        write_adapter(root / name, model, seed=seed)
     shutil.copytree(root / "a", root / "damaged")
     (root / "damaged" / "adapters.safetensors").write_bytes(b"nothing")
     return root
@@ -29,7 +32,7 @@ def folder(tiny, tmp_path_factory) -> Path:
 def server(tiny, folder, tmp_path_factory):
     """A server without a key, with an adapter, that may load more."""
     words = (f"--optiq-adapter=a={folder / 'a'}", "--optiq-adapter-dir", folder)
-    more = ("--optiq-allow-adapter-updates", "--allowed-origins", "https://good.example")
+    more = ("--optiq-allow-adapter-updates", *ORIGINS)
     limits = ("--optiq-max-body", 200_000, "--optiq-client-timeout", 2)
     log = tmp_path_factory.mktemp("serving") / "log"
     with serve(log, "--model", tiny, *words, *more, *limits) as server:
@@ -44,8 +47,3 @@ def keyed(tiny, tmp_path_factory):
     words = ("--optiq-api-key", KEY, "--optiq-api-key", f"@{folder / 'keys'}")
     with serve(folder / "log", "--model", tiny, *words) as server:
         yield server
-
-
-def client(server: Server, key: str):
-    """A real OpenAI client with a key."""
-    return replace(server).client().with_options(api_key=key)

@@ -23,7 +23,8 @@ mlx_lm.server.main()
 """
 
 
-@pytest.mark.parametrize("guarded", [False, True])
+# With adapters older releases serve one request at a time, where an error ends its request only.
+@pytest.mark.parametrize("guarded", [False, pytest.param(True, marks=pytest.mark.newest)])
 def test_after_the_generation_thread_died_nothing_waits(tiny, folder, tmp_path, guarded):
     updates = ("--optiq-allow-adapter-updates", "--optiq-adapter-dir", folder)
     options = (f"--optiq-adapter=a={folder / 'a'}", *updates) if guarded else ()

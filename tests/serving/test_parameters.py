@@ -80,6 +80,8 @@ HARMLESS = [
 def unflagged(tiny, tmp_path_factory):
     """A server with none of our options."""
     with serve(tmp_path_factory.mktemp("unflagged") / "log", "--model", tiny) as server:
+        # The first request waits until the model is there.
+        assert post(server, COMPLETIONS, chat())[0] == 200
         yield server
 
 

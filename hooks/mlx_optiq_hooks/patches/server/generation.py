@@ -87,17 +87,14 @@ def _generate(wrapped, instance, args, kwargs):
 
 
 def _tokenize(wrapped, instance, args, kwargs):
-    from mlx_optiq_ext.serving import Refusal, check, check_prompt, vocabulary_of
+    from mlx_optiq_ext.serving import check, check_prompt, vocabulary_of
 
     result, request = wrapped(*args, **kwargs), bind(wrapped, args, kwargs).get("args")
     check_prompt(result[0] if isinstance(result, tuple) else result)
     if request is not None:
         # The model may have been loaded, or exchanged, after the request was read.
         parts = {**vars(request.sampling), **vars(request.logits)}
-        try:
-            check(parts, vocabulary_of(instance.model_provider.model))
-        except Refusal as refusal:
-            raise ValueError(refusal.message) from refusal
+        check(parts, vocabulary_of(instance.model_provider.model))
     return result
 
 
@@ -118,6 +115,8 @@ def generate(wrapped, instance, args, kwargs):
 
     try:
         context, answers = wrapped(**{**call, "progress_callback": reported})
+    except Refusal as refusal:
+        raise guard.Refused(refusal) from refusal
     except Exception as error:
         if instance.optiq_waiting.dead:
             raise dead from error

@@ -4,6 +4,7 @@ import http.client
 import json
 import socket
 import urllib.parse
+from email.message import Message
 from typing import Any
 
 COMPLETIONS = "/v1/chat/completions"
@@ -14,7 +15,9 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "1, 2,"}], "max_tokens": 4, **fields}
 
 
-def request(server, method: str, path: str, body: Any = None, headers=None, timeout=60):
+def request(
+    server, method: str, path: str, body: Any = None, headers=None, timeout: float = 60
+) -> tuple[int, Message, Any]:
     """Status, headers and body of one request; a JSON body is parsed."""
     where = urllib.parse.urlsplit(server.url)
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=timeout)

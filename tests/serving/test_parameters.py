@@ -23,8 +23,6 @@ DEADLY = [
     ({"temperature": 1e-320}, "temperature"),
     ({"top_p": NAN, **WARM}, "top_p"),
     ({"min_p": NAN, **WARM}, "min_p"),
-    ({"xtc_probability": NAN, **WARM}, "xtc_probability"),
-    ({"xtc_probability": 0.5, "xtc_threshold": NAN, **WARM}, "xtc_threshold"),
     ({"repetition_penalty": HUGE}, "repetition_penalty"),
     ({"repetition_penalty": NAN}, "repetition_penalty"),
     ({"repetition_penalty": 1.1, "repetition_context_size": 10**30}, "repetition_context_size"),
@@ -46,6 +44,8 @@ DEADLY = [
 ]
 #: Of mlx-lm from 0.31 on.
 LATER = [
+    ({"xtc_probability": 0.5, "xtc_threshold": NAN, **WARM}, "xtc_threshold"),
+    ({"xtc_probability": NAN, **WARM}, "xtc_probability"),
     ({"presence_penalty": HUGE}, "presence_penalty"),
     ({"presence_penalty": 1e300}, "presence_penalty"),
     ({"frequency_penalty": -1e300}, "frequency_penalty"),

@@ -3,6 +3,9 @@
 Without options of ours only requests that stock does not survive are refused.
 """
 
+import copy
+import inspect
+
 from ...commands.server import Serving
 from ...commands.serving import Guarded
 from ...engine import session
@@ -100,11 +103,12 @@ def _tokenize(wrapped, instance, args, kwargs):
 
 def generate(wrapped, instance, args, kwargs):
     guarded, client = session.state(Guarded), guard.connection.get()
+    call = bind(wrapped, args, kwargs)
     if guarded is None or client is None:
+        _try_to_tokenize(instance, call["request"])
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.serving import Refusal, without_folders
 
-    call = bind(wrapped, args, kwargs)
     dead = guard.Refused(guard.dead())
     progress = call.get("progress_callback")
 
@@ -114,6 +118,7 @@ def generate(wrapped, instance, args, kwargs):
             progress(*numbers)
 
     try:
+        _try_to_tokenize(instance, call["request"])
         context, answers = wrapped(**{**call, "progress_callback": reported})
     except Refusal as refusal:
         raise guard.Refused(refusal) from refusal
@@ -137,6 +142,18 @@ def generate(wrapped, instance, args, kwargs):
     return context, watched()
 
 
+def _try_to_tokenize(generator, request) -> None:
+    """Find out in the request's thread whether it can be tokenized.
+
+    In older releases, whose method takes no arguments of the request, an error in the generation
+    thread ends that.
+    """
+    tokenizer = generator.model_provider.tokenizer
+    if tokenizer is None or "args" in inspect.signature(generator._tokenize).parameters:
+        return
+    generator._tokenize(tokenizer, copy.deepcopy(request))  # it changes messages
+
+
 #: Names of mlx_lm.server that the wrappers read or set.
 USES = of(
     "mlx_lm.server",
@@ -152,6 +169,7 @@ USES = of(
     "GenerationArguments.sampling",
     "GenerationContext.stop",
     "ModelProvider.model",
+    "ModelProvider.tokenizer",
     "ResponseGenerator.model_provider",
     "ResponseGenerator.requests",
 )

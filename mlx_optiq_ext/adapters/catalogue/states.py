@@ -171,7 +171,7 @@ class States:
                 self._settle(victim)
         if entry.owner is ticket:
             entry.owner = None
-            if entry.offer is None and self._entries.get(ticket.name) is entry:
+            if entry.offer is None:
                 del self._entries[ticket.name]
         self._tickets.discard(ticket)
 

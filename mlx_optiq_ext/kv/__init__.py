@@ -14,7 +14,8 @@ from ..kernels import Platform
 from . import formats
 from .attention import attend
 from .cache import PackedKVCache
-from .layout import Mounted, make_caches, mount, mounted_on, unmount
+from .layout import Mounted, make_caches, mounted_on
+from .mounting import mount, unmount
 from .packed_array import Packed
 from .plan import KVPlan, LayerFormat, parse_spec, read_plan
 from .plan_source import find_plan, plan_digest

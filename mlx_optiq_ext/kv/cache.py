@@ -6,26 +6,20 @@ cache for each part of the formats (codes, scales, biases), as GPU kernels need 
 cache of interleaved rows on a CPU, where each operation on an array takes longer than the copy.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from .. import files
 from ..kernels import Platform, current
-from .encoding import arrange, encode, packed_of, planes_of, rows_of
-from .formats import from_json, to_json
+from . import transform_file
+from .encoding import arrange, encode, packed_of, planes_of
 from .packed_array import Packed
 from .plan import LayerFormat
-from .plane_state import check_rows, restored, storable
+from .plane_state import described, restore, storable, transformed
 
 #: Attributes of a cache that models and mlx-lm read, taken from the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
-
-
-#: Types that can be packed, and the largest head dimension.
-DTYPES, WIDEST = ("float32", "float16", "bfloat16"), 1 << 16
 
 
 class PackedKVCache:
@@ -206,19 +200,22 @@ class PackedKVCache:
         from mlx_optiq_compat import symbols
 
         states = [storable(plane.state) for plane in self.planes]
+        keys = transformed(self.formats)
+        if keys is not None and keys.transform is not None:
+            states.append(list(transform_file.stored(keys.transform)))
         if symbols.cache_has_meta_state(self.planes[0]):
             return states
-        return [states, self._description()]
+        return [states, described(self)]
 
     @state.setter
     def state(self, value: Any) -> None:
         states, description = value
-        self._restore(states, None, description)
+        restore(self, states, None, description)
 
     @property
     def meta_state(self) -> Any:
         """Settings that mlx-lm before 0.32 saves beside the arrays."""
-        return [self._description(), [plane.meta_state for plane in self.planes]]
+        return [described(self), [plane.meta_state for plane in self.planes]]
 
     @classmethod
     def from_state(cls, state: Any, meta_state: Any = None) -> "PackedKVCache":
@@ -228,53 +225,8 @@ class PackedKVCache:
             cache.state = state
         else:
             description, metas = meta_state
-            cache._restore(state, metas, description)
+            restore(cache, state, metas, description)
         return cache
-
-    def _description(self) -> str:
-        sides = {"keys": self.formats.keys, "values": self.formats.values}
-        return json.dumps(
-            {
-                "cache": type(self.planes[0]).__name__,
-                **{side: format and to_json(format) for side, format in sides.items()},
-                "dims": self.dims,
-                "dtype": self.dtype,
-                "dense": self.dense,
-                "mergeable": self.mergeable,
-                "layer": self.layer,
-            }
-        )
-
-    def _restore(self, states: Any, metas: Any, description: str) -> None:
-        from mlx_lm.models import cache as caches
-
-        where = "saved prompt cache"
-        found = files.Fields.of(files.parse_json(description, where, files.REQUEST), where)
-        kind: Any = vars(caches).get(found.text("cache"))
-        if not (isinstance(kind, type) and kind.__module__ == caches.__name__):
-            raise found.refusal("cache", "one of this mlx-lm's own")
-        sides = (found.table(side, None) for side in ("keys", "values"))
-        self.formats = LayerFormat(*(side and from_json(side.entry, side.where) for side in sides))
-        self.dims, self.dtype = None, found.choice("dtype", (*DTYPES, None))
-        if (dims := found.items("dims", None)) is not None:
-            pair = files.Fields(dict(zip(("keys", "values"), dims, strict=False)), f"{where}: dims")
-            self.dims = pair.integer("keys", 1, WIDEST), pair.integer("values", 1, WIDEST)
-        if self.dims is not None:
-            self.formats = self.formats.fitted(*self.dims)
-        self.dense, self.mergeable = found.flag("dense"), found.flag("mergeable")
-        self.platform, self.layer = None, found.integer("layer", default=None)
-        states = [restored(state, states[0]) for state in states]
-        if metas is None:
-            self.planes = [kind.from_state(state) for state in states]
-        else:
-            self.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
-        count, rows = len(self.planes), None
-        if count not in {planes_of(self.formats, interleaved=each) for each in (False, True)}:
-            raise found.refusal("keys", f"a format of {count} arrays a vector")
-        if self.dims is not None:
-            dtype = found.choice("dtype", DTYPES)
-            rows = rows_of(self.dims, dtype, self.formats, count)
-        check_rows(self.planes, rows)
 
 
 def _plain(array: Packed | mx.array) -> mx.array:

@@ -9,8 +9,8 @@ from typing import Any
 
 from .. import files
 from ..errors import InputError
-from . import formats
-from .formats import Format, registry
+from . import formats, transform_file
+from .formats import Affine, Format, KeyTransform, registry
 
 #: File beside a model that ``auto`` reads.
 FILE = "kv_config.json"
@@ -38,6 +38,11 @@ class LayerFormat:
             keys=keys and keys.fitted(key_dim),
             values=values and values.fitted(value_dim),
         )
+
+    def with_transform(self, transform: KeyTransform) -> "LayerFormat":
+        """The same with this transform of keys, which must be affine and transformed."""
+        assert isinstance(self.keys, Affine)
+        return replace(self, keys=self.keys.with_transform(transform))
 
     def __str__(self) -> str:
         return f"k{self.keys or UNPACKED}v{self.values or UNPACKED}"
@@ -67,8 +72,9 @@ class KVPlan:
 def parse_spec(text: str) -> KVPlan | None:
     """A plan that is the same for all layers, from ``4``, ``k8v4`` or ``k8v4g32``.
 
-    A letter behind a width names another format than plain affine quantization: ``r`` rotates
-    first, ``t`` is TurboQuant, and registered formats bring their own.
+    Keys of few bits are transformed first. A letter behind a width names another format: ``p`` is
+    affine quantization alone, ``r`` rotates first, ``x`` transforms keys of many bits too, ``t`` is
+    TurboQuant, and registered formats bring their own.
 
     Returns None for what does not look like one.
 
@@ -87,15 +93,22 @@ def parse_spec(text: str) -> KVPlan | None:
         None if int(bits) == UNPACKED else formats.from_spec(int(bits), letter, size, where)
         for bits, letter in widths
     ]
-    return KVPlan(text, everywhere=LayerFormat(sides[0], sides[-1]))
+    keys, values = sides[0], sides[-1]
+    if isinstance(values, Affine) and values.transformed:
+        if len(sides) > 1:
+            raise InputError(f"{where}: only keys are transformed: leave the x behind v out")
+        values = replace(values, transformed=False)
+    if keys is not None and not widths[0][1]:
+        keys = keys.for_keys()
+    return KVPlan(text, everywhere=LayerFormat(keys, values))
 
 
 def read_plan(path: Path) -> KVPlan:
-    """Read a plan from a JSON list of layers.
+    """Read a plan from a JSON list of layers, and the transforms of its keys from beside it.
 
     The published form is ``[{"layer_idx": 3, "bits": 8, "group_size": 64}, ...]``; ``k_bits``,
     ``v_bits``, ``k_group_size``, ``v_group_size``, ``k_rotated`` and ``v_rotated`` may tell keys
-    from values.
+    from values. ``k_transformed`` keys without a file of transforms are fitted to the model.
 
     Raises:
         InputError: The file is missing or wrong; the message names the entry.
@@ -112,7 +125,16 @@ def read_plan(path: Path) -> KVPlan:
         if index in layers:
             raise InputError(f"{where}: layer_idx {index} is named twice: remove one of them")
         layers[index] = _layer(entry, where)
-    return KVPlan(str(path), layers)
+    return KVPlan(str(path), _with_transforms(layers, path.parent / transform_file.FILE))
+
+
+def _with_transforms(layers: dict[int, LayerFormat], path: Path) -> dict[int, LayerFormat]:
+    """Layers whose keys know their transforms, if there is a file of them."""
+    wanted = [n for n, f in layers.items() if isinstance(f.keys, Affine) and f.keys.transformed]
+    if not wanted or not path.exists():
+        return layers
+    found = transform_file.read(path, wanted)
+    return layers | {n: layers[n].with_transform(found[n]) for n in wanted}
 
 
 def check_layers(plan: KVPlan, count: int) -> None:
@@ -167,6 +189,8 @@ def _known_fields() -> set[str]:
 
 def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
     keys, values = (_side(entry, side, where) for side in ("k", "v"))
+    if isinstance(values, Affine) and values.transformed:
+        raise InputError(f"{where}: values cannot be transformed: say k_transformed, of keys")
     if keys is None and values is None:
         raise InputError(f"{where} quantizes neither keys nor values: leave the layer out")
     return LayerFormat(keys, values)

@@ -1,12 +1,14 @@
 """Where a KV plan comes from: a width, a file, or the file beside a model."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from .. import files
 from ..errors import InputError
 from ..model.config import layer_count
 from ..model.hub import find_file
+from . import transform_file
 from .plan import FILE, KVPlan, check_layers, parse_spec, read_plan
 
 #: Stands for the plan beside the model.
@@ -56,6 +58,8 @@ def _found(text: str, model: str | None) -> KVPlan:
             f"{error}: write one with mlx_lm.convert --optiq-kv-budget, or name a width such as "
             "--optiq-kv 4"
         ) from error
+    with suppress(InputError):  # a plan need not have any
+        find_file(model, transform_file.FILE)
     return read_plan(path)
 
 

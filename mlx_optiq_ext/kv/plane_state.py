@@ -1,15 +1,107 @@
-"""The state of one of a packed cache's planes, in a form that every mlx-lm and MLX can save."""
+"""The state of a packed cache and its planes, in a form that every mlx-lm and MLX can save."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from .. import files
 from ..errors import InputError
+from . import transform_file
+from .encoding import planes_of, rows_of
+from .formats import Affine, KeyTransform, from_json, to_json
+from .plan import LayerFormat
+
+if TYPE_CHECKING:
+    from .cache import PackedKVCache
 
 _AGAIN = "save the prompt cache again"
+
+
+#: Types that can be packed, and the largest head dimension.
+DTYPES, WIDEST = ("float32", "float16", "bfloat16"), 1 << 16
+
+
+def described(cache: "PackedKVCache") -> str:
+    """What `restore` needs to know of a cache beside its arrays."""
+    sides = {"keys": cache.formats.keys, "values": cache.formats.values}
+    return json.dumps(
+        {
+            "cache": type(cache.planes[0]).__name__,
+            **{side: format and to_json(format) for side, format in sides.items()},
+            "dims": cache.dims,
+            "dtype": cache.dtype,
+            "dense": cache.dense,
+            "mergeable": cache.mergeable,
+            "layer": cache.layer,
+        }
+    )
+
+
+def restore(cache: "PackedKVCache", states: Any, metas: Any, description: str) -> None:
+    """Give a cache what was saved of another.
+
+    Args:
+        cache: A new one.
+        states: Of its planes, and centre and basis of its keys' transform if it has one.
+        metas: Settings of each plane, before mlx-lm 0.32.
+        description: From `described`.
+
+    Raises:
+        InputError: They do not belong together; the message says which part does not.
+    """
+    from mlx_lm.models import cache as caches
+
+    where = "saved prompt cache"
+    found = files.Fields.of(files.parse_json(description, where, files.REQUEST), where)
+    kind: Any = vars(caches).get(found.text("cache"))
+    if not (isinstance(kind, type) and kind.__module__ == caches.__name__):
+        raise found.refusal("cache", "one of this mlx-lm's own")
+    sides = (found.table(side, None) for side in ("keys", "values"))
+    cache.formats = LayerFormat(*(side and from_json(side.entry, side.where) for side in sides))
+    cache.dims, cache.dtype = None, found.choice("dtype", (*DTYPES, None))
+    if (dims := found.items("dims", None)) is not None:
+        pair = files.Fields(dict(zip(("keys", "values"), dims, strict=False)), f"{where}: dims")
+        cache.dims = pair.integer("keys", 1, WIDEST), pair.integer("values", 1, WIDEST)
+    if cache.dims is not None:
+        cache.formats = cache.formats.fitted(*cache.dims)
+    cache.dense, cache.mergeable = found.flag("dense"), found.flag("mergeable")
+    cache.platform, cache.layer = None, found.integer("layer", default=None)
+    if transformed(cache.formats) is not None:
+        states, arrays = states[:-1], states[-1]
+        cache.formats = cache.formats.with_transform(_transform(arrays, where))
+    states = [restored(state, states[0]) for state in states]
+    if metas is None:
+        cache.planes = [kind.from_state(state) for state in states]
+    else:
+        cache.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
+    count, rows = len(cache.planes), None
+    if count not in {planes_of(cache.formats, interleaved=each) for each in (False, True)}:
+        raise found.refusal("keys", f"a format of {count} arrays a vector")
+    if cache.dims is not None:
+        dtype = found.choice("dtype", DTYPES)
+        rows = rows_of(cache.dims, dtype, cache.formats, count)
+    check_rows(cache.planes, rows)
+    keys = transformed(cache.formats)
+    if keys is not None and keys.transform is not None and cache.keys is not None:
+        has, wants = (cache.keys.shape[1], cache.dims and cache.dims[0]), keys.transform.basis.shape
+        if has != wants[:2]:
+            raise InputError(f"a packed layer's transform is for other keys: {_AGAIN}")
+
+
+def transformed(formats: LayerFormat) -> Affine | None:
+    """The format of a layer's keys if they are transformed."""
+    keys = formats.keys
+    return keys if isinstance(keys, Affine) and keys.transformed else None
+
+
+def _transform(arrays: Any, where: str) -> KeyTransform:
+    found = list(arrays) if isinstance(arrays, list | tuple) else []
+    if len(found) != 2 or not all(isinstance(array, mx.array) for array in found):
+        raise InputError(f"a packed layer lacks the transform of its keys: {_AGAIN}")
+    return transform_file.restored(found, where)
 
 
 def storable(state: Any) -> Any:

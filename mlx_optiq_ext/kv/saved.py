@@ -8,13 +8,16 @@ Source: ``save_prompt_cache`` in mlx_lm/models/cache.py, ``tree_unflatten`` in m
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import files
 from ..errors import InputError
 from .cache import PackedKVCache
+from .formats import Affine
 from .plan import KVPlan, LayerFormat
+from .plane_state import transformed
 
 #: Most levels of nesting in a tree.
 DEPTH = 12
@@ -88,7 +91,7 @@ def check_plan(caches: Iterable[Any], plan: KVPlan, path: Path) -> None:
             asked = plan.layers.get(cache.layer, LayerFormat(None, None))
         if cache.dims is not None:
             asked = asked.fitted(*cache.dims)
-        if asked != cache.formats:
+        if not _same(asked, cache.formats):
             where = "" if cache.layer is None else f"layer {cache.layer} "
             raise InputError(f"{different} ({where}has {cache.formats}, not {asked}): {remedy}")
     saved = {cache.layer for cache in packed}
@@ -97,6 +100,14 @@ def check_plan(caches: Iterable[Any], plan: KVPlan, path: Path) -> None:
             raise InputError(f"{different} (layer {layer} is not quantized in it): {remedy}")
     if plan.everywhere is not None and any(type(each).__name__ in PLAIN for each in leaves):
         raise InputError(f"{different} (not all of its layers are quantized): {remedy}")
+
+
+def _same(asked: LayerFormat, found: LayerFormat) -> bool:
+    """Whether these are the formats asked for; a transform that was not given may be any."""
+    keys = transformed(asked)
+    if keys is not None and keys.transform is None and isinstance(found.keys, Affine):
+        found = replace(found, keys=replace(found.keys, transform=None))
+    return asked == found
 
 
 def _leaves(caches: Iterable[Any]) -> Iterator[Any]:

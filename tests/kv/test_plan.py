@@ -8,7 +8,11 @@ from mlx_optiq_ext.kv.formats import Affine, TurboQuant
 from mlx_optiq_ext.kv.plan import check_layers, entries
 
 SPECS = {
-    "4": LayerFormat(Affine(4), Affine(4)),
+    "4": LayerFormat(Affine(4, transformed=True), Affine(4)),
+    "4p": LayerFormat(Affine(4), Affine(4)),
+    "k4pv8": LayerFormat(Affine(4), Affine(8)),
+    "8": LayerFormat(Affine(8), Affine(8)),
+    "8x": LayerFormat(Affine(8, transformed=True), Affine(8)),
     "k8v4": LayerFormat(Affine(8), Affine(4)),
     "k8v4g32": LayerFormat(Affine(8, 32), Affine(4, 32)),
     "4r": LayerFormat(Affine(4, None, True), Affine(4, None, True)),
@@ -37,6 +41,7 @@ def test_what_is_no_spec_is_left_to_be_a_file(text):
         ("7", "bits 7 is none of"),
         ("k4v4g48", "group_size 48 is none of"),
         ("5t", "TurboQuant bits 5 is none of"),
+        ("k4v4x", "only keys are transformed"),
     ],
 )
 def test_specs_that_mlx_cannot_pack(text, message):

@@ -69,9 +69,9 @@ def attend(
     """
     if keys.shape[2] == 0:  # MLX's products divide by zero on packed data of no rows
         return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
-    # Rotating both sides of a product does not change it.
     if isinstance(keys, Packed):
-        queries = keys.format.turn(queries)
+        queries = keys.format.turn_queries(queries)
+        sinks = None if sinks is None else keys.format.turn_sinks(sinks)
     own = choose(platform or current(), queries, keys, values, mask)
     call = (queries, keys, values, scale, mask, sinks)
     offered = (backend(*call) for backend in backends)

@@ -15,6 +15,7 @@ to the stock commands with the hook ``optiq_kv_formats``.
 
 from .affine import Affine
 from .format import CodeLayout, Format, Interleaving, Multiplying
+from .key_transform import KeyTransform
 from .registry import from_json, from_spec, register, registered, to_json, unregister
 from .turboquant import TurboQuant
 
@@ -26,6 +27,7 @@ __all__ = [
     "CodeLayout",
     "Format",
     "Interleaving",
+    "KeyTransform",
     "Multiplying",
     "TurboQuant",
     "from_json",

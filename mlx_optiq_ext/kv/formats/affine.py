@@ -1,7 +1,7 @@
-"""MLX's affine quantization, with or without a Hadamard rotation before it."""
+"""MLX's affine quantization, with or without a linear map before it."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -12,10 +12,13 @@ from ...files import shown
 from ...turboquant.hadamard import rotatable, rotate, rotate_back
 from .affine_ranges import pack
 from .format import CodeLayout, Interleaving, Multiplying
+from .key_transform import KeyTransform
 
 #: Bits and group sizes of MLX's affine quantization.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
+#: Bits from which on keys need no transform.
+FINE = 6
 #: Group size of an entry of kv_config.json that names none.
 GROUP_SIZE = 64
 #: Queries of a key/value head up to which a quantized product is faster on a CPU, by bits: times
@@ -34,35 +37,57 @@ class Affine(Interleaving, Multiplying):
             largest of 64 and 32 that divides the head dimension.
         rotated: Whether a Hadamard rotation spreads outliers over the head dimension before
             quantization (QuaRot, Ashkboos et al., arXiv 2404.00456).
+        transformed: Whether keys are transformed before that, in place of a rotation.
+        transform: How. None until the layer's is known: it is read beside a plan or fitted.
     """
 
     name: ClassVar[str] = "affine"
-    letters: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "r": {"rotated": True}}
-    fields: ClassVar[tuple[str, ...]] = ("bits", "group_size", "rotated")
+    letters: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "": {},
+        "p": {},
+        "r": {"rotated": True},
+        "x": {"transformed": True},
+    }
+    fields: ClassVar[tuple[str, ...]] = ("bits", "group_size", "rotated", "transformed")
     parts: ClassVar[tuple[str, ...]] = ("codes", "scales", "biases")
     packed_by_kernel: ClassVar[bool] = True
 
     bits: int
     group_size: int | None = None
     rotated: bool = False
+    transformed: bool = False
+    transform: KeyTransform | None = field(default=None)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any], where: str) -> "Affine":
-        """Read ``bits``, ``group_size`` (64) and ``rotated`` (false)."""
+        """Read ``bits``, ``group_size`` (64), ``rotated`` and ``transformed`` (false)."""
         bits, group = fields.get("bits"), fields.get("group_size", GROUP_SIZE)
-        rotated = fields.get("rotated", False)
+        flags = {name: fields.get(name, False) for name in ("rotated", "transformed")}
         if type(bits) is not int or bits not in BITS:
             raise InputError(f"{where}: bits {shown(bits)} is none of {', '.join(map(str, BITS))}")
         if group is not None and (type(group) is not int or group not in GROUP_SIZES):
             names = ", ".join(map(str, GROUP_SIZES))
             raise InputError(f"{where}: group_size {shown(group)} is none of {names}")
-        if not isinstance(rotated, bool):
-            raise InputError(f"{where}: rotated {shown(rotated)} is not true or false")
-        return cls(bits, group, rotated)
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise InputError(f"{where}: {name} {shown(value)} is not true or false")
+        if all(flags.values()):
+            raise InputError(f"{where}: rotated and transformed exclude each other: leave one out")
+        return cls(bits, group, **flags)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of kv_config.json: ``bits``, ``group_size`` and ``rotated``."""
-        return {"bits": self.bits, "group_size": self.group_size, "rotated": self.rotated}
+        """The fields of kv_config.json: ``bits``, ``group_size``, ``rotated``, ``transformed``."""
+        found = {"bits": self.bits, "group_size": self.group_size, "rotated": self.rotated}
+        return found | ({"transformed": True} if self.transformed else {})
+
+    def for_keys(self) -> "Affine":
+        """Transformed, unless so fine that little is gained."""
+        return replace(self, transformed=True) if self.bits < FINE else self
+
+    def with_transform(self, transform: KeyTransform) -> "Affine":
+        """These codes behind a transform of keys, spread over groups of this format's size."""
+        size = self.fitted(transform.dim).group_size or GROUP_SIZE
+        return replace(self, transform=replace(transform, group_size=size))
 
     @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, dim: int) -> "Affine":
@@ -93,10 +118,11 @@ class Affine(Interleaving, Multiplying):
 
     def pack(self, array: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Pack (..., length, dim) into codes, scales and biases, each of its own last axis."""
-        return pack(self.turn(array), self.bits, self.group_size or GROUP_SIZE)
+        size = self.group_size or GROUP_SIZE
+        return pack(self.turn(array), self.bits, size, keep_mean=self.transformed)
 
     def unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
-        """Undo `pack`, except for the rotation."""
+        """Undo `pack`, except for the rotation or transform."""
         codes, scales, biases = parts
         return mx.dequantize(
             codes,
@@ -107,12 +133,45 @@ class Affine(Interleaving, Multiplying):
         )
 
     def turn(self, array: mx.array) -> mx.array:
-        """Rotate (..., dim), if the format is rotated."""
+        """Rotate (..., dim) or transform keys, if the format does."""
+        if self.transformed:
+            return self._transform.apply(array)
         return rotate(array) if self.rotated else array
 
     def turn_back(self, array: mx.array) -> mx.array:
         """Undo `turn`."""
+        if self.transformed:
+            return self._transform.undo(array)
         return rotate_back(array) if self.rotated else array
+
+    def turn_queries(self, array: mx.array) -> mx.array:
+        """Rotate queries as keys, or undo on them what the transform does to keys."""
+        return self._transform.queries(array) if self.transformed else self.turn(array)
+
+    def turn_sinks(self, sinks: mx.array) -> mx.array:
+        """The logits as they are; centred keys would need others for each query.
+
+        Raises:
+            UnsupportedError: Keys are centred.
+        """
+        if self.transformed and self._transform.centred:
+            raise UnsupportedError(
+                "keys were centred for a model without attention sinks: plan this model anew"
+            )
+        return sinks
+
+    @property
+    def _transform(self) -> KeyTransform:
+        if self.transform is None:
+            raise UnsupportedError(
+                f"{self}: the transform of a layer's keys is not known: mount the plan on a model"
+            )
+        return self.transform
+
+    def widths(self, dim: int) -> tuple[int, int, int]:
+        """Codes, and a scale and a bias for each group."""
+        groups = dim // (self.group_size or GROUP_SIZE)
+        return dim * self.bits // 32, groups, groups
 
     def join(self, parts: Sequence[mx.array]) -> mx.array:
         """Codes, scales and biases side by side, in uint32 words."""
@@ -161,7 +220,7 @@ class Affine(Interleaving, Multiplying):
 
     def __str__(self) -> str:
         size = f"g{self.group_size}" if self.group_size else ""
-        return f"{self.bits}{size}{'r' if self.rotated else ''}"
+        return f"{self.bits}{size}{'r' if self.rotated else 'x' if self.transformed else ''}"
 
 
 def candidates(dims: Collection[int], *, rotation: bool = True) -> list[Affine]:

@@ -22,29 +22,38 @@ TINY = 1e-9
 Parts = tuple[mx.array, mx.array, mx.array]
 
 
-def pack(array: mx.array, bits: int, group_size: int) -> Parts:
+def pack(array: mx.array, bits: int, group_size: int, *, keep_mean: bool = False) -> Parts:
     """Pack the last axis as ``mx.quantize`` lays it out, with less error.
 
     Args:
         array: (..., length, dim); many positions (a prompt) are searched, few are only clipped.
         bits: Width of a code.
         group_size: Divides ``dim``.
+        keep_mean: Whether the mean of each group is kept also where positions are few: worth it
+            where a group's mean matters more than its other directions.
 
     Returns:
         Codes, scales and biases, each (..., length, its own width).
     """
     share = share_of(bits, group_size)
-    if share is None or not array.size:
+    if not array.size:
         return _plain(array, bits, group_size)
-    if array.shape[-2] > FEW:
+    if share is not None and array.shape[-2] > FEW:
         groups = mx.unflatten(array, -1, (-1, group_size))
         codes, scale, bias = _search(share, bits, group_size)(groups)
         return _words(codes, bits), scale[..., 0], bias[..., 0]
-    if share < 1:
+    if share is not None and share < 1:
         groups, low = _clip(share)(mx.unflatten(array, -1, (-1, group_size)))
         codes, scales, biases = _plain(groups.flatten(-2), bits, group_size)
-        return codes, scales, biases + low[..., 0]
-    return _plain(array, bits, group_size)
+        biases = biases + low[..., 0]
+    else:
+        codes, scales, biases = _plain(array, bits, group_size)
+    if keep_mean:
+        whole = mx.dequantize(
+            codes, mx.ones_like(scales), mx.zeros_like(biases), group_size=group_size, bits=bits
+        )
+        biases = _mean_kept(group_size)(array, whole, scales)
+    return codes, scales, biases
 
 
 def share_of(bits: int, group_size: int) -> float | None:
@@ -71,6 +80,21 @@ def _clip(share: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
         return mx.clip(groups, low + cut, high - cut) - (low + cut), low + cut
 
     return mx.compile(clip, shapeless=True)
+
+
+@cache
+def _mean_kept(group_size: int) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
+    """Biases for arrays and their codes, both (..., dim), and scales (..., groups)."""
+
+    def biases(array: mx.array, codes: mx.array, scales: mx.array) -> mx.array:
+        means = (
+            mx.unflatten(each.astype(mx.float32), -1, (-1, group_size)).mean(axis=-1)
+            for each in (array, codes)
+        )
+        mean, middle = means
+        return (mean - scales.astype(mx.float32) * middle).astype(scales.dtype)
+
+    return mx.compile(biases, shapeless=True)
 
 
 @cache
@@ -107,7 +131,8 @@ def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Pa
         scale, bias = scale.astype(array.dtype), bias.astype(array.dtype)
         safe = mx.maximum(scale.astype(mx.float32), TINY)
         codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
-        return codes.astype(mx.uint32), scale, bias
+        bias = mean - scale.astype(mx.float32) * codes.mean(axis=-1, keepdims=True)
+        return codes.astype(mx.uint32), scale, bias.astype(array.dtype)
 
     return mx.compile(search, shapeless=True)
 

@@ -78,6 +78,10 @@ class Format(abc.ABC):
             UnsupportedError: Vectors of ``dim`` elements cannot be packed.
         """
 
+    def for_keys(self) -> "Format":
+        """What a width in a spec means for keys."""
+        return self
+
     @property
     @abc.abstractmethod
     def bits_per_element(self) -> float:
@@ -98,6 +102,14 @@ class Format(abc.ABC):
     def turn_back(self, array: mx.array) -> mx.array:
         """Undo `turn`."""
         return array
+
+    def turn_queries(self, array: mx.array) -> mx.array:
+        """Bring queries (..., dim) where their products with turned keys are what they were."""
+        return self.turn(array)
+
+    def turn_sinks(self, sinks: mx.array) -> mx.array:
+        """Logits (query heads,) that softmax gets besides the scores of turned keys."""
+        return sinks
 
     def head_dim(self, words: int) -> int:
         """Head dimension of vectors whose first part is so many words wide."""

@@ -85,7 +85,7 @@ def attend(
     out = dtype or queries.dtype
     kind, rows = _NO_MASK if mask is None else _mask(mask, (batch, query_heads, length, tokens))
     call = _call(
-        platform, keys.format, values.format, width, values.parts[0].shape[3],
+        platform, _layout(keys.format, width), _layout(values.format, values.parts[0].shape[3]),
         query_heads // heads, length, scale, kind, sinks is not None, queries.dtype, out,
     )  # fmt: skip
     splits = blocks // (batch * heads * call.chunks)
@@ -141,10 +141,8 @@ class _Call:
 @cache
 def _call(
     platform: Platform,
-    keys: Format,
-    values: Format,
-    key_width: int,
-    value_width: int,
+    keys: CodeLayout,
+    values: CodeLayout,
     repeats: int,
     length: int,
     scale: float,
@@ -153,9 +151,8 @@ def _call(
     dtype: mx.Dtype,
     out: mx.Dtype,
 ) -> _Call:
-    sides = (_layout(keys, key_width), _layout(values, value_width))
     names = (str(d).removeprefix("mlx.core.") for d in (dtype, out))
-    family = Family(*sides, repeats, length, scale, mask, sinks, *names)
+    family = Family(keys, values, repeats, length, scale, mask, sinks, *names)
     make = platform.compile
     assert make is not None
     kernels = [
@@ -175,6 +172,8 @@ def _call(
     return _Call(family.rows, family.chunks, family.joiners, family.values.dim, *kernels)
 
 
+# Layers whose keys are transformed differ in their formats, and share kernels.
+@cache
 def _layout(format: Format, width: int) -> CodeLayout:
     layout = format.code_layout(format.head_dim(width))
     assert layout is not None  # else `supports` is false

@@ -37,14 +37,20 @@ INLINE void pack_row(
     }
     if (explained > best) scale = slope, bias = base, best = explained;
   }
-  // Codes go by what is stored, not what was found.
+  // Codes go by what is stored, not what was found; the bias then keeps the group's mean.
   const T stored_scale = T(scale), stored_bias = T(bias);
   scale = max(float(stored_scale), tiny), bias = float(stored_bias);
-  for (int i = 0; i < EACH; i++)
-    shared[warp * GROUP + 32 * i + lane] = uint(min(max(rint((x[i] - bias) / scale), 0.0f), top));
+  float middle = 0.0f;
+  for (int i = 0; i < EACH; i++) {
+    float code = min(max(rint((x[i] - bias) / scale), 0.0f), top);
+    shared[warp * GROUP + 32 * i + lane] = uint(code);
+    middle += code;
+  }
+  middle = sum_of_lanes(middle) / GROUP;
   BARRIER;
   if (warp >= GROUPS) return;
-  if (lane == 0) scales[group] = stored_scale, biases[group] = stored_bias;
+  if (lane == 0)
+    scales[group] = stored_scale, biases[group] = T(mean - float(stored_scale) * middle);
   if (lane >= WORDS) return;
   uint word = 0;
   for (int i = 32 * lane / BITS; i * BITS < 32 * lane + 32; i++) {

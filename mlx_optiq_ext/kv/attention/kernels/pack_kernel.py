@@ -6,6 +6,7 @@ from functools import cache
 import mlx.core as mx
 
 from ....kernels import PLACES, TYPES, Platform, header, name_of
+from ...formats import CodeLayout
 from ...formats.affine_ranges import AROUND, FITS, share_of
 from ...plan import LayerFormat
 from .source import PARTS, source
@@ -42,7 +43,8 @@ def pack(
     """
     assert formats.keys is not None
     assert formats.values is not None
-    call, threads, widths = _call(platform, formats, keys.shape[3], values.shape[3], keys.dtype)
+    layouts = _layouts(formats, keys.shape[3], values.shape[3])
+    call, threads, widths = _call(platform, *layouts, keys.dtype)
     shape = keys.shape[:3]
     return call(
         inputs=[formats.keys.turn(keys), formats.values.turn(values)],
@@ -53,20 +55,26 @@ def pack(
     )
 
 
+# Layers whose keys are transformed differ in their formats, and share kernels.
+@cache
+def _layouts(formats: LayerFormat, key_dim: int, value_dim: int) -> tuple[CodeLayout, CodeLayout]:
+    keys = formats.keys and formats.keys.code_layout(key_dim)
+    values = formats.values and formats.values.code_layout(value_dim)
+    assert keys is not None
+    assert values is not None
+    return keys, values
+
+
 @cache
 def _call(
-    platform: Platform, formats: LayerFormat, key_dim: int, value_dim: int, dtype: mx.Dtype
+    platform: Platform, keys: CodeLayout, values: CodeLayout, dtype: mx.Dtype
 ) -> tuple[Callable[..., list[mx.array]], int, tuple[int, ...]]:
     """The kernel, its threads, and the widths of its outputs."""
     name = str(dtype).removeprefix("mlx.core.")
     lines = ["namespace family {}", f"typedef {TYPES[platform.name][name]} T;"]
     groups, widths, longest = [], [], 0
-    for prefix, format, dim in zip(
-        "KV", (formats.keys, formats.values), (key_dim, value_dim), strict=True
-    ):
-        layout = format and format.code_layout(dim)
-        assert layout is not None
-        bits, size = layout.bits, layout.group_size
+    for prefix, layout in (("K", keys), ("V", values)):
+        bits, size, dim = layout.bits, layout.group_size, layout.dim
         share = share_of(bits, size)
         starts = len(AROUND) if share else 0
         numbers = {"BITS": bits, "GROUP": size, "DIM": dim, "STARTS": starts}

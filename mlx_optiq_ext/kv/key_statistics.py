@@ -162,8 +162,10 @@ def transforms(
     Raises:
         InputError: The model's keys are not finite.
     """
-    moments = {slot: Moments() for slot in unfitted(mounted)}
-    formats = {slot: LayerFormat(Observed(moments=m), None) for slot, m in moments.items()}
+    slots = unfitted(mounted)
+    # Caches of one layer share its transform.
+    moments = {mounted.owners[slot]: Moments() for slot in slots}
+    formats = {s: LayerFormat(Observed(moments=moments[mounted.owners[s]]), None) for s in slots}
     observing = replace(mounted, formats=formats, mergeable=False)
     sequences = _random(model) if sequences is None else sequences
     for number, tokens in enumerate(sequences):
@@ -176,7 +178,15 @@ def transforms(
             mx.eval(logits)
         for found in moments.values():
             found.evaluate()
-    return {slot: found.transform() for slot, found in moments.items()}
+    known = {layer: found.transform() for layer, found in moments.items()}
+    return {slot: known[mounted.owners[slot]] for slot in slots}
+
+
+def pieces(sequences: np.ndarray) -> np.ndarray:
+    """Sequences (n, length) cut into pieces that `transforms` runs at different positions."""
+    length = min(LENGTH, sequences.shape[1])
+    whole = sequences[:, : sequences.shape[1] // length * length]
+    return whole.reshape(-1, length)
 
 
 def unfitted(mounted: Mounted) -> list[Slot]:

@@ -223,21 +223,23 @@ class Affine(Interleaving, Multiplying):
         return f"{self.bits}{size}{'r' if self.rotated else 'x' if self.transformed else ''}"
 
 
-def candidates(dims: Collection[int], *, rotation: bool = True) -> list[Affine]:
+def candidates(
+    dims: Collection[int], *, rotation: bool = True, transform: KeyTransform | None = None
+) -> list[Affine]:
     """Every affine format that fits all of these head dimensions.
 
     Args:
         dims: Head dimensions.
         rotation: Whether to include rotated formats, where all dimensions have a rotation.
+        transform: Of keys, which then are transformed in place of rotated.
     """
-    rotations = (False, True) if rotation and all(map(rotatable, dims)) else (False,)
-    return [
-        Affine(bits, size, rotated)
-        for bits in BITS
-        for size in GROUP_SIZES
-        if all(dim and dim % size == 0 for dim in dims)
-        for rotated in rotations
-    ]
+    sizes = [size for size in GROUP_SIZES if all(dim and dim % size == 0 for dim in dims)]
+    found = [Affine(bits, size) for bits in BITS for size in sizes]
+    if transform is not None:
+        return found + [replace(f, transformed=True).with_transform(transform) for f in found]
+    if rotation and all(map(rotatable, dims)):
+        found += [replace(f, rotated=True) for f in found]
+    return found
 
 
 @cache

@@ -12,6 +12,7 @@ rotations that spread a vector evenly are those of QuaRot (Ashkboos et al., arXi
 import hashlib
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -49,6 +50,10 @@ class KeyTransform:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Arrays of MLX, which are kept beside the numbers, cannot be sent to other processes.
+        return KeyTransform, (self.centre, self.basis, self.group_size)
 
     def __repr__(self) -> str:
         return f"KeyTransform({self.digest})"

@@ -1,15 +1,15 @@
 """The sensitivity of the model to each format of each layer's keys and values.
 
 The keys or the values of each layer are quantized alone at one format, the anchor, and the KL
-divergence of the final logits is measured over all positions of long sequences. For the other
+divergence of the final logits is measured over all positions of the sequences. For the other
 formats it is scaled by how much they change that layer's output, relative to the anchor: this runs
-only one layer.
+only one layer. Keys are also measured transformed, as their moments on the same text say.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,9 +21,11 @@ from ... import distributed
 from ..._status import note
 from ...errors import UnsupportedError
 from ...planning.journal import Journal
-from ..formats import Affine, Format
+from ..formats import Affine, Format, KeyTransform, to_json
 from ..formats.affine import candidates
-from ..layout import Slot, owners
+from ..key_statistics import pieces, transforms
+from ..layout import Mounted, Slot, owners
+from ..mounting import UNREADABLE
 from ..plan import LayerFormat
 from .replay import Replay
 
@@ -32,7 +34,7 @@ ANCHOR = 3
 #: Bits beyond which each further bit is taken to quarter the error, as in a uniform quantizer.
 FINEST = 4
 #: Version of the measurements; raised when formats are measured in another way.
-VERSION = 2
+VERSION = 3
 #: Under which a journal keeps that everything of a model is in it.
 COMPLETE = "complete"
 
@@ -89,7 +91,7 @@ def measure(
         sequences: int32 (n, length) to measure on, as long as the contexts to serve.
         held_out: int32 (n, length) to judge plans on.
         journal: Where measurements are kept and found; see `journal_of`. None keeps none.
-        rotation: Whether to consider rotated formats.
+        rotation: Whether to consider rotated formats and transformed keys.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -112,16 +114,38 @@ def measure(
             "no layer of this model keeps keys and values in groups that MLX can pack: leave "
             "--optiq-kv-budget out"
         )
+    known = _transforms(model, found, sequences, shapes) if rotation else {}
     own: dict[Side, dict[Affine, float]] = {}
     for side in tqdm(
         distributed.share(list(shapes)), desc="Measuring keys and values", disable=not progress
     ):
-        formats = candidates(_dims(shapes[side]), rotation=rotation)
+        transform = known.get(side[0]) if side[1] == "k" else None
+        formats = candidates(_dims(shapes[side]), rotation=rotation, transform=transform)
         own[side] = _measured(runs, slots[side[0]], side, formats, journal)
     journal.exchange()
     parts = {side: kl for part in distributed.gathered(own) for side, kl in part.items()}
     judges = [Replay(model, mx.array(sequence)[None], found) for sequence in held_out]
     return KVSensitivity(slots, shapes, {side: parts[side] for side in shapes}, judges)
+
+
+def _transforms(
+    model: nn.Module,
+    found: Mapping[Slot, int],
+    sequences: np.ndarray,
+    shapes: Mapping[Side, list[tuple[int, ...]]],
+) -> dict[int, KeyTransform]:
+    """Decoder layer -> the transform of its keys, from the text in pieces."""
+    keys = LayerFormat(Affine(ANCHOR, transformed=True), None)
+    formats = {slot: keys for slot, layer in found.items() if (layer, "k") in shapes}
+    try:
+        known = transforms(
+            model, Mounted(formats, found, dense=False, mergeable=False), pieces(sequences)
+        )
+    except UNREADABLE:  # it computes attention itself
+        known = transforms(
+            model, Mounted(formats, found, dense=True, mergeable=False), pieces(sequences)
+        )
+    return {found[slot]: transform for slot, transform in known.items()}
 
 
 def journal_of(model: Mapping[str, Any], sequences: np.ndarray) -> Journal:
@@ -152,7 +176,7 @@ def _measured(
     anchor = next(f for f in formats if f.bits == ANCHOR)
     kl = float(np.mean([run.divergence(packed(anchor)) for run in runs]))
     measured = {f: min(f.bits, FINEST) for f in formats}
-    errors = {f: runs[0].error(packed(f)) for f in formats if f.bits <= FINEST}
+    errors = _errors(formats, lambda f: runs[0].error(packed(f)))
     unit = errors[anchor]
     if not unit:
         note(
@@ -169,8 +193,22 @@ def _measured(
     return found
 
 
+def _errors(formats: list[Affine], error: Callable[[Affine], float]) -> dict[Affine, float]:
+    """Errors of the formats up to `FINEST`; sizes of groups are run at the anchor's bits only."""
+    found = {}
+    for f in formats:
+        if f.bits == ANCHOR or (f.bits <= FINEST and f.group_size == formats[0].group_size):
+            found[f] = error(f)
+    for f in formats:
+        if f.bits <= FINEST and f not in found:
+            same = replace(f, group_size=formats[0].group_size)
+            share = found[replace(f, bits=ANCHOR)] / (found[replace(same, bits=ANCHOR)] or 1.0)
+            found[f] = found[same] * share
+    return found
+
+
 def _key(side: Side, format: Affine) -> list[Any]:
-    return [*side, asdict(format)]
+    return [*side, to_json(format)]
 
 
 def as_layers(choice: Mapping[Side, Format]) -> dict[int, LayerFormat]:

@@ -15,7 +15,8 @@ from ...model.finite import check_outputs, check_parameters
 from ...model.hub import cached_folder
 from ...model.loading import load, model_digest, to_compute
 from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spread
-from ..formats import to_json
+from .. import transform_file
+from ..formats import Affine, to_json
 from ..plan import FILE, entries
 from .kv_sensitivity import COMPLETE, KVSensitivity, journal_of, measure
 from .plan_search import Found, search
@@ -24,7 +25,7 @@ from .plan_search import Found, search
 SENSITIVITY = "kv_sensitivity.json"
 #: Errors of a cache add up over long contexts, so a few long sequences are used; every other one
 #: is held out to judge plans.
-LONG = Sampling(length=2048, count=4, held_out_every=2)
+LONG = Sampling(length=1024, count=4, held_out_every=2)
 #: Tokens of the shortest useful sequence.
 SHORTEST = 16
 
@@ -91,6 +92,13 @@ def write(
 ) -> None:
     """Write the plan and what was measured of it into a folder."""
     files.write_json(folder / SENSITIVITY, _record(found, measured, model, budget))
+    transforms = {
+        layer: formats.keys.transform
+        for layer, formats in found.layers.items()
+        if isinstance(formats.keys, Affine) and formats.keys.transform is not None
+    }
+    if transforms:
+        transform_file.write(folder / transform_file.FILE, transforms)
     files.write_json(folder / FILE, entries(found.layers))
 
 

@@ -68,7 +68,9 @@ def search(found: KVSensitivity, budget: float) -> Found:
     """
     plans = {
         "allocated": choose(found, budget),
-        "allocated, not rotated": choose(found, budget, allow=lambda f: not f.rotated),
+        "allocated, not rotated or transformed": choose(
+            found, budget, allow=lambda f: not (f.rotated or f.transformed)
+        ),
     }
     for floor in (3, 4):
         try:
@@ -150,18 +152,23 @@ def judged(found: KVSensitivity, choice: Mapping[Side, Format]) -> float:
 
 
 def _uniform(found: KVSensitivity, budget: float) -> dict[str, dict[Side, Affine]]:
-    """The finest uniform plan that fits, plain and rotated."""
-    result = {}
-    shared = [
-        format
-        for format in next(iter(found.kl.values()))
-        if all(format in kl for kl in found.kl.values())
-    ]
-    for rotated in (False, True):
-        plans = [dict.fromkeys(found.kl, f) for f in shared if f.rotated is rotated]
+    """The finest uniform plan that fits: plain, and each side mapped as it can be."""
+    result: dict[str, dict[Side, Affine]] = {}
+    kinds = [{(f.bits, f.group_size, _mapped(f)): f for f in kl} for kl in found.kl.values()]
+    for mapped in (False, True):
+        shared = set.intersection(*({k for k in kind if k[2] is mapped} for kind in kinds))
+        plans = [
+            {side: kind[key] for side, kind in zip(found.kl, kinds, strict=True)} for key in shared
+        ]
         fitting = [plan for plan in plans if found.bits_per_element(plan) <= budget + 1e-9]
         if fitting:
             plan = max(fitting, key=found.bits_per_element)
-            format = next(iter(plan.values()))
-            result[f"k{format}v{format}"] = plan
+            keys, values = (
+                next((f for side, f in plan.items() if side[1] == which), None) for which in "kv"
+            )
+            result[f"k{keys}v{values}"] = plan
     return result
+
+
+def _mapped(format: Affine) -> bool:
+    return format.rotated or format.transformed

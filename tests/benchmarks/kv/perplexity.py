@@ -1,17 +1,26 @@
-"""Perplexity of KV plans at long context, by stored bits per element.
+"""What KV plans cost on real text: perplexity, top tokens and KL beside 16 bits.
 
-    python tests/benchmarks/kv/perplexity.py MODEL --text FILE --calibration FILE
-        [--budgets 4.5 4.0 3.5] [--specs k4v3r 4 4r 3 3r] [--windows 2] [--tokens 4096]
+    python tests/benchmarks/kv/perplexity.py MODEL --text FILE [--specs 8 4 4r 4p 3 3t mlx-lm:4]
+        [--budgets 5 4.5 4 3.5 3 --calibration FILE] [--windows 4] [--tokens 2048] [--chunk 2048]
+        [--out results/kv_perplexity.jsonl]
 
-Each window of ``--tokens`` + 1 tokens of the text goes in chunks of ``--chunk`` into one cache, and
-every position counts. A plan is measured and allocated on the calibration text, with K and V of
-their own precision or of one together, with rotation and without.
+Each window of ``--tokens`` + 1 tokens goes in chunks of ``--chunk`` into one cache, as a server
+reads a prompt, and every position counts. A spec is what --optiq-kv takes; ``mlx-lm:4`` is mlx-lm's
+own --kv-bits 4 from the first token on. A budget is planned on the calibration text as
+``mlx_lm.convert --optiq-kv-budget`` does. Errors are standard errors over the tokens.
 """
 
 import argparse
+import json
 import math
-from collections.abc import Mapping
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,48 +28,125 @@ import mlx_lm
 import numpy as np
 from mlx_lm.utils import dequantize_model
 
-from mlx_optiq_ext.kv import LayerFormat, parse_spec
-from mlx_optiq_ext.kv.layout import Mounted, Slot, packed_caches, stock_caches
-from mlx_optiq_ext.kv.planning.kv_sensitivity import KVSensitivity
+from mlx_optiq_ext.kv import KVPlan, Mounted, mount, parse_spec, unmount
+from mlx_optiq_ext.kv.layout import packed_caches, stock_caches
 from mlx_optiq_ext.kv.planning.pipeline import plan_kv
-from mlx_optiq_ext.kv.planning.plan_search import choose, judged, search
+
+#: Ahead of the bits of mlx-lm's own quantized cache.
+STOCK = "mlx-lm:"
+
+Caches = Callable[[], list[Any]]
 
 
-def mean_loss(
-    model: nn.Module, windows: np.ndarray, formats: Mapping[Slot, LayerFormat], chunk: int
-) -> float:
-    """Cross-entropy in nats per token with packed caches; none if ``formats`` is empty."""
-    total, count = 0.0, 0
-    for window in windows:
-        caches = packed_caches(
-            stock_caches(model), Mounted(formats, {}, dense=True, mergeable=False)
+@dataclass(frozen=True)
+class Row:
+    """One plan.
+
+    Attributes:
+        plan: The spec, or the budget.
+        bits: Stored bits per element at the windows' length, scales and biases included.
+        perplexity: Share by which it grew, in percent, and its standard error.
+        kl: Mean KL from 16 bits in nats per token, and its 99th percentile.
+        top: Share of positions whose likeliest token stayed, in percent.
+        seconds: Of preparing the plan, and of running the windows.
+    """
+
+    plan: str
+    bits: float
+    perplexity: tuple[float, float]
+    kl: tuple[float, float]
+    top: float
+    seconds: tuple[float, float]
+
+
+class Windows:
+    """Windows of a text, and what the model says of them with 16-bit caches."""
+
+    def __init__(self, model: nn.Module, windows: np.ndarray, chunk: int):
+        """Run the model over ``windows`` (n, tokens + 1) with its own caches."""
+        self.model, self.windows, self.chunk = model, windows, chunk
+        self.references: list[mx.array] = []
+        self.losses = self._losses(lambda: stock_caches(model), self._keep)
+
+    def _keep(self, logs: mx.array) -> None:
+        self.references.append(logs.astype(mx.float16))
+        mx.eval(self.references[-1])
+
+    def row(self, name: str, caches: Caches, bits: float, prepared: float) -> Row:
+        """What a plan changes."""
+        started, kl, top, number = time.perf_counter(), [], [], iter(range(1 << 30))
+
+        def compare(logs: mx.array) -> None:
+            reference = self.references[next(number)].astype(mx.float32)
+            kl.append(np.array((mx.exp(reference) * (reference - logs)).sum(axis=-1)))
+            top.append(np.array(mx.argmax(reference, axis=-1) == mx.argmax(logs, axis=-1)))
+
+        change = self._losses(caches, compare) - self.losses
+        divergence = np.concatenate(kl)
+        error = float(change.std() / math.sqrt(len(change)))
+        return Row(
+            name,
+            round(bits, 4),
+            (100 * math.expm1(float(change.mean())), 100 * error),
+            (float(divergence.mean()), float(np.quantile(divergence, 0.99))),
+            100 * float(np.concatenate(top).mean()),
+            (prepared, time.perf_counter() - started),
         )
-        for start in range(0, len(window) - 1, chunk):
-            tokens = mx.array(window[start : start + chunk + 1])
-            logits = model(tokens[None, :-1], cache=caches)[0].astype(mx.float32)
-            total += float(nn.losses.cross_entropy(logits, tokens[1:]).sum())
-            count += len(tokens) - 1
-    return total / count
+
+    def _losses(self, caches: Caches, see: Callable[[mx.array], None]) -> np.ndarray:
+        """Cross-entropy of each token in nats; ``see`` gets log probabilities of a chunk."""
+        losses = []
+        for window in self.windows:
+            held = caches()
+            for start in range(0, len(window) - 1, self.chunk):
+                tokens = mx.array(window[start : start + self.chunk + 1])
+                logits = self.model(tokens[None, :-1], cache=held)[0].astype(mx.float32)
+                logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+                losses.append(np.array(-mx.take_along_axis(logs, tokens[1:, None], axis=-1)[:, 0]))
+                see(logs)
+        return np.concatenate(losses)
 
 
-def plans(found: KVSensitivity, budgets: list[float], specs: list[str]):
-    """(name, formats by slot, bits per element, held-out KL) of every plan in the table."""
-    for text in specs:
-        spec = parse_spec(text)
-        if spec is None or spec.everywhere is None:
-            raise SystemExit(f"{text} is not a width such as 4, 4r or k4v3r")
-        sides = {"k": spec.everywhere.keys, "v": spec.everywhere.values}
-        choice = {
-            (layer, which): format.fitted(found.shapes[layer, which][0][3])
-            for layer, which in found.kl
-            if (format := sides[which]) is not None
-        }
-        yield f"uniform {text}", choice
-    for budget in budgets:
-        best = search(found, budget)
-        yield f"{budget:g}: {best.name}", dict(best.choice)
-        yield f"{budget:g} not rotated", choose(found, budget, allow=lambda f: not f.rotated)
-        yield f"{budget:g} K and V alike", choose(found, budget, alike=True)
+def bits_of(mounted: Mounted, held: list[Any]) -> float:
+    """Stored bits per element of packed caches that hold something; unpacked sides count 16."""
+    elements = stored = 0.0
+    for slot, formats in mounted.formats.items():
+        cache = held[slot[0]] if slot[1] is None else held[slot[0]].caches[slot[1]]
+        for dim, side in zip(cache.dims, (formats.keys, formats.values), strict=True):
+            size = cache.keys.shape[1] * dim
+            elements += size
+            stored += size * (16 if side is None else side.fitted(dim).bits_per_element)
+    return stored / elements
+
+
+def row(windows: Windows, name: str, plan: KVPlan, prepared: float = 0.0) -> Row:
+    """The row of a plan of ours."""
+    started = time.perf_counter()
+    mounted = mount(windows.model, plan)
+    prepared += time.perf_counter() - started
+    unmount(windows.model)
+    dense = replace(mounted, dense=True)
+    held = packed_caches(stock_caches(windows.model), dense)
+    mx.eval(windows.model(mx.zeros((1, 2), mx.int32), cache=held))
+    bits = bits_of(mounted, held)
+    return windows.row(
+        name, lambda: packed_caches(stock_caches(windows.model), dense), bits, prepared
+    )
+
+
+def stock_row(windows: Windows, name: str) -> Row:
+    """The row of mlx-lm's own quantized cache."""
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    width = int(name.removeprefix(STOCK))
+
+    def caches() -> list[Any]:
+        found = stock_caches(windows.model)
+        return [
+            QuantizedKVCache(group_size=64, bits=width) if type(c) is KVCache else c for c in found
+        ]
+
+    return windows.row(name, caches, width + 0.5, 0.0)
 
 
 def main() -> None:
@@ -68,31 +154,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--text", required=True, type=Path)
-    parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--budgets", type=float, nargs="*", default=[4.5, 4.0, 3.5])
-    parser.add_argument("--specs", nargs="*", default=["8", "4", "4r", "k4rv3r", "3", "3r"])
-    parser.add_argument("--windows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[])
+    parser.add_argument("--specs", nargs="*", default=["8", "4", "4r", "4p", "3", "3p"])
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--chunk", type=int, default=2048)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    best, found = plan_kv(args.model, min(args.budgets), calibration=args.calibration)
-    print(best.summary())
+    if args.budgets and args.calibration is None:
+        parser.error("--budgets plans on a text: give --calibration")
     model, tokenizer = mlx_lm.load(args.model)[:2]
     model.set_dtype(mx.float32)
     model = dequantize_model(model)
     tokens = tokenizer.encode(args.text.read_text())[: args.windows * (args.tokens + 1)]
-    windows = np.array(tokens, np.int32).reshape(args.windows, -1)
-    reference = mean_loss(model, windows, {}, args.chunk)
-    print(f"16 bit: {reference:.5f} nats per token, over {windows.size} tokens; loss beside it:")
-    print("| plan | bits per element | loss | perplexity | held-out KL |\n|---|---|---|---|---|")
-    for name, choice in plans(found, args.budgets, args.specs):
-        loss = mean_loss(model, windows, found.formats(choice), args.chunk)
-        shares = 100 * (loss / reference - 1), 100 * math.expm1(loss - reference)
-        print(
-            f"| {name} | {found.bits_per_element(choice):.3f} | {shares[0]:+.3f} % "
-            f"| {shares[1]:+.3f} % | {judged(found, choice):.5f} |",
-            flush=True,
-        )
+    given = np.array(tokens, np.int32).reshape(args.windows, -1)
+    windows = Windows(model, given, args.chunk)
+    machine = {
+        "machine": platform.platform(),
+        "command": sys.argv,
+        **{name: version(name) for name in ("mlx", "mlx-lm")},
+    }
+    record(args.out, machine)
+    print(f"16 bit: perplexity {math.exp(windows.losses.mean()):.4f} over {given.size} tokens")
+    print("| plan | bits | perplexity % | KL | KL p99 | same top % | s |")
+    print("|---|---|---|---|---|---|---|")
+    for name in args.specs:
+        if name.startswith(STOCK):
+            report(args.out, stock_row(windows, name))
+            continue
+        plan = parse_spec(name)
+        if plan is None:
+            parser.error(f"{name} is not a width such as 4, 4r or k4v3r")
+        report(args.out, row(windows, name, plan))
+    for budget in args.budgets:
+        started = time.perf_counter()
+        found, _ = plan_kv(args.model, budget, calibration=args.calibration)
+        print(found.summary())
+        plan = KVPlan(f"budget {budget:g}", found.layers)
+        report(args.out, row(windows, plan.source, plan, time.perf_counter() - started))
+
+
+def report(out: Path | None, found: Row) -> None:
+    """Print a row and keep it."""
+    (change, error), (kl, most) = found.perplexity, found.kl
+    print(
+        f"| {found.plan} | {found.bits:.3f} | {change:+.2f} ± {error:.2f} | {kl:.5f} | {most:.3f} "
+        f"| {found.top:.2f} | {found.seconds[0]:.0f} + {found.seconds[1]:.0f} |",
+        flush=True,
+    )
+    record(out, asdict(found))
+
+
+def record(out: Path | None, entry: dict[str, Any]) -> None:
+    """Append a line to the raw file."""
+    if out is not None:
+        with out.open("a") as stream:
+            stream.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":

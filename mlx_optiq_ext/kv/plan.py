@@ -72,9 +72,9 @@ class KVPlan:
 def parse_spec(text: str) -> KVPlan | None:
     """A plan that is the same for all layers, from ``4``, ``k8v4`` or ``k8v4g32``.
 
-    Keys of few bits are transformed first. A letter behind a width names another format: ``p`` is
-    affine quantization alone, ``r`` rotates first, ``x`` transforms keys of many bits too, ``t`` is
-    TurboQuant, and registered formats bring their own.
+    Keys of few bits are transformed first, and values of few bits rotated. A letter behind a width
+    says otherwise: ``p`` is affine quantization alone, ``r`` rotates, ``x`` transforms keys of many
+    bits too, ``t`` is TurboQuant, and registered formats bring their own.
 
     Returns None for what does not look like one.
 
@@ -100,6 +100,8 @@ def parse_spec(text: str) -> KVPlan | None:
         values = replace(values, transformed=False)
     if keys is not None and not widths[0][1]:
         keys = keys.for_keys()
+    if values is not None and not widths[-1][1]:
+        values = values.for_values()
     return KVPlan(text, everywhere=LayerFormat(keys, values))
 
 

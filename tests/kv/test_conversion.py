@@ -35,8 +35,13 @@ def test_a_plan_keeps_its_budget_and_is_no_worse_than_uniform(measured):
 def test_finer_formats_lose_less(measured):
     _, sensitivity = measured
     for formats in sensitivity.kl.values():
-        plain = {f.bits: kl for f, kl in formats.items() if f.group_size == 64 and not f.rotated}
-        assert [plain[bits] for bits in sorted(plain)] == sorted(plain.values(), reverse=True)
+        for turned in (False, True):
+            same = {
+                f.bits: kl
+                for f, kl in formats.items()
+                if f.group_size == 64 and (f.rotated or f.transformed) is turned
+            }
+            assert [same[bits] for bits in sorted(same)] == sorted(same.values(), reverse=True)
 
 
 def test_more_budget_loses_less(measured):

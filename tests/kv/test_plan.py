@@ -8,16 +8,16 @@ from mlx_optiq_ext.kv.formats import Affine, TurboQuant
 from mlx_optiq_ext.kv.plan import check_layers, entries
 
 SPECS = {
-    "4": LayerFormat(Affine(4, transformed=True), Affine(4)),
+    "4": LayerFormat(Affine(4, transformed=True), Affine(4, rotated=None)),
     "4p": LayerFormat(Affine(4), Affine(4)),
     "k4pv8": LayerFormat(Affine(4), Affine(8)),
     "8": LayerFormat(Affine(8), Affine(8)),
     "8x": LayerFormat(Affine(8, transformed=True), Affine(8)),
-    "k8v4": LayerFormat(Affine(8), Affine(4)),
-    "k8v4g32": LayerFormat(Affine(8, 32), Affine(4, 32)),
+    "k8v4": LayerFormat(Affine(8), Affine(4, rotated=None)),
+    "k8v4g32": LayerFormat(Affine(8, 32), Affine(4, 32, None)),
     "4r": LayerFormat(Affine(4, None, True), Affine(4, None, True)),
-    "k4rv3g64": LayerFormat(Affine(4, 64, True), Affine(3, 64)),
-    "k16v4": LayerFormat(None, Affine(4)),
+    "k4rv3g64": LayerFormat(Affine(4, 64, True), Affine(3, 64, None)),
+    "k16v4": LayerFormat(None, Affine(4, rotated=None)),
     "4t": LayerFormat(TurboQuant(4), TurboQuant(4)),
     "k8v3tg32": LayerFormat(Affine(8, 32), TurboQuant(3)),
 }

@@ -17,7 +17,7 @@ from .key_transform import KeyTransform
 #: Bits and group sizes of MLX's affine quantization.
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-#: Bits from which on keys need no transform.
+#: Bits from which on keys need no transform, and values no rotation.
 FINE = 6
 #: Group size of an entry of kv_config.json that names none.
 GROUP_SIZE = 64
@@ -36,7 +36,8 @@ class Affine(Interleaving, Multiplying):
         group_size: Elements that share a scale and a bias, one of `GROUP_SIZES`; None for the
             largest of 64 and 32 that divides the head dimension.
         rotated: Whether a Hadamard rotation spreads outliers over the head dimension before
-            quantization (QuaRot, Ashkboos et al., arXiv 2404.00456).
+            quantization (QuaRot, Ashkboos et al., arXiv 2404.00456). None where it can, until the
+            format is fitted.
         transformed: Whether keys are transformed before that, in place of a rotation.
         transform: How. None until the layer's is known: it is read beside a plan or fitted.
     """
@@ -54,7 +55,7 @@ class Affine(Interleaving, Multiplying):
 
     bits: int
     group_size: int | None = None
-    rotated: bool = False
+    rotated: bool | None = False
     transformed: bool = False
     transform: KeyTransform | None = field(default=None)
 
@@ -84,6 +85,10 @@ class Affine(Interleaving, Multiplying):
         """Transformed, unless so fine that little is gained."""
         return replace(self, transformed=True) if self.bits < FINE else self
 
+    def for_values(self) -> "Affine":
+        """Rotated where the dimension has a rotation, unless so fine that little is gained."""
+        return replace(self, rotated=None) if self.bits < FINE else self
+
     def with_transform(self, transform: KeyTransform) -> "Affine":
         """These codes behind a transform of keys, spread over groups of this format's size."""
         size = self.fitted(transform.dim).group_size or GROUP_SIZE
@@ -109,7 +114,13 @@ class Affine(Interleaving, Multiplying):
                 f"keys or values of width {dim} have no Hadamard rotation (2^k, or 12, 20 or 28 "
                 "times it): switch the rotation off for this layer"
             )
-        return replace(self, group_size=fitting[0])
+        rotated = rotatable(dim) if self.rotated is None else self.rotated
+        return replace(self, group_size=fitting[0], rotated=rotated)
+
+    def in_groups(self, size: int) -> "Affine":
+        """The same in groups of another size."""
+        found = replace(self, group_size=size)
+        return found if self.transform is None else found.with_transform(self.transform)
 
     @property
     def bits_per_element(self) -> float:

@@ -79,7 +79,11 @@ class Format(abc.ABC):
         """
 
     def for_keys(self) -> "Format":
-        """What a width in a spec means for keys."""
+        """What a width without a letter means for keys."""
+        return self
+
+    def for_values(self) -> "Format":
+        """What a width without a letter means for values."""
         return self
 
     @property

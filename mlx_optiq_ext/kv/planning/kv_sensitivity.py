@@ -22,7 +22,7 @@ from ..._status import note
 from ...errors import UnsupportedError
 from ...planning.journal import Journal
 from ..formats import Affine, Format, KeyTransform, to_json
-from ..formats.affine import candidates
+from ..formats.affine import GROUP_SIZE, candidates
 from ..key_statistics import pieces, transforms
 from ..layout import Mounted, Slot, owners
 from ..mounting import UNREADABLE
@@ -194,15 +194,14 @@ def _measured(
 
 
 def _errors(formats: list[Affine], error: Callable[[Affine], float]) -> dict[Affine, float]:
-    """Errors of the formats up to `FINEST`; sizes of groups are run at the anchor's bits only."""
-    found = {}
-    for f in formats:
-        if f.bits == ANCHOR or (f.bits <= FINEST and f.group_size == formats[0].group_size):
-            found[f] = error(f)
-    for f in formats:
-        if f.bits <= FINEST and f not in found:
-            same = replace(f, group_size=formats[0].group_size)
-            share = found[replace(f, bits=ANCHOR)] / (found[replace(same, bits=ANCHOR)] or 1.0)
+    """Errors of the formats up to `FINEST`; other groups than the first are run at the anchor."""
+    size = formats[0].group_size or GROUP_SIZE
+    coarse = [f for f in formats if f.bits <= FINEST]
+    found = {f: error(f) for f in coarse if f.bits == ANCHOR or f.group_size == size}
+    for f in coarse:
+        if f not in found:  # sizes of groups and bits act apart
+            same, anchor = f.in_groups(size), replace(f, bits=ANCHOR)
+            share = found[anchor] / (found[anchor.in_groups(size)] or 1.0)
             found[f] = found[same] * share
     return found
 

@@ -14,6 +14,7 @@ TYPES = {
     mx.float16: "_Float16",
     mx.bfloat16: "lockstep::bfloat16",
     mx.uint32: "uint32_t",
+    mx.int32: "int32_t",
     mx.uint8: "uint8_t",
     mx.bool_: "bool",
 }

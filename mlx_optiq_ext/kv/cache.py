@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..kernels import Platform, current
 from . import transform_file
 from .encoding import arrange, encode, packed_of, planes_of
+from .first_keys import KEEPING, FirstKeys, found, joined
 from .packed_array import Packed
 from .plan import LayerFormat
 from .plane_state import described, restore, storable, transformed
@@ -35,6 +36,9 @@ class PackedKVCache:
         mergeable: Whether mlx-lm's batch engine may merge it with others.
         platform: Where new keys and values are packed; None for where MLX's default device is.
         layer: The decoder layer that writes to it; None if that is not known.
+        residuals: What the first keys of each row differ by from what is packed, see `FirstKeys`;
+            None before there are any, or if none are kept.
+        complete: Whether all of them are known to be there.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class PackedKVCache:
         self.mergeable = mergeable
         self.platform = platform
         self.layer = layer
+        self.residuals: mx.array | None = None
+        self.complete = False
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append keys and values (batch, heads, length, dim); returns all keys and values.
@@ -78,16 +84,33 @@ class PackedKVCache:
             self.formats = self.formats.fitted(*dims)
             self.dims, self.dtype = dims, str(keys.dtype).rpartition(".")[2]
         sides = encode(keys, values, self.formats, self.platform or current())
+        if not self.complete:
+            self._keep_first(keys, sides[0])
         rows = arrange(*sides, self.formats, len(self.planes))
         pairs = zip(self.planes, rows, strict=True)
         return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs])
+
+    def _keep_first(self, keys: mx.array, parts: Sequence[mx.array]) -> None:
+        """Keep what the first keys of a row lost, if some are among those that come."""
+        count, format = self.formats.sink_tokens, self.formats.keys
+        if not count or format is None or type(self.planes[0]).__name__ not in KEEPING:
+            self.complete = True
+        elif keys.shape[2]:
+            offset = self.planes[0].offset
+            least = offset if isinstance(offset, int) else int(offset.min())
+            self.complete = least >= count
+            if not self.complete:
+                self.residuals = found(self.residuals, keys, parts, format, offset, count)
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """All keys and values, for attention."""
         return self._views([plane.keys_and_values() for plane in self.planes])
 
     def _views(self, rows: list[tuple[mx.array, mx.array]]) -> tuple[Any, Any]:
-        keys, values = packed_of(rows, self.formats, self.dtype)
+        first = None
+        if self.residuals is not None:
+            first = FirstKeys(self.residuals, getattr(self.planes[0], "left_padding", None))
+        keys, values = packed_of(rows, self.formats, self.dtype, first)
         if not self.dense:
             return keys, values
         return _plain(keys), _plain(values)
@@ -108,6 +131,7 @@ class PackedKVCache:
     def trim(self, n: int) -> int:
         """Remove the last ``n`` tokens; returns the number removed."""
         taken = [plane.trim(n) for plane in self.planes]
+        self.complete = False
         return taken[0]
 
     def size(self) -> int:
@@ -135,27 +159,30 @@ class PackedKVCache:
     @property
     def nbytes(self) -> int:
         """Stored bytes, including allocated but unused room."""
-        return sum(
-            array.nbytes
-            for plane in self.planes
-            for array in (plane.keys, plane.values)
-            if array is not None
-        )
+        arrays = [array for plane in self.planes for array in (plane.keys, plane.values)]
+        return sum(array.nbytes for array in (*arrays, self.residuals) if array is not None)
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows of the batch."""
         for plane in self.planes:
             plane.filter(batch_indices)
+        if self.residuals is not None:
+            self.residuals = self.residuals[mx.array(batch_indices)]
 
     def extend(self, other: "PackedKVCache") -> None:
         """Append another batch's rows."""
+        self.residuals = joined([(each.residuals, each._rows) for each in (self, other)])
+        self.complete = self.complete and other.complete
         for plane, others in zip(self.planes, other.planes, strict=True):
             plane.extend(others)
         self._learn(other)
 
     def extract(self, index: int) -> "PackedKVCache":
         """One row of the batch as a cache of its own."""
-        return self._with([plane.extract(index) for plane in self.planes])
+        row = self._with([plane.extract(index) for plane in self.planes])
+        if self.residuals is not None:
+            row.residuals = self.residuals[index : index + 1]
+        return row
 
     def prepare(self, **kwargs: Any) -> None:
         """Prepare for a padded prompt, as mlx-lm's batch caches do."""
@@ -166,6 +193,7 @@ class PackedKVCache:
         """Finish a padded prompt, as mlx-lm's batch caches do."""
         for plane in self.planes:
             plane.finalize()
+        self.complete = False  # what was padding may be followed by first tokens
 
     def _merge(self, caches: Sequence["PackedKVCache"]) -> "PackedKVCache":
         merged = self._with(
@@ -173,7 +201,17 @@ class PackedKVCache:
         )
         for cache in caches:
             merged._learn(cache)
+        merged.residuals = joined([(cache.residuals, cache._rows) for cache in caches])
+        merged.complete = all(cache.complete for cache in caches)
         return merged
+
+    @property
+    def _rows(self) -> int:
+        """Rows of a batch; an empty cache counts as one."""
+        padding = getattr(self.planes[0], "left_padding", None)
+        if padding is not None:
+            return len(padding)
+        return 1 if self.planes[0].keys is None else self.planes[0].keys.shape[0]
 
     def _learn(self, other: "PackedKVCache") -> None:
         """Copy formats, dimensions and dtype from another cache if this one is empty."""
@@ -202,7 +240,9 @@ class PackedKVCache:
         states = [storable(plane.state) for plane in self.planes]
         keys = transformed(self.formats)
         if keys is not None and keys.transform is not None:
-            states.append(list(transform_file.stored(keys.transform)))
+            states.append(transform_file.stored(keys.transform))
+        if self.residuals is not None:
+            states.append([self.residuals])
         if symbols.cache_has_meta_state(self.planes[0]):
             return states
         return [states, described(self)]

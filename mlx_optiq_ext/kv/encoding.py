@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..kernels import Platform
 from .attention.kernels import pack_kernel
+from .first_keys import FirstKeys
 from .formats import Format, Interleaving
 from .packed_array import Packed
 from .plan import LayerFormat
@@ -89,18 +90,25 @@ def _zeros(dim: int, format: Format | None, dtype: mx.Dtype) -> Parts:
 
 
 def packed_of(
-    rows: Sequence[tuple[mx.array, mx.array]], formats: LayerFormat, dtype: str | None
+    rows: Sequence[tuple[mx.array, mx.array]],
+    formats: LayerFormat,
+    dtype: str | None,
+    first: FirstKeys | None = None,
 ) -> tuple[Packed | mx.array, Packed | mx.array]:
     """Undo `arrange`: keys and values, each a plain array where it has no format.
 
-    ``dtype`` is the name of the unpacked dtype; None if nothing was packed yet.
+    Args:
+        rows: Of keys and of values in each plane.
+        formats: Fitted to the dimensions.
+        dtype: Name of the unpacked dtype; None if nothing was packed yet.
+        first: What the first keys differ by from what is packed; None for nothing.
     """
     keys, values = zip(*rows, strict=True)
     if len(rows) == 1:
         given = getattr(mx, dtype or "float32")
         keys = _split(keys[0], formats.keys, given)
         values = _split(values[0], formats.values, given)
-    return _packed(keys, formats.keys), _packed(values, formats.values)
+    return _packed(keys, formats.keys, first), _packed(values, formats.values)
 
 
 def _joined(parts: Parts, format: Format | None) -> mx.array:
@@ -121,7 +129,9 @@ def _padded(parts: Parts, count: int) -> Parts:
     return parts if len(parts) == count else (*parts, *[parts[-1][..., :0]] * (count - len(parts)))
 
 
-def _packed(parts: Parts, format: Format | None) -> Packed | mx.array:
+def _packed(
+    parts: Parts, format: Format | None, first: FirstKeys | None = None
+) -> Packed | mx.array:
     if format is None:
         return parts[0].view(parts[1].dtype)
-    return Packed(parts[: len(format.parts)], format)
+    return Packed(parts[: len(format.parts)], format, first)

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .first_keys import FirstKeys
 from .formats import Format
 
 
@@ -14,13 +15,15 @@ class Packed:
     Attributes:
         parts: Parts that the format packs into, each (batch, heads, length, its own width).
         format: The format, fitted to the head dimension.
+        first: What the first keys differ by from what is packed; None for nothing.
     """
 
-    __slots__ = ("format", "parts")
+    __slots__ = ("first", "format", "parts")
 
-    def __init__(self, parts: Sequence[mx.array], format: Format):
+    def __init__(self, parts: Sequence[mx.array], format: Format, first: FirstKeys | None = None):
         self.parts = tuple(parts)
         self.format = format
+        self.first = first
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,7 +47,7 @@ class Packed:
         return sum(part.nbytes for part in self.parts)
 
     def __getitem__(self, index: Any) -> "Packed":
-        """Index the axes before the last."""
+        """Index the axes before the last; first keys are then as they are packed."""
         return Packed([part[index] for part in self.parts], self.format)
 
     def stored(self, dtype: mx.Dtype | None = None) -> mx.array:
@@ -52,7 +55,8 @@ class Packed:
         dtype = dtype or self.dtype
         if self.parts[0].size == 0:  # a row of a batch without positions yet
             return mx.zeros(self.shape, dtype)
-        return self.format.unpack(self.parts, dtype)
+        array = self.format.unpack(self.parts, dtype)
+        return array if self.first is None else self.first.added(array, self.first.residuals, 2)
 
     def plain(self, dtype: mx.Dtype | None = None) -> mx.array:
         """The unpacked array, up to rounding."""

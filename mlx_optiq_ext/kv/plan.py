@@ -16,14 +16,23 @@ from .formats import Affine, Format, KeyTransform, registry
 FILE = "kv_config.json"
 #: Width that means "as the model computes them".
 UNPACKED = 16
+#: First tokens of a sequence whose keys stay as they are where keys are transformed, and the most.
+SINK_TOKENS, MOST_SINKS = 1, 64
 
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """Formats of one layer; None leaves that side unquantized."""
+    """Formats of one layer; None leaves that side unquantized.
+
+    Attributes:
+        keys: Of its keys.
+        values: Of its values.
+        sink_tokens: Tokens at the beginning of a sequence whose keys stay as they are computed.
+    """
 
     keys: Format | None
     values: Format | None
+    sink_tokens: int = 0
 
     @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, key_dim: int, value_dim: int) -> "LayerFormat":
@@ -45,7 +54,8 @@ class LayerFormat:
         return replace(self, keys=self.keys.with_transform(transform))
 
     def __str__(self) -> str:
-        return f"k{self.keys or UNPACKED}v{self.values or UNPACKED}"
+        sinks = f"s{self.sink_tokens}" if self.sink_tokens else ""
+        return f"k{self.keys or UNPACKED}v{self.values or UNPACKED}{sinks}"
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,12 @@ def parse_spec(text: str) -> KVPlan | None:
         keys = keys.for_keys()
     if values is not None and not widths[-1][1]:
         values = values.for_values()
-    return KVPlan(text, everywhere=LayerFormat(keys, values))
+    return KVPlan(text, everywhere=LayerFormat(keys, values, sinks_of(keys)))
+
+
+def sinks_of(keys: Format | None) -> int:
+    """First tokens of a sequence that are worth their bytes beside keys of a format."""
+    return SINK_TOKENS if isinstance(keys, Affine) and keys.transformed else 0
 
 
 def read_plan(path: Path) -> KVPlan:
@@ -156,10 +171,11 @@ def entries(plan: Mapping[int, LayerFormat]) -> list[dict[str, Any]]:
 
 def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
     sides = {"k": layer.keys, "v": layer.values}
+    first = {"sink_tokens": layer.sink_tokens} if layer.sink_tokens else {}
     known = [formats.to_json(format) for format in sides.values() if format is not None]
     if layer.keys == layer.values and not any(value is True for value in known[0].values()):
         shared = {name: value for name, value in known[0].items() if value is not False}
-        return {"layer_idx": index, **shared}
+        return {"layer_idx": index, **shared, **first}
     # Tools that read the published form see one width only: the larger one.
     widest = max(known, key=lambda fields: fields["bits"])
     entry = {
@@ -170,7 +186,7 @@ def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
     for side, format in sides.items():
         fields = {"bits": UNPACKED} if format is None else formats.to_json(format)
         entry |= {f"{side}_{name}": value for name, value in fields.items()}
-    return entry
+    return entry | first
 
 
 def _layer_index(entry: Any, where: str) -> int:
@@ -186,7 +202,7 @@ def _layer_index(entry: Any, where: str) -> int:
 
 def _known_fields() -> set[str]:
     sides = {f"{side}{name}" for side in ("", "k_", "v_") for name in registry.fields()}
-    return {"layer_idx", *sides}
+    return {"layer_idx", "sink_tokens", *sides}
 
 
 def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
@@ -195,7 +211,10 @@ def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
         raise InputError(f"{where}: values cannot be transformed: say k_transformed, of keys")
     if keys is None and values is None:
         raise InputError(f"{where} quantizes neither keys nor values: leave the layer out")
-    return LayerFormat(keys, values)
+    sinks = files.Fields(dict(entry), where).integer("sink_tokens", 0, MOST_SINKS, default=0)
+    if sinks and keys is None:
+        raise InputError(f"{where}: sink_tokens says nothing of keys that are not quantized")
+    return LayerFormat(keys, values, sinks)
 
 
 def _side(entry: Mapping[str, Any], side: str, where: str) -> Format | None:

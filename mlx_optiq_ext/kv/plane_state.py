@@ -12,7 +12,7 @@ from ..errors import InputError
 from . import transform_file
 from .encoding import planes_of, rows_of
 from .formats import Affine, KeyTransform, from_json, to_json
-from .plan import LayerFormat
+from .plan import MOST_SINKS, LayerFormat
 
 if TYPE_CHECKING:
     from .cache import PackedKVCache
@@ -36,6 +36,8 @@ def described(cache: "PackedKVCache") -> str:
             "dense": cache.dense,
             "mergeable": cache.mergeable,
             "layer": cache.layer,
+            "sink_tokens": cache.formats.sink_tokens,
+            "residuals": cache.residuals is not None,
         }
     )
 
@@ -45,7 +47,8 @@ def restore(cache: "PackedKVCache", states: Any, metas: Any, description: str) -
 
     Args:
         cache: A new one.
-        states: Of its planes, and centre and basis of its keys' transform if it has one.
+        states: Of its planes, centre and basis of its keys' transform and residuals of its first
+            keys, if it has them.
         metas: Settings of each plane, before mlx-lm 0.32.
         description: From `described`.
 
@@ -60,7 +63,9 @@ def restore(cache: "PackedKVCache", states: Any, metas: Any, description: str) -
     if not (isinstance(kind, type) and kind.__module__ == caches.__name__):
         raise found.refusal("cache", "one of this mlx-lm's own")
     sides = (found.table(side, None) for side in ("keys", "values"))
-    cache.formats = LayerFormat(*(side and from_json(side.entry, side.where) for side in sides))
+    keys, values = (side and from_json(side.entry, side.where) for side in sides)
+    sinks = found.integer("sink_tokens", 0, MOST_SINKS, default=0)
+    cache.formats = LayerFormat(keys, values, sinks)
     cache.dims, cache.dtype = None, found.choice("dtype", (*DTYPES, None))
     if (dims := found.items("dims", None)) is not None:
         pair = files.Fields(dict(zip(("keys", "values"), dims, strict=False)), f"{where}: dims")
@@ -69,6 +74,10 @@ def restore(cache: "PackedKVCache", states: Any, metas: Any, description: str) -
         cache.formats = cache.formats.fitted(*cache.dims)
     cache.dense, cache.mergeable = found.flag("dense"), found.flag("mergeable")
     cache.platform, cache.layer = None, found.integer("layer", default=None)
+    cache.residuals, cache.complete = None, False
+    if found.flag("residuals", default=False):
+        states, arrays = states[:-1], states[-1]
+        cache.residuals = _residuals(arrays)
     if transformed(cache.formats) is not None:
         states, arrays = states[:-1], states[-1]
         cache.formats = cache.formats.with_transform(_transform(arrays, where))
@@ -84,9 +93,16 @@ def restore(cache: "PackedKVCache", states: Any, metas: Any, description: str) -
         dtype = found.choice("dtype", DTYPES)
         rows = rows_of(cache.dims, dtype, cache.formats, count)
     check_rows(cache.planes, rows)
-    keys = transformed(cache.formats)
-    if keys is not None and keys.transform is not None and cache.keys is not None:
-        has, wants = (cache.keys.shape[1], cache.dims and cache.dims[0]), keys.transform.basis.shape
+    if cache.residuals is not None:
+        rows = cache.keys.shape[:2] if cache.keys is not None else (0, 0)
+        if cache.residuals.shape != (*rows, sinks, (cache.dims or (0, 0))[0]):
+            raise InputError(f"a packed layer's first keys are of another shape: {_AGAIN}")
+    turned = transformed(cache.formats)
+    if turned is not None and turned.transform is not None and cache.keys is not None:
+        has, wants = (
+            (cache.keys.shape[1], cache.dims and cache.dims[0]),
+            turned.transform.basis.shape,
+        )
         if has != wants[:2]:
             raise InputError(f"a packed layer's transform is for other keys: {_AGAIN}")
 
@@ -102,6 +118,15 @@ def _transform(arrays: Any, where: str) -> KeyTransform:
     if len(found) != 2 or not all(isinstance(array, mx.array) for array in found):
         raise InputError(f"a packed layer lacks the transform of its keys: {_AGAIN}")
     return transform_file.restored(found, where)
+
+
+def _residuals(arrays: Any) -> mx.array:
+    found = list(arrays) if isinstance(arrays, list | tuple) else []
+    if len(found) != 1 or not isinstance(found[0], mx.array) or found[0].ndim != 4:
+        raise InputError(f"a packed layer lacks its first keys: {_AGAIN}")
+    if not bool(mx.isfinite(found[0]).all()):
+        raise InputError(f"a packed layer's first keys are not finite: {_AGAIN}")
+    return found[0]
 
 
 def storable(state: Any) -> Any:

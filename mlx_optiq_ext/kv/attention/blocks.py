@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..formats import Multiplying
 from ..packed_array import Packed
 from .composed import product
-from .scores import grouped, probabilities, rows_of
+from .scores import grouped, probabilities, rows_of, with_first
 
 #: Queries of a block.
 BLOCK = 256
@@ -42,8 +42,9 @@ def attend(
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        part = grouped(queries[:, :, start:stop].astype(mx.float32) * scale, heads)
-        weights = probabilities(score(part), rows_of(mask, start, stop, length, tokens), sinks)
+        scaled = queries[:, :, start:stop].astype(mx.float32) * scale
+        scores = with_first(score(grouped(scaled, heads)), scaled, keys)
+        weights = probabilities(scores, rows_of(mask, start, stop, length, tokens), sinks)
         outputs.append(weigh(weights).flatten(1, 2).astype(queries.dtype))
         if length > block:
             mx.eval(

@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from ..formats import Multiplying
 from ..packed_array import Packed
-from .scores import grouped, probabilities, rows_of
+from .scores import grouped, probabilities, rows_of, with_first
 
 
 def supports(*sides: Packed | mx.array) -> bool:
@@ -28,6 +28,7 @@ def attend(
     batch, query_heads, length, _ = queries.shape
     heads, tokens = keys.shape[1:3]
     scores = product(grouped(queries * scale, heads), keys, transpose=True)
+    scores = with_first(scores, queries * scale, keys)
     weights = probabilities(scores, rows_of(mask, 0, length, length, tokens), sinks)
     output = product(weights, values, transpose=False)
     return output.reshape(batch, query_heads, length, output.shape[-1])

@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+from ..packed_array import Packed
+
 
 def grouped(queries: mx.array, heads: int) -> mx.array:
     """(batch, query heads, length, dim) as (batch, heads, repeats, length, dim)."""
@@ -47,3 +49,17 @@ def probabilities(
     column = sinks.astype(scores.dtype).reshape(1, heads, repeats, 1, 1)
     column = mx.broadcast_to(column, (*scores.shape[:-1], 1))
     return mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)[..., 1:]
+
+
+def with_first(scores: mx.array, queries: mx.array, keys: Packed | mx.array) -> mx.array:
+    """Scores with what the first keys lost when they were packed.
+
+    Args:
+        scores: (batch, heads, repeats, length, tokens).
+        queries: (batch, query heads, length, dim), scaled, in the stored basis.
+        keys: Those that the scores are of.
+    """
+    if not isinstance(keys, Packed) or keys.first is None:
+        return scores
+    own = mx.unflatten(keys.first.scores(queries), 1, scores.shape[1:3])
+    return keys.first.added(scores, own, 4)

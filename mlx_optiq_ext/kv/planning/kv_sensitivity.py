@@ -26,7 +26,7 @@ from ..formats.affine import GROUP_SIZE, candidates
 from ..key_statistics import pieces, transforms
 from ..layout import Mounted, Slot, owners
 from ..mounting import UNREADABLE
-from ..plan import LayerFormat
+from ..plan import LayerFormat, sinks_of
 from .replay import Replay
 
 #: Bits of the anchor: few enough for an effect above rounding noise.
@@ -65,7 +65,12 @@ class KVSensitivity:
     def bits_per_element(self, choice: Mapping[Side, Format]) -> float:
         """Stored bits per element of a whole choice."""
         total = sum(self.elements(side) for side in choice)
-        return sum(self.elements(s) * f.bits_per_element for s, f in choice.items()) / total
+        return sum(self.stored(side, format) for side, format in choice.items()) / total
+
+    def stored(self, side: Side, format: Format) -> float:
+        """Bits of one side at the measured length, with first keys that are kept in 16 bits."""
+        kept = 16 * sinks_of(format) * sum(s[1] * s[3] for s in self.shapes[side])
+        return self.elements(side) * format.bits_per_element + kept
 
     def formats(self, choice: Mapping[Side, Format]) -> dict[Slot, LayerFormat]:
         """A choice as formats of the caches."""
@@ -216,4 +221,6 @@ def as_layers(choice: Mapping[Side, Format]) -> dict[int, LayerFormat]:
     for (layer, which), format in choice.items():
         known = result.get(layer, LayerFormat(None, None))
         result[layer] = replace(known, **{"keys" if which == "k" else "values": format})
+        if which == "k":
+            result[layer] = replace(result[layer], sink_tokens=sinks_of(format))
     return result

@@ -126,7 +126,7 @@ def choose(
         for own in sides
     ]
     sizes = [
-        [round(sum(found.elements(s) for s in own) * f.bits_per_element) for f in formats]
+        [round(sum(found.stored(s, f) for s in own)) for f in formats]
         for own, formats in zip(sides, options, strict=True)
     ]
     costs = [

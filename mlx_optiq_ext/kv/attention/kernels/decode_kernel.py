@@ -1,5 +1,6 @@
 """Decoding with our own kernels: one attends to splits of the packed data, one joins them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,7 @@ QUERIES = 8
 BLOCKS = 264
 #: Tokens that a warp takes at a time.
 TILE = 16
+LOG2E = math.log2(math.e)
 
 
 def supports(
@@ -86,13 +88,17 @@ def attend(
     kind, rows = _NO_MASK if mask is None else _mask(mask, (batch, query_heads, length, tokens))
     call = _call(
         platform, _layout(keys.format, width), _layout(values.format, values.parts[0].shape[3]),
-        query_heads // heads, length, scale, kind, sinks is not None, queries.dtype, out,
+        query_heads // heads, length, scale, kind, sinks is not None,
+        0 if keys.first is None else keys.first.count, queries.dtype, out,
     )  # fmt: skip
     splits = blocks // (batch * heads * call.chunks)
     splits = max(1, min(splits, -(-tokens // (TILE * WARPS))))
     shape = (batch, heads, splits, call.rows)
     states, parts = call.decode(
-        inputs=[queries, *_parts(keys), *_parts(values), rows if rows is not None else queries],
+        inputs=[
+            *(queries, *_parts(keys), *_parts(values), queries if rows is None else rows),
+            *_firsts(queries, keys, scale),
+        ],
         grid=(splits * WARPS * 32, heads, batch * call.chunks),
         threadgroup=(WARPS * 32, 1, 1),
         output_shapes=[(*shape, 2), (*shape, call.dim)],
@@ -108,13 +114,22 @@ def attend(
 
 
 _FLOATS = [mx.float32, mx.float32]
-#: Without a mask, or without sinks, the kernels get the queries in that place and ignore them.
+#: Without a mask, sinks or first keys the kernels get the queries in that place and ignore them.
 _NO_MASK = ("none", None)
 
 
 def _parts(side: Packed) -> tuple[mx.array, ...]:
     codes, scales, *biases = side.parts
     return codes, scales, biases[0] if biases else scales
+
+
+def _firsts(queries: mx.array, keys: Packed, scale: float) -> tuple[mx.array, mx.array]:
+    """What is added to the scores of the first keys, in powers of two, and where these begin."""
+    if keys.first is None:
+        return queries, queries
+    starts = keys.first.starts
+    starts = mx.zeros((queries.shape[0],), mx.int32) if starts is None else starts
+    return keys.first.scores(queries) * (scale * LOG2E), starts.astype(mx.int32)
 
 
 def _mask(mask: mx.array | str, shape: tuple[int, ...]) -> tuple[str, mx.array | None]:
@@ -148,11 +163,12 @@ def _call(
     scale: float,
     mask: str,
     sinks: bool,
+    firsts: int,
     dtype: mx.Dtype,
     out: mx.Dtype,
 ) -> _Call:
     names = (str(d).removeprefix("mlx.core.") for d in (dtype, out))
-    family = Family(keys, values, repeats, length, scale, mask, sinks, *names)
+    family = Family(keys, values, repeats, length, scale, mask, sinks, firsts, *names)
     make = platform.compile
     assert make is not None
     kernels = [

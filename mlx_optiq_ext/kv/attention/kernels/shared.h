@@ -78,6 +78,15 @@ INLINE float masked(
   return score;
 }
 
+// What a first key's score gets added, in powers of two. `firsts` points at a head's queries, whose
+// rows and tokens lie `row_stride` and `stride` apart; a row of the batch begins at `start`.
+template <typename F>
+INLINE float first_of(F firsts, long row_stride, long stride, int row, int start, int token) {
+  int place = token - start;
+  if (FIRSTS == 0 || place < 0 || place >= FIRSTS) return 0.0f;
+  return float(firsts[row * row_stride + place * stride]);
+}
+
 // What one thread joins of a row's partial results, for one element of the output: of every
 // STRIDE-th split from `first` on. `states` holds a maximum and a sum for each split, `parts` an
 // output that is not divided. (P is a pointer: in Metal small arrays lie elsewhere than large ones.)

@@ -14,7 +14,7 @@ TILE = 8
 
 #: What a kernel reads and writes, in the order of its arguments.
 PARTS = ("k_codes", "k_scales", "k_biases", "v_codes", "v_scales", "v_biases")
-DECODE = (("queries", *PARTS, "mask"), ("states", "parts"))
+DECODE = (("queries", *PARTS, "mask", "firsts", "starts"), ("states", "parts"))
 COMBINE = (("states", "parts", "sinks"), ("out",))
 
 MASKS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
@@ -37,6 +37,7 @@ class Family:
         scale: Factor on the scores.
         mask: A key of `MASKS`.
         sinks: Whether each head has an attention sink.
+        firsts: First tokens of a row whose scores get something added.
         dtype: Dtype of the scales, a key of `TYPES`.
         out: Type of the output.
     """
@@ -48,6 +49,7 @@ class Family:
     scale: float
     mask: str
     sinks: bool
+    firsts: int
     dtype: str
     out: str
 
@@ -99,6 +101,7 @@ def constants(family: Family, platform: str) -> str:
         "WARPS": WARPS,
         "JOINERS": family.joiners,
         "SINKS": int(family.sinks),
+        "FIRSTS": family.firsts,
     }
     lines = [
         "namespace family {}",

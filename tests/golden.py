@@ -95,7 +95,7 @@ def _weights(folder: Path) -> Iterator[tuple[str, str]]:
     import mlx.core as mx
     import numpy as np
 
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         arrays = mx.load(str(path))
         assert isinstance(arrays, dict)
         for name, array in sorted(arrays.items()):

@@ -97,8 +97,11 @@ def write(
         for layer, formats in found.layers.items()
         if isinstance(formats.keys, Affine) and formats.keys.transform is not None
     }
+    place = folder / transform_file.FILE
     if transforms:
-        transform_file.write(folder / transform_file.FILE, transforms)
+        transform_file.write(place, transforms)
+    else:
+        place.unlink(missing_ok=True)
     files.write_json(folder / FILE, entries(found.layers))
 
 

@@ -43,7 +43,7 @@ def int8():
 
 
 def test_specs_name_it_by_its_letter(int8):
-    for text, keys, values in (("8s", int8(), int8()), ("k8sv4g32", int8(), Affine(4, 32))):
+    for text, keys, values in (("8s", int8(), int8()), ("k8sv4g32", int8(), Affine(4, 32, None))):
         plan = kv.parse_spec(text)
         assert plan is not None
         assert plan.everywhere == kv.LayerFormat(keys, values)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,9 +14,6 @@ from .encoding import planes_of, rows_of
 from .formats import Affine, KeyTransform, from_json, to_json
 from .plan import MOST_SINKS, LayerFormat
 
-if TYPE_CHECKING:
-    from .cache import PackedKVCache
-
 _AGAIN = "save the prompt cache again"
 
 
@@ -24,8 +21,8 @@ _AGAIN = "save the prompt cache again"
 DTYPES, WIDEST = ("float32", "float16", "bfloat16"), 1 << 16
 
 
-def described(cache: "PackedKVCache") -> str:
-    """What `restore` needs to know of a cache beside its arrays."""
+def described(cache: Any) -> str:
+    """What `restore` needs to know of a packed cache beside its arrays."""
     sides = {"keys": cache.formats.keys, "values": cache.formats.values}
     return json.dumps(
         {
@@ -42,7 +39,7 @@ def described(cache: "PackedKVCache") -> str:
     )
 
 
-def restore(cache: "PackedKVCache", states: Any, metas: Any, description: str) -> None:
+def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
     """Give a cache what was saved of another.
 
     Args:

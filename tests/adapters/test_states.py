@@ -159,12 +159,13 @@ class Interleaving(RuleBasedStateMachine):
     @rule()
     def fail(self):
         ticket = self.taken.pop(0)
-        names = set() if ticket.victim is None else set(self.states.names(ticket.victim))
+        victim = ticket.victim
+        names = set() if victim is None else set(self.states.names(victim))
         with self._nobody_loses():
             self.states.fail(ticket)
-        if names:
-            assert ticket.victim.state is State.MOUNTED
-            assert set(self.states.names(ticket.victim)) == names
+        if victim is not None and names:
+            assert victim.state is State.MOUNTED
+            assert set(self.states.names(victim)) == names
         if ticket in self.live:
             self._leave(ticket)
 
@@ -190,7 +191,7 @@ class Interleaving(RuleBasedStateMachine):
             self.waiting.remove(ticket)
 
     def _nobody_loses(self):
-        return unchanged(self.states)
+        return Unchanged(self.states)
 
     @invariant()
     def no_more_are_loading_or_mounted_than_may_be(self):
@@ -242,7 +243,7 @@ class Interleaving(RuleBasedStateMachine):
         assert {copy.adapter for copy in self.states.copies} == set(self.model)
 
 
-class unchanged:
+class Unchanged:
     """What was mounted stays mounted, under all of its names."""
 
     def __init__(self, states):

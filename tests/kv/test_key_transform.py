@@ -1,7 +1,8 @@
 """Transforms of keys: attention does not see them, and what outliers cost is gone."""
 
+import copy
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -126,6 +127,14 @@ def test_rows_of_a_batch_hold_what_they_would_alone(lengths):
         row = batch.extract(index)
         assert row.formats == cache.formats
         assert mx.allclose(row.keys_and_values()[0].plain(), cache.keys_and_values()[0].plain())
+
+
+def test_copies_of_a_cache_share_it():
+    cache = PackedKVCache(stock.KVCache(), formats(transform=transform_of(keys_of(50))))
+    cache.update_and_fetch(keys_of(4), keys_of(4))
+    again: Any = copy.deepcopy(cache)
+    assert again.formats.keys.transform is cast(Any, cache.formats.keys).transform
+    assert again.planes[0] is not cache.planes[0]
 
 
 def saved(cache: PackedKVCache) -> list[Any]:

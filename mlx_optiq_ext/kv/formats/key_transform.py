@@ -55,6 +55,9 @@ class KeyTransform:
         # Arrays of MLX, which are kept beside the numbers, cannot be sent to other processes.
         return KeyTransform, (self.centre, self.basis, self.group_size)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "KeyTransform":
+        return self  # copies of caches share it
+
     def __repr__(self) -> str:
         return f"KeyTransform({self.digest})"
 

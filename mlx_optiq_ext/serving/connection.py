@@ -122,14 +122,14 @@ def turn_away(wire: socket.socket, answer: bytes, *, linger: float = LINGER) -> 
     with contextlib.suppress(OSError):
         wire.settimeout(linger)
         wire.sendall(answer)
-        wire.shutdown(socket.SHUT_WR)
         drain(wire, linger=linger)
 
 
 def drain(wire: socket.socket, *, limit: int = DRAINED, linger: float = LINGER) -> None:
-    """Read what a client still sends: closing a connection with unread data discards the answer."""
+    """Send no more, and read what a client still sends: unread data would discard the answer."""
     end, left = time.monotonic() + linger, limit
     with contextlib.suppress(OSError):
+        wire.shutdown(socket.SHUT_WR)
         while left > 0 and (wait := end - time.monotonic()) > 0:
             wire.settimeout(wait)
             part = wire.recv(min(left, 1 << 16))

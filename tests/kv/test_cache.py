@@ -102,6 +102,35 @@ def test_appending_and_trimming(kind, interleaved, steps):
 
 
 @pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 rebuilds the caches of a batch")
+@pytest.mark.parametrize("steps", [(40,), (16, 16, 8)])
+def test_short_prompts_padded_to_long_ones_are_packed_as_alone(steps):
+    """A few tokens are packed in a faster way than many, whatever a batch pads them to."""
+    lengths = [40, 1, 3, 9, 18]  # of the last, two tokens come in a step of their own
+    keys = mx.random.normal((len(lengths), HEADS, 40, DIM), key=mx.random.key(3))
+    empty = [packed_cache(stock.KVCache()) for _ in lengths]
+    batch = empty[0].merge(empty)
+    batch.prepare(lengths=lengths, right_padding=[40 - length for length in lengths])
+    alone = [packed_cache(stock.KVCache()) for _ in lengths]
+    start = 0
+    for step in steps:
+        part = keys[:, :, start : start + step]
+        batch.update_and_fetch(part, part)
+        for row, (cache, length) in enumerate(zip(alone, lengths, strict=True)):
+            own = part[row : row + 1, :, : max(length - start, 0)]
+            if own.size:
+                cache.update_and_fetch(own, own)
+        start += step
+    batch.finalize()
+    new = keys[:, :, 5:6]
+    batch.update_and_fetch(new, new)  # is no part of the prompt
+    for row, cache in enumerate(alone):
+        cache.update_and_fetch(new[row : row + 1], new[row : row + 1])
+        found, expected = batch.extract(row).keys_and_values(), cache.keys_and_values()
+        for side, wanted in zip(found, expected, strict=True):
+            assert mx.array_equal(side.plain(), wanted.plain()), row
+
+
+@pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 rebuilds the caches of a batch")
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "apart"])
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
 @settings(deadline=None, max_examples=20)

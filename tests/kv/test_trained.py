@@ -39,6 +39,19 @@ def test_the_tiny_model_says_the_same_at_eight_and_four_bits(tiny):
         assert batch == packed
 
 
+@pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 serves packed caches one at a time")
+def test_prompts_of_one_token_and_of_hundreds_share_a_batch(tiny):
+    model, tokenizer = mlx_lm.load(str(tiny))[:2]
+    model.set_dtype(mx.float32)
+    tokens = tokenizer.encode(" ".join(PROBLEMS * 4))
+    prompts = [tokens[:1], tokens[:3], tokens[5:205], tokens[7:12], tokens[9:60]]
+    plan = kv.parse_spec("3")
+    assert plan is not None
+    kv.mount(model, plan)
+    expected = alone(model, tokenizer, prompts, 10)
+    assert together(model, tokenizer, prompts, 10) == expected
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_kind_of_attention_says_the_same_at_eight_bits(name, shared):

@@ -83,6 +83,7 @@ def measure(
     sequences: np.ndarray,
     held_out: np.ndarray,
     *,
+    fitted: np.ndarray | None = None,
     journal: Journal | None = None,
     rotation: bool = True,
     progress: bool = True,
@@ -93,8 +94,9 @@ def measure(
 
     Args:
         model: An mlx-lm model in the dtype to compute in.
-        sequences: int32 (n, length) to measure on, as long as the contexts to serve.
+        sequences: int32 (n, length) to measure on.
         held_out: int32 (n, length) to judge plans on.
+        fitted: int32 (n, length) to fit transforms of keys to; None for ``sequences``.
         journal: Where measurements are kept and found; see `journal_of`. None keeps none.
         rotation: Whether to consider rotated formats and transformed keys.
         progress: Whether to show a progress bar.
@@ -119,7 +121,8 @@ def measure(
             "no layer of this model keeps keys and values in groups that MLX can pack: leave "
             "--optiq-kv-budget out"
         )
-    known = _transforms(model, found, sequences, shapes) if rotation else {}
+    text = sequences if fitted is None else fitted
+    known = _transforms(model, found, text, shapes) if rotation else {}
     own: dict[Side, dict[Affine, float]] = {}
     for side in tqdm(
         distributed.share(list(shapes)), desc="Measuring keys and values", disable=not progress

@@ -26,6 +26,8 @@ SENSITIVITY = "kv_sensitivity.json"
 #: Errors of a cache add up over long contexts, so a few long sequences are used; every other one
 #: is held out to judge plans.
 LONG = Sampling(length=1024, count=4, held_out_every=2)
+#: Tokens of a sequence that sides are measured on alone: enough to tell one from another.
+MEASURED = 512
 #: Tokens of the shortest useful sequence.
 SHORTEST = 16
 
@@ -65,12 +67,13 @@ def plan_kv(
     model = to_compute(model, rounded=True)
     check_parameters(model)
     tokens, source = load_tokens(model, tokenizer, calibration, say)
-    measured, held_out = sequences(tokens, sampling)
+    fitted, held_out = sequences(tokens, sampling)
+    measured = fitted[:, :MEASURED]
     check_outputs(model, mx.array(measured[:1, :256]))
     digest = model_digest(cached_folder(path_or_repo, revision))
     tokens_digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     distributed.compare(**{"model": digest, "calibration data": tokens_digest})
-    journal = journal_of({"model": digest, "device": str(mx.default_device())}, measured)
+    journal = journal_of({"model": digest, "device": str(mx.default_device())}, fitted)
     kept = journal.get(COMPLETE) is not None
     doing, where = "Measuring", ""
     if kept:
@@ -80,7 +83,7 @@ def plan_kv(
         f"{measured.size} tokens ({source}){where}"
     )
     bar = progress and not kept
-    found = measure(model, measured, held_out, journal=journal, progress=bar)
+    found = measure(model, measured, held_out, fitted=fitted, journal=journal, progress=bar)
     if not kept:
         journal.add(COMPLETE, 1.0)
         journal.exchange()

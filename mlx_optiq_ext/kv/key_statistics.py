@@ -153,6 +153,8 @@ def transforms(
 ) -> dict[Slot, KeyTransform]:
     """The transform of each cache whose keys a plan transforms without saying how.
 
+    A cache that no layer writes to gets none.
+
     Args:
         model: An mlx-lm model.
         mounted: The plan's formats.
@@ -167,9 +169,11 @@ def transforms(
     moments = {mounted.owners[slot]: Moments() for slot in slots}
     formats = {s: LayerFormat(Observed(moments=moments[mounted.owners[s]]), None) for s in slots}
     observing = replace(mounted, formats=formats, mergeable=False)
+    reach = context(model)
     sequences = _random(model) if sequences is None else sequences
+    sequences = sequences[:, :reach]
     for number, tokens in enumerate(sequences):
-        shift = _shift(model, number, len(sequences), len(tokens))
+        shift = _shift(reach, number, len(sequences), len(tokens))
         caches = packed_caches(stock_caches(model), observing, _Shifted)
         for cache in _shifted(caches):
             cache.shift = shift
@@ -178,8 +182,8 @@ def transforms(
             mx.eval(logits)
         for found in moments.values():
             found.evaluate()
-    known = {layer: found.transform() for layer, found in moments.items()}
-    return {slot: known[mounted.owners[slot]] for slot in slots}
+    known = {layer: found.transform() for layer, found in moments.items() if found.keys}
+    return {slot: known[mounted.owners[slot]] for slot in slots if mounted.owners[slot] in known}
 
 
 def pieces(sequences: np.ndarray) -> np.ndarray:
@@ -208,15 +212,24 @@ def _shifted(caches: Sequence[Any]) -> list[_Shifted]:
     return [cache for row in members for cache in row if isinstance(cache, _Shifted)]
 
 
-def _shift(model: nn.Module, number: int, count: int, length: int) -> int:
-    """Position at which a sequence begins; zero for models that do not say how far they reach."""
-    args: Any = getattr(model, "args", None)
-    given = dict(vars(args)) if hasattr(args, "__dict__") else {}
-    given |= {k: v for k, v in (given.get("text_config") or {}).items() if k in LIMITS}
+def context(model: nn.Module) -> int | None:
+    """Positions that a model reaches, at most `CONTEXT`; None for one that does not say."""
+    given = _fields(getattr(model, "args", None))
+    inner = _fields(given.get("text_config"))
+    given |= {name: inner[name] for name in LIMITS if name in inner}
     known = [given[name] for name in LIMITS if isinstance(given.get(name), int)]
-    room = min([CONTEXT, *known]) - length if known else 0
+    return min([CONTEXT, *known]) if known else None
+
+
+def _fields(args: Any) -> dict[str, Any]:
+    """Arguments of a model, which come as a table or as an object."""
+    return dict(args if isinstance(args, Mapping) else getattr(args, "__dict__", {}))
+
+
+def _shift(reach: int | None, number: int, count: int, length: int) -> int:
+    """Position at which a sequence begins; zero for models that do not say how far they reach."""
     place = number * (len(STARTS) - 1) // max(count - 1, 1)
-    return max(0, int(STARTS[place] * room))
+    return 0 if reach is None else int(STARTS[place] * (reach - length))
 
 
 def _random(model: nn.Module) -> np.ndarray:

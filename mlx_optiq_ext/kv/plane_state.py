@@ -24,6 +24,7 @@ DTYPES, WIDEST = ("float32", "float16", "bfloat16"), 1 << 16
 def described(cache: Any) -> str:
     """What `restore` needs to know of a packed cache beside its arrays."""
     sides = {"keys": cache.formats.keys, "values": cache.formats.values}
+    keys = transformed(cache.formats)
     return json.dumps(
         {
             "cache": type(cache.planes[0]).__name__,
@@ -34,6 +35,7 @@ def described(cache: Any) -> str:
             "mergeable": cache.mergeable,
             "layer": cache.layer,
             "sink_tokens": cache.formats.sink_tokens,
+            "transform": keys is not None and keys.transform is not None,
             "residuals": cache.residuals is not None,
         }
     )
@@ -75,7 +77,9 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
     if found.flag("residuals", default=False):
         states, arrays = states[:-1], states[-1]
         cache.residuals = _residuals(arrays)
-    if transformed(cache.formats) is not None:
+    if found.flag("transform", default=False):
+        if transformed(cache.formats) is None:
+            raise found.refusal("transform", "that of a format of transformed keys")
         states, arrays = states[:-1], states[-1]
         cache.formats = cache.formats.with_transform(_transform(arrays, where))
     states = [restored(state, states[0]) for state in states]
@@ -95,6 +99,8 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
         if cache.residuals.shape != (*rows, sinks, (cache.dims or (0, 0))[0]):
             raise InputError(f"a packed layer's first keys are of another shape: {_AGAIN}")
     turned = transformed(cache.formats)
+    if turned is not None and turned.transform is None and cache.keys is not None:
+        raise InputError(f"a packed layer lacks the transform of its keys: {_AGAIN}")
     if turned is not None and turned.transform is not None and cache.keys is not None:
         has, wants = (
             (cache.keys.shape[1], cache.dims and cache.dims[0]),

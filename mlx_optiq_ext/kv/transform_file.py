@@ -17,6 +17,8 @@ from .formats import KeyTransform
 FILE = "kv_transforms.safetensors"
 #: Most heads of a layer, and the largest head dimension.
 HEADS, WIDEST = 1024, 2048
+#: How much a transform may shrink and stretch keys: beyond it they leave the range of 16 bits.
+STRETCH = 1e-4, 1e4
 
 _AGAIN = "write the plan again with mlx_lm.convert --optiq-kv-budget"
 
@@ -70,6 +72,11 @@ def restored(arrays: Sequence[mx.array], where: str) -> KeyTransform:
     sizes = np.linalg.svd(found[1].astype(np.float64), compute_uv=False)
     if not (sizes[:, -1] > 1e-9 * sizes[:, 0]).all():
         raise InputError(f"{where}: a transform of keys has no inverse: {_AGAIN}")
+    if not ((sizes[:, 0] > STRETCH[0]) & (sizes[:, 0] < STRETCH[1])).all():
+        raise InputError(
+            f"{where}: a transform stretches keys by {sizes[:, 0].max():.0e}, which no model "
+            f"needs: {_AGAIN}"
+        )
     return KeyTransform(found[0], found[1])
 
 

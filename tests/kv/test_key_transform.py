@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 from typing import Any, cast
 
 import mlx.core as mx
@@ -17,7 +18,7 @@ from mlx_optiq_ext.errors import InputError, UnsupportedError
 from mlx_optiq_ext.kv import LayerFormat, PackedKVCache, attend, transform_file
 from mlx_optiq_ext.kv.formats import Affine, KeyTransform
 from mlx_optiq_ext.kv.formats.key_transform import fitted
-from mlx_optiq_ext.kv.key_statistics import transforms
+from mlx_optiq_ext.kv.key_statistics import context, transforms
 
 HEADS, DIM = 2, 64
 BATCHED = hasattr(stock.KVCache, "keys_and_values")
@@ -86,6 +87,20 @@ def test_scores_lose_less_than_with_any_other_four_bits():
         off = found - exact  # softmax does not see what moves all scores of a query
         errors[name] = float(mx.square(off - off.mean(axis=-1, keepdims=True)).mean())
     assert errors["transformed"] < min(errors["plain"], errors["rotated"]) / 10
+
+
+@pytest.mark.parametrize("pruned", ["keys", "queries"])
+def test_pruned_heads_stay_exact(pruned):
+    """A head whose keys are all equal, or which nothing asks, has no directions to prefer."""
+    keys, queries = keys_of(60), mx.random.normal((1, HEADS, 60, DIM))
+    alive = mx.arange(HEADS)[:, None, None] > 0
+    if pruned == "keys":
+        keys = mx.where(alive, keys, 3.0)
+    else:
+        queries = mx.where(alive, queries, 0.0)
+    transform = transform_of(keys, queries)
+    assert mx.allclose(transform.undo(transform.apply(keys)), keys, rtol=1e-3, atol=1e-2)
+    transform_file.restored(transform_file.stored(transform), "here")
 
 
 @pytest.mark.parametrize("length", [1, 40])
@@ -161,6 +176,8 @@ DAMAGE = {
     "shapes": (lambda arrays: [arrays[0], arrays[1][:, :, :3]], "not \\(heads, 1, dim\\)"),
     "not finite": (lambda arrays: [arrays[0] * np.nan, arrays[1]], "not finite"),
     "no inverse": (lambda arrays: [arrays[0], arrays[1] * 0], "no inverse"),
+    "too large": (lambda arrays: [arrays[0], arrays[1] * 1e30], "stretches keys"),
+    "too small": (lambda arrays: [arrays[0], arrays[1] * 1e-30], "stretches keys"),
 }
 
 
@@ -238,6 +255,23 @@ def test_keys_beside_attention_sinks_are_not_centred():
     queries, sinks = mx.random.normal((1, 4, 1, DIM)), mx.zeros((4,))
     with pytest.raises(UnsupportedError, match="without attention sinks"):
         attend(queries, *packed, scale=0.1, sinks=sinks)
+
+
+def test_sequences_end_where_the_context_does():
+    """Learned positions have no row behind the last one."""
+    model, plan = build("gpt2"), kv.parse_spec("4g32")
+    assert plan is not None
+    assert context(model) < 512
+    for found in kv.mount(model, plan).formats.values():
+        assert isinstance(found.keys, Affine)
+        assert found.keys.transform is not None
+
+
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace])
+def test_the_context_of_a_model_with_a_text_config(kind):
+    model = build("qwen3")
+    model.args = SimpleNamespace(text_config=kind(max_position_embeddings=777))
+    assert context(model) == 777
 
 
 def test_positions_are_spread_over_the_context():

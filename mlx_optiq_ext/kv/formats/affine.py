@@ -71,7 +71,8 @@ class Affine(Interleaving, Multiplying):
             names = ", ".join(map(str, GROUP_SIZES))
             raise InputError(f"{where}: group_size {shown(group)} is none of {names}")
         for name, value in flags.items():
-            if not isinstance(value, bool):
+            # A saved layer that was never written may leave the rotation open.
+            if not isinstance(value, bool) and not (name == "rotated" and value is None):
                 raise InputError(f"{where}: {name} {shown(value)} is not true or false")
         if all(flags.values()):
             raise InputError(f"{where}: rotated and transformed exclude each other: leave one out")

@@ -104,6 +104,9 @@ def fitted(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centre and basis of a `KeyTransform`, from moments in float64.
 
+    A head whose keys are all equal, or whose queries are all zero (pruned heads), says nothing of
+    directions: all count alike.
+
     Args:
         mean: Of keys, (heads, dim).
         keys: Second moment of keys, (heads, dim, dim), about zero.
@@ -113,19 +116,22 @@ def fitted(
             logit of its own (attention sinks), which then would not move along.
 
     Raises:
-        InputError: The moments are not finite, or all keys are equal.
+        InputError: The moments are not finite.
     """
-    queries = np.broadcast_to(np.eye(mean.shape[-1]), keys.shape) if queries is None else queries
+    alike = np.eye(mean.shape[-1])
+    queries = np.broadcast_to(alike, keys.shape) if queries is None else queries
     if not (np.isfinite(mean).all() and np.isfinite(keys).all() and np.isfinite(queries).all()):
         raise InputError("the moments of a layer's keys and queries are not finite")
     centre = mean if centred else np.zeros_like(mean)
     # About another point c, from that about zero: E[kk'] - mc' - cm' + cc'.
     cross = mean[:, :, None] * centre[:, None]
     about = keys - cross - cross.swapaxes(1, 2) + centre[:, :, None] * centre[:, None]
+    # What differs by rounding alone counts as equal.
+    varying = _sizes(about) > 1e-12 * _sizes(keys)
+    about = np.where(varying, about, alike)
+    queries = np.where(_sizes(queries) > 0, queries, alike)
     values, vectors = np.linalg.eigh(about)
     largest = values.max(axis=-1, keepdims=True)
-    if not (largest > 0).all():
-        raise InputError("all keys of a layer are equal")
     values = np.maximum(values, KEYS * largest)
     root = np.einsum("hij,hj,hkj->hik", vectors, np.sqrt(values), vectors)
     inverse = np.einsum("hij,hj,hkj->hik", vectors, 1 / np.sqrt(values), vectors)
@@ -134,6 +140,11 @@ def fitted(
     products = np.maximum(products, PRODUCTS * np.maximum(products[:, :1], np.finfo(float).tiny))
     basis = np.einsum("hj,hij,hik->hjk", products**0.25, turned, inverse)
     return centre[:, None].astype(np.float32), basis.astype(np.float32)
+
+
+def _sizes(moments: np.ndarray) -> np.ndarray:
+    """Sum of the moments in all directions, from (heads, dim, dim) to (heads, 1, 1)."""
+    return np.trace(moments, axis1=1, axis2=2)[:, None, None]
 
 
 @cache

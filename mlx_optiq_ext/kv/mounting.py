@@ -103,8 +103,10 @@ def _fitting(formats: LayerFormat, caches: list[Any], slot: Slot, plan: KVPlan) 
     has, wants = (cache.keys.shape[1], cache.dims[0]), keys.transform.basis.shape[:2]
     if has == wants:
         return formats
-    if distributed.size() > 1:  # each process has some of the heads, and fits theirs
-        return replace(formats, keys=replace(keys, transform=None))
+    if (count := distributed.size()) > 1 and wants == (has[0] * count, has[1]):
+        # Each process has the same number of heads, in the order of ranks.
+        first = distributed.rank() * has[0]
+        return formats.with_transform(keys.transform.of_heads(first, first + has[0]))
     raise InputError(
         f"{plan.source}: the transform of layer {cache.layer} is for {wants[0]} heads of "
         f"{wants[1]}, and this model has {has[0]} of {has[1]}: is the plan another model's?"

@@ -66,6 +66,10 @@ class KeyTransform:
         """Whether anything is taken off keys."""
         return bool(self.centre.any())
 
+    def of_heads(self, start: int, end: int) -> "KeyTransform":
+        """The transform of some of the heads."""
+        return KeyTransform(self.centre[start:end], self.basis[start:end], self.group_size)
+
     @property
     def dim(self) -> int:
         """Head dimension."""

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import distributed
+from ..errors import InputError
 from ..model.vocabulary import embedding_rows
 from .cache import PackedKVCache
 from .formats import Affine, Format, KeyTransform
@@ -182,7 +183,12 @@ def transforms(
             mx.eval(logits)
         for found in moments.values():
             found.evaluate()
-    known = {layer: found.transform() for layer, found in moments.items() if found.keys}
+    known = {}
+    for layer, found in moments.items():
+        try:
+            known |= {layer: found.transform()} if found.keys else {}
+        except InputError as error:
+            raise InputError(f"layer {layer}: {error}") from error
     return {slot: known[mounted.owners[slot]] for slot in slots if mounted.owners[slot] in known}
 
 

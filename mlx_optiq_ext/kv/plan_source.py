@@ -44,7 +44,7 @@ def _found(text: str, model: str | None) -> KVPlan:
     if spec is not None:
         return spec
     if text != AUTO:
-        if not Path(text).exists():
+        if not text or not Path(text).exists():
             raise InputError(
                 f"--optiq-kv {text}: no such file, and no width such as 4, k8v4 or k8v4g32"
             )

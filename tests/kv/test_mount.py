@@ -7,6 +7,7 @@ from toy_models import build
 
 import mlx_optiq_ext
 from mlx_optiq_ext import kv
+from mlx_optiq_ext.errors import InputError
 from mlx_optiq_ext.kv.formats import Affine
 
 pytestmark = pytest.mark.newest
@@ -48,3 +49,12 @@ def test_what_fails_for_want_of_memory_is_raised(failure):
         kv.mount(model, plan)
     assert raised.value is failure
     assert kv.mounted_on(model) is None
+
+
+def test_damaged_weights_are_named():
+    model, plan = build("qwen3"), kv.parse_spec("4")
+    assert plan is not None
+    attention = model.model.layers[1].self_attn
+    attention.k_proj.weight = attention.k_proj.weight * float("nan")
+    with pytest.raises(InputError, match="layer 1: keys or queries are not finite: are the model"):
+        kv.mount(model, plan)

@@ -38,6 +38,7 @@ def test_a_width_needs_no_file():
     [
         ("auto", False, "name it with --model"),
         ("auto", True, "has no kv_config.json: write one with mlx_lm.convert --optiq-kv-budget"),
+        ("", True, "no such file, and no width such as 4"),
         ("nowhere.json", True, "nowhere.json: no such file, and no width such as 4"),
     ],
 )

@@ -125,7 +125,7 @@ def fitted(
     alike = np.eye(mean.shape[-1])
     queries = np.broadcast_to(alike, keys.shape) if queries is None else queries
     if not (np.isfinite(mean).all() and np.isfinite(keys).all() and np.isfinite(queries).all()):
-        raise InputError("the moments of a layer's keys and queries are not finite")
+        raise InputError("keys or queries are not finite: are the model's weights damaged?")
     centre = mean if centred else np.zeros_like(mean)
     # About another point c, from that about zero: E[kk'] - mc' - cm' + cc'.
     cross = mean[:, :, None] * centre[:, None]

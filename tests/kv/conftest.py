@@ -3,9 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from live_server import Server, serve, write_exact
+
+from mlx_optiq_ext.kv import PackedKVCache
 
 PROBLEMS = (
     "There are 13 bricks in each bag and Noah buys 2 bags. Paul adds 12 bricks. "
@@ -44,6 +47,16 @@ def serving(exact, kv_config, tmp_path_factory) -> Iterator[Server]:
     code = probe("server", folder / "notes.jsonl")
     with serve(folder / "log", "--model", exact, "--optiq-kv", kv_config, code=code) as server:
         yield server
+
+
+def saved(cache: PackedKVCache) -> list[Any]:
+    """What mlx-lm saves of a cache: its state, and settings before mlx-lm 0.32."""
+    from mlx_optiq_compat import symbols
+
+    parts = [cache.state]
+    if symbols.cache_has_meta_state(cache.planes[0]):
+        parts.append(cache.meta_state)
+    return parts
 
 
 def probe(command: str, notes: Path) -> str:

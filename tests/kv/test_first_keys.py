@@ -14,6 +14,8 @@ from mlx_optiq_ext.kv import LayerFormat, PackedKVCache, Platform, attend, parse
 from mlx_optiq_ext.kv.formats import Affine
 from mlx_optiq_ext.kv.plan import entries
 
+from .conftest import saved
+
 HEADS, DIM = 2, 64
 BATCHED = hasattr(stock.KVCache, "keys_and_values")
 #: Coarse, so that a key that is not kept is far off.
@@ -132,15 +134,6 @@ def test_every_way_to_attend_sees_them(name, length, tmp_path):
     packs[0].first = None
     assert kept < 0.1 < 2 * error()
     assert kept < error() / 4
-
-
-def saved(cache: PackedKVCache) -> list[Any]:
-    from mlx_optiq_compat import symbols
-
-    parts = [cache.state]
-    if symbols.cache_has_meta_state(cache.planes[0]):
-        parts.append(cache.meta_state)
-    return parts
 
 
 def test_a_saved_cache_has_them_and_goes_on():

@@ -20,6 +20,8 @@ from mlx_optiq_ext.kv.formats import Affine, KeyTransform
 from mlx_optiq_ext.kv.formats.key_transform import fitted
 from mlx_optiq_ext.kv.key_statistics import context, transforms
 
+from .conftest import saved
+
 HEADS, DIM = 2, 64
 BATCHED = hasattr(stock.KVCache, "keys_and_values")
 
@@ -150,16 +152,6 @@ def test_copies_of_a_cache_share_it():
     again: Any = copy.deepcopy(cache)
     assert again.formats.keys.transform is cast(Any, cache.formats.keys).transform
     assert again.planes[0] is not cache.planes[0]
-
-
-def saved(cache: PackedKVCache) -> list[Any]:
-    """What mlx-lm saves of a cache: its state, and settings before mlx-lm 0.32."""
-    from mlx_optiq_compat import symbols
-
-    parts = [cache.state]
-    if symbols.cache_has_meta_state(cache.planes[0]):
-        parts.append(cache.meta_state)
-    return parts
 
 
 def test_a_saved_cache_has_it():

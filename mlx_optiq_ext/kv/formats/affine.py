@@ -132,7 +132,7 @@ class Affine(Interleaving, Multiplying):
     def pack(self, array: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Pack (..., length, dim) into codes, scales and biases, each of its own last axis."""
         size = self.group_size or GROUP_SIZE
-        return pack(self.turn(array), self.bits, size, keep_mean=self.transformed)
+        return pack(self.turn(array), self.bits, size)
 
     def unpack(self, parts: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
         """Undo `pack`, except for the rotation or transform."""

@@ -22,38 +22,35 @@ TINY = 1e-9
 Parts = tuple[mx.array, mx.array, mx.array]
 
 
-def pack(array: mx.array, bits: int, group_size: int, *, keep_mean: bool = False) -> Parts:
+def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     """Pack the last axis as ``mx.quantize`` lays it out, with less error.
 
     Args:
         array: (..., length, dim); many positions (a prompt) are searched, few are only clipped.
         bits: Width of a code.
         group_size: Divides ``dim``.
-        keep_mean: Whether the mean of each group is kept also where positions are few: worth it
-            where a group's mean matters more than its other directions.
 
     Returns:
         Codes, scales and biases, each (..., length, its own width).
     """
     share = share_of(bits, group_size)
-    if not array.size:
+    if share is None or not array.size:
         return _plain(array, bits, group_size)
-    if share is not None and array.shape[-2] > FEW:
+    if array.shape[-2] > FEW:
         groups = mx.unflatten(array, -1, (-1, group_size))
         codes, scale, bias = _search(share, bits, group_size)(groups)
         return _words(codes, bits), scale[..., 0], bias[..., 0]
-    if share is not None and share < 1:
-        groups, low = _clip(share)(mx.unflatten(array, -1, (-1, group_size)))
-        codes, scales, biases = _plain(groups.flatten(-2), bits, group_size)
-        biases = biases + low[..., 0]
-    else:
-        codes, scales, biases = _plain(array, bits, group_size)
-    if keep_mean:
-        whole = mx.dequantize(
-            codes, mx.ones_like(scales), mx.zeros_like(biases), group_size=group_size, bits=bits
-        )
-        biases = _mean_kept(group_size)(array, whole, scales)
-    return codes, scales, biases
+    near = (
+        _clip(share)(mx.unflatten(array, -1, (-1, group_size))).flatten(-2) if share < 1 else array
+    )
+    words, scales, biases = _plain(near, bits, group_size)
+    codes = mx.dequantize(
+        words, mx.ones_like(scales), mx.zeros_like(biases), group_size=group_size, bits=bits
+    )
+    scale, bias = _unbiased(group_size)(
+        *(mx.unflatten(each, -1, (-1, group_size)) for each in (array, codes))
+    )
+    return words, scale[..., 0], bias[..., 0]
 
 
 def share_of(bits: int, group_size: int) -> float | None:
@@ -70,31 +67,39 @@ def _plain(array: mx.array, bits: int, group_size: int) -> Parts:
 
 
 @cache
-def _clip(share: float) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
-    """Groups (..., elements) clipped and shifted to start at zero, and their offsets."""
+def _clip(share: float) -> Callable[[mx.array], mx.array]:
+    """Groups (..., elements) clipped and shifted to start at zero."""
 
-    def clip(groups: mx.array) -> tuple[mx.array, mx.array]:
+    def clip(groups: mx.array) -> mx.array:
         low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
         cut = (high - low) * ((1 - share) / 2)
         # MLX shifts a range so that zero has a code; a range that starts at zero is not shifted.
-        return mx.clip(groups, low + cut, high - cut) - (low + cut), low + cut
+        return mx.clip(groups, low + cut, high - cut) - (low + cut)
 
     return mx.compile(clip, shapeless=True)
 
 
 @cache
-def _mean_kept(group_size: int) -> Callable[[mx.array, mx.array, mx.array], mx.array]:
-    """Biases for arrays and their codes, both (..., dim), and scales (..., groups)."""
+def _unbiased(group_size: int) -> Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]:
+    """Scale and bias for groups and their codes, both (..., elements).
 
-    def biases(array: mx.array, codes: mx.array, scales: mx.array) -> mx.array:
-        means = (
-            mx.unflatten(each.astype(mx.float32), -1, (-1, group_size)).mean(axis=-1)
-            for each in (array, codes)
-        )
-        mean, middle = means
-        return (mean - scales.astype(mx.float32) * middle).astype(scales.dtype)
+    Least squares would shrink a group towards its mean, and with it the score of the very query
+    that looks for its key. This scale keeps the product of a group with itself, and the bias its
+    mean.
+    """
 
-    return mx.compile(biases, shapeless=True)
+    def unbiased(array: mx.array, codes: mx.array) -> tuple[mx.array, mx.array]:
+        groups, codes = array.astype(mx.float32), codes.astype(mx.float32)
+        mean, middle = groups.mean(axis=-1, keepdims=True), codes.mean(axis=-1, keepdims=True)
+        off = groups - mean
+        square = mx.square(off).sum(axis=-1, keepdims=True)
+        product = (off * codes).sum(axis=-1, keepdims=True)
+        some = mx.abs(product) > TINY  # MLX's codes may fall where elements rise
+        scale = mx.where(some, square / mx.where(some, product, 1.0), 0.0)
+        scale = scale.astype(array.dtype)
+        return scale, (mean - scale.astype(mx.float32) * middle).astype(array.dtype)
+
+    return mx.compile(unbiased, shapeless=True)
 
 
 @cache
@@ -127,12 +132,8 @@ def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Pa
         ):  # MLX before 0.31 confuses shapes when it selects from an axis of size one
             best = mx.argmax(explained, axis=-1, keepdims=True)
             scale, bias = (mx.take_along_axis(found, best, axis=-1) for found in (scale, bias))
-        # Codes are computed with the stored scale and bias.
-        scale, bias = scale.astype(array.dtype), bias.astype(array.dtype)
-        safe = mx.maximum(scale.astype(mx.float32), TINY)
-        codes = mx.clip(mx.round((groups - bias.astype(mx.float32)) / safe), 0, top)
-        bias = mean - scale.astype(mx.float32) * codes.mean(axis=-1, keepdims=True)
-        return codes.astype(mx.uint32), scale, bias.astype(array.dtype)
+        codes = mx.clip(mx.round((groups - bias) / mx.maximum(scale, TINY)), 0, top)
+        return codes.astype(mx.uint32), *_unbiased(group_size)(array, codes)
 
     return mx.compile(search, shapeless=True)
 

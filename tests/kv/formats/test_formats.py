@@ -32,7 +32,7 @@ def test_every_width_packs_every_head_dimension_it_divides(dim, bits, group_size
     # MLX moves the grid so that zero is on it, which may cost a little at the ends; the few codes
     # of narrow widths leave the ends out.
     clipped = 0.5 * max(0, 1 - COVERED.get(bits, 1) + 0.05 * (group_size == 128))
-    assert bool((error <= (1.05 / (2**bits - 1) + clipped) * span).all())
+    assert bool((error <= (1.1 / (2**bits - 1) + clipped) * span).all())
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -62,7 +62,7 @@ def test_narrow_codes_err_less_than_mlx_does(bits, group_size, dtype):
     searched = Packed(format.pack(array.reshape(1, -1, 128)), format).stored()
     assert searched.dtype == clipped.dtype == dtype
     assert error(clipped) <= error(whole)
-    assert error(searched.reshape(array.shape)) < 0.95 * error(clipped)
+    assert error(searched.reshape(array.shape)) < 0.97 * error(clipped)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -105,3 +105,14 @@ def test_indexing_takes_rows_of_every_part():
     part = packed[:, :, 2:5]
     assert part.shape == (2, 3, 3, 64)
     assert mx.array_equal(part.plain(), packed.plain()[:, :, 2:5])
+
+
+@pytest.mark.parametrize("length", [1, FEW + 1])
+@pytest.mark.parametrize("bits", COVERED)
+def test_a_vector_finds_itself_as_before(bits, length):
+    """Its product with what is packed of it is not smaller, as least squares would have it."""
+    array = mx.random.normal((100, length, 64), key=mx.random.key(bits))
+    format = Affine(bits, 64)
+    found = Packed(format.pack(array[:, None]), format).stored()[:, 0]
+    products = (array * found).sum(axis=-1) / mx.square(array).sum(axis=-1)
+    assert mx.allclose(products, mx.ones_like(products), atol=1e-3)

@@ -37,20 +37,21 @@ INLINE void pack_row(
     }
     if (explained > best) scale = slope, bias = base, best = explained;
   }
-  // Codes go by what is stored, not what was found; the bias then keeps the group's mean.
-  const T stored_scale = T(scale), stored_bias = T(bias);
-  scale = max(float(stored_scale), tiny), bias = float(stored_bias);
-  float middle = 0.0f;
+  // The scale that is stored keeps the product of a group with itself, the bias its mean.
+  float middle = 0.0f, product = 0.0f, square = 0.0f;
+  scale = max(scale, tiny);
   for (int i = 0; i < EACH; i++) {
     float code = min(max(rint((x[i] - bias) / scale), 0.0f), top);
     shared[warp * GROUP + 32 * i + lane] = uint(code);
-    middle += code;
+    middle += code, product += code * (x[i] - mean), square += (x[i] - mean) * (x[i] - mean);
   }
-  middle = sum_of_lanes(middle) / GROUP;
+  middle = sum_of_lanes(middle) / GROUP, product = sum_of_lanes(product);
+  square = sum_of_lanes(square);
+  const T stored_scale = T(STARTS == 0 ? scale : product > tiny ? square / product : 0.0f);
+  const T stored_bias = T(STARTS == 0 ? bias : mean - float(stored_scale) * middle);
   BARRIER;
   if (warp >= GROUPS) return;
-  if (lane == 0)
-    scales[group] = stored_scale, biases[group] = T(mean - float(stored_scale) * middle);
+  if (lane == 0) scales[group] = stored_scale, biases[group] = stored_bias;
   if (lane >= WORDS) return;
   uint word = 0;
   for (int i = 32 * lane / BITS; i * BITS < 32 * lane + 32; i++) {

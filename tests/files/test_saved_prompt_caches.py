@@ -37,7 +37,7 @@ def test_a_whole_file_loads(written):
     assert [type(cache).__name__ for cache in load(path)] == ["PackedKVCache", "KVCache"]
 
 
-@pytest.mark.parametrize("spec", ["5", "k4tv8", "k16v8g32"])
+@pytest.mark.parametrize("spec", ["5p", "k4tv8", "k16v8g32"])
 def test_bfloat16_and_nothing_load_as_they_were_saved(tmp_path, monkeypatch, spec):
     monkeypatch.setattr(stock, "PackedKVCache", PackedKVCache, raising=False)
     plan = parse_spec(spec)

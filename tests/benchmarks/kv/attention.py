@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384, 65536])
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--specs", nargs="*", default=["8", "k8v4", "4", "4t"])
+    parser.add_argument("--specs", nargs="*", default=["8", "k8v4", "4p", "4t"])
     parser.add_argument("--stock", nargs="*", default=[], help="bits to time mlx-lm's own at")
     parser.add_argument("--out", type=Path, help="also write the rows as JSON lines")
     args = parser.parse_args()

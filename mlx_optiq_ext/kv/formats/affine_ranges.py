@@ -1,7 +1,8 @@
 """Scales and biases of affine groups with less error than MLX's, by clipping and least squares.
 
 MLX's affine quantization spans each group from its smallest to its largest element. At few bits,
-finer steps for most elements outweigh the error of clipping the largest. The functions are
+finer steps for most elements outweigh the error of clipping the largest. The scale that is stored
+keeps the product of a group with itself, which least squares would shrink. The functions are
 compiled, so that a group is read a few times and not once for each operation.
 """
 

@@ -1,5 +1,6 @@
 """Mounts a KV plan on a model: which layers it packs, how, and what the model can work with."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from .._status import note
 from ..errors import InputError, OptiqError, UnsupportedError
 from ..model.layers import decoder_layers
 from .formats import Affine
-from .key_statistics import transforms, unfitted, with_transforms
+from .key_statistics import COUNT, LENGTH, transforms, unfitted, with_transforms
 from .layout import NAME, Mounted, Slot, mounted_on, owners, packed_caches, stock_caches
 from .plan import KVPlan, LayerFormat, check_layers
 
@@ -116,6 +117,14 @@ def _fitting(formats: LayerFormat, caches: list[Any], slot: Slot, plan: KVPlan) 
 def _with_transforms(model: nn.Module, mounted: Mounted) -> Mounted:
     """The mounted plan with the transforms that it lacks, fitted by all processes together."""
     if any(distributed.gathered(bool(unfitted(mounted)))):
+        if distributed.leads():
+            tokens = f"{COUNT * LENGTH:,} random tokens"
+            print(
+                f"[optiq] fitting the transforms of keys to {tokens}, which takes as long as a "
+                "prompt of that length",
+                file=sys.stderr,
+                flush=True,
+            )
         return with_transforms(mounted, transforms(model, mounted))
     return mounted
 

@@ -215,10 +215,11 @@ def test_entries_that_make_no_sense(entry, message, tmp_path):
         kv.read_plan(plan)
 
 
-def test_mounting_fits_what_a_plan_does_not_say():
+def test_mounting_fits_what_a_plan_does_not_say(capsys):
     model, plan = build("qwen3"), kv.parse_spec("4")
     assert plan is not None
     first, again = kv.mount(model, plan), kv.mount(model, plan)
+    assert "fitting the transforms of keys to 2,048 random tokens" in capsys.readouterr().err
     for slot, found in first.formats.items():
         assert isinstance(found.keys, Affine)
         assert found.keys.transform is not None

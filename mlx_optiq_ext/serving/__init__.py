@@ -20,19 +20,23 @@ from .body import check_text, read_object
 from .connection import Connection, Slots, drain, gone, turn_away
 from .guard import COMPLETIONS, HEALTH, MODELS, Guard, Limits, is_loopback, known_origins, warning
 from .keys import Keys
+from .metrics import METRICS, Metrics, Row
 from .refusal import Refusal, without_folders
 from .sampling import check, check_prompt, vocabulary_of
 
 __all__ = [
     "COMPLETIONS",
     "HEALTH",
+    "METRICS",
     "MODELS",
     "Answers",
     "Connection",
     "Guard",
     "Keys",
     "Limits",
+    "Metrics",
     "Refusal",
+    "Row",
     "Slots",
     "Waiting",
     "at_end",

@@ -27,7 +27,13 @@ def once(done: Callable[[], None]) -> Callable[[], None]:
 @contextlib.contextmanager
 def at_end(done: Callable[[], None]) -> Iterator[None]:
     """Have ``done`` called when the generation of the requests made in this block ends."""
-    token = _at_end.set(done)
+    outer = _at_end.get()
+
+    def both() -> None:
+        done()
+        outer()
+
+    token = _at_end.set(both)
     try:
         yield
     finally:

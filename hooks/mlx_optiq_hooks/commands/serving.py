@@ -10,7 +10,7 @@ from mlx_optiq_ext.errors import InputError
 from ..engine import session
 
 if TYPE_CHECKING:
-    from mlx_optiq_ext.serving import Guard
+    from mlx_optiq_ext.serving import Guard, Metrics
 
 #: Gives the key where the command line does not.
 KEY_VARIABLE = "MLX_OPTIQ_EXT_API_KEY"
@@ -24,6 +24,7 @@ class Options:
     max_connections: int | None = None
     max_body: int | None = None
     client_timeout: float | None = None
+    metrics: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Guarded:
         guard: Its rules.
         base: The model's folder or name.
         adapter_path: The adapter that ``--adapter-path`` names, or None.
+        metrics: What is counted; None if nothing is.
     """
 
     guard: "Guard"
     base: str
     adapter_path: str | None
+    metrics: "Metrics | None" = None
 
 
 def add_arguments(group) -> None:
@@ -69,6 +72,12 @@ def add_arguments(group) -> None:
         help="End connections that take longer to send a request, or to accept a piece of an "
         "answer (default: 60).",
     )
+    group.add_argument(
+        "--optiq-metrics",
+        action="store_const",
+        const=True,
+        help="Count requests, tokens and times, and show them at /metrics in Prometheus' format.",
+    )
 
 
 def keep_guard(options: Options, args) -> None:
@@ -81,7 +90,7 @@ def keep_guard(options: Options, args) -> None:
     Raises:
         OptiqError: An option is not usable.
     """
-    from mlx_optiq_ext.serving import Guard, Keys, Limits, known_origins, warning
+    from mlx_optiq_ext.serving import Guard, Keys, Limits, Metrics, known_origins, warning
 
     from ..installation import gate
 
@@ -109,4 +118,5 @@ def keep_guard(options: Options, args) -> None:
     )
     if said := warning(guard):
         print(f"mlx_lm.server: warning: {said}", file=sys.stderr)
-    session.keep(Guarded(guard, args.model, args.adapter_path))
+    metrics = Metrics() if options.metrics else None
+    session.keep(Guarded(guard, args.model, args.adapter_path, metrics))

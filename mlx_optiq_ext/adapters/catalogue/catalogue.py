@@ -14,13 +14,7 @@ from ..activation import MountedAdapter
 from ..fitted import Fitted
 from ..mounting import Mounts, prepare_model_for_mounted_lora
 from ..proof import rows_apart
-from .copies import (
-    AdapterConflictError,
-    AdaptersBusyError,
-    Copy,
-    State,
-    Ticket,
-)
+from .copies import AdapterConflictError, AdaptersBusyError, Copy, State, Ticket
 from .jobs import Jobs
 from .reading import Caps, Offer, Pin, Reader
 from .states import States
@@ -72,6 +66,14 @@ class Catalogue:
         """The state of every offered adapter, by name."""
         with self._changed:
             return {name: self._states.state(name) for name in self._states.offered()}
+
+    def uses(self) -> dict[str, int]:
+        """Requests and rows that use each mounted adapter; names with the same weights share it."""
+        mounts, names = self._mounts, [each.name for each in self.offers()]
+        if mounts is None:
+            return {}
+        found = {name: mounts.names.get(name) for name in names}
+        return {name: mounts.uses(each) for name, each in found.items() if each is not None}
 
     def attach(self, model: nn.Module) -> None:
         """Mount the offered adapters, up to the limit, on the model that was loaded.

@@ -107,8 +107,9 @@ def generate(wrapped, instance, args, kwargs):
     if guarded is None or client is None:
         _try_to_tokenize(instance, call["request"])
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.serving import Refusal, without_folders
+    from mlx_optiq_ext.serving import Refusal, Row, at_end, without_folders
 
+    row = Row(guarded.metrics)
     dead = guard.Refused(guard.dead())
     progress = call.get("progress_callback")
 
@@ -119,7 +120,8 @@ def generate(wrapped, instance, args, kwargs):
 
     try:
         _try_to_tokenize(instance, call["request"])
-        context, answers = wrapped(**{**call, "progress_callback": reported})
+        with at_end(row.end):
+            context, answers = wrapped(**{**call, "progress_callback": reported})
     except Refusal as refusal:
         raise guard.Refused(refusal) from refusal
     except Exception as error:
@@ -129,15 +131,19 @@ def generate(wrapped, instance, args, kwargs):
         message = f"the request cannot be served: {without_folders(str(error))}"
         raise guard.Refused(Refusal(400, message, "invalid_request", field)) from error
 
+    row.serve(len(context.prompt))
+
     def watched():
         try:
             for answer in answers:
                 client.check()
+                row.token(getattr(context, "prompt_cache_count", 0))
                 yield answer
         except RuntimeError as error:
             raise (dead if instance.optiq_waiting.dead else error) from error
         finally:
             context.stop()
+            row.end()
 
     return context, watched()
 
@@ -167,6 +173,7 @@ USES = of(
     "CompletionRequest.request_type",
     "GenerationArguments.logits",
     "GenerationArguments.sampling",
+    "GenerationContext.prompt",
     "GenerationContext.stop",
     "ModelProvider.model",
     "ModelProvider.tokenizer",

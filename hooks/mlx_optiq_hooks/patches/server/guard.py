@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from ...commands.serving import Guarded
 from ...engine import session
 from ...engine.patch import Patch, of
+from . import metrics
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.serving import Connection, Refusal
@@ -42,6 +43,8 @@ def __init__(wrapped, instance, args, kwargs):
     # http.server's own three arguments come last; it handles the whole connection in here.
     *rest, wire, client, server = args
     if not guard.slots.take():
+        if guarded.metrics is not None:
+            guarded.metrics.add("connections_refused_total")
         message = f"the server has {guard.limits.connections} connections: try again"
         busy = Refusal(503, message, "server_busy", headers={"Retry-After": "1"})
         return turn_away(wire, busy.answer())
@@ -49,6 +52,8 @@ def __init__(wrapped, instance, args, kwargs):
     token = connection.set(client_connection)
     instance.error_message_format = _ERRORS
     instance.error_content_type = "application/json"
+    if guarded.metrics is not None:
+        metrics.count_answers(instance)
     try:
         return wrapped(*rest, client_connection, client, server, **kwargs)
     finally:
@@ -60,11 +65,13 @@ def do_GET(wrapped, instance, args, kwargs):
     guarded = session.state(Guarded)
     if guarded is None:
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.serving import HEALTH, MODELS, Refusal
+    from mlx_optiq_ext.serving import HEALTH, METRICS, MODELS, Refusal
 
     def get():
         path = instance.path.partition("?")[0]
         guarded.guard.check_key(path, instance.headers)
+        if path == METRICS and guarded.metrics is not None:
+            return metrics.send(instance)
         if path not in (HEALTH, MODELS) and not path.startswith(f"{MODELS}/"):
             raise Refusal(404, "there is nothing at this path", "not_found")
         return wrapped(*args, **kwargs)

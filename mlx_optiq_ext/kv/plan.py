@@ -78,6 +78,14 @@ class KVPlan:
         formats = [*self.layers.values(), *([self.everywhere] if self.everywhere else [])]
         return any(each.keys or each.values for each in formats)
 
+    @property
+    def bits_per_element(self) -> float:
+        """Mean stored bits of an element over the layers that the plan names; 16 if unquantized."""
+        formats = [self.everywhere] if self.everywhere else list(self.layers.values())
+        sides = [side for each in formats for side in (each.keys, each.values)]
+        bits = [16.0 if side is None else side.bits_per_element for side in sides]
+        return sum(bits) / len(bits) if bits else 16.0
+
 
 def parse_spec(text: str) -> KVPlan | None:
     """A plan that is the same for all layers, from ``4``, ``k8v4`` or ``k8v4g32``.

@@ -16,6 +16,7 @@ Nothing here knows mlx-lm's server; a guard works on headers::
 """
 
 from .answers import Answers, Waiting, at_end, once
+from .audit import described, record
 from .body import check_text, read_object
 from .connection import Connection, Slots, drain, gone, turn_away
 from .guard import COMPLETIONS, HEALTH, MODELS, Guard, Limits, is_loopback, known_origins, warning
@@ -43,12 +44,14 @@ __all__ = [
     "check",
     "check_prompt",
     "check_text",
+    "described",
     "drain",
     "gone",
     "is_loopback",
     "known_origins",
     "once",
     "read_object",
+    "record",
     "turn_away",
     "vocabulary_of",
     "warning",

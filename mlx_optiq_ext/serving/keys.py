@@ -55,16 +55,32 @@ class Keys:
         Raises:
             Refusal: 401.
         """
-        scheme, _, key = (authorization or "").partition(" ")
-        key = key.strip()
-        if scheme.lower() != "bearer" or not key:
+        shown = _shown(authorization)
+        if shown is None:
             raise _refused(
                 "You didn't provide an API key: send it in the header Authorization: Bearer KEY"
             )
-        shown = _digest(key.encode("utf-8", "surrogateescape"))
         # Every key is compared: how long it takes does not depend on which one fits.
         if not sum(hmac.compare_digest(shown, each) for each in self._digests):
             raise _refused("Incorrect API key provided")
+
+    def number(self, authorization: str | None) -> int | None:
+        """Which key a header ``Authorization`` shows, from 1 in the order given; None if none."""
+        shown = _shown(authorization) or b""
+        fits = [hmac.compare_digest(shown, each) for each in self._digests]
+        return fits.index(True) + 1 if any(fits) else None
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+
+def _shown(authorization: str | None) -> bytes | None:
+    """Digest of the key that a header shows; None if it shows none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    key = key.strip()
+    if scheme.lower() != "bearer" or not key:
+        return None
+    return _digest(key.encode("utf-8", "surrogateescape"))
 
 
 def _digest(key: bytes) -> bytes:

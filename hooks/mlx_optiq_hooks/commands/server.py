@@ -113,6 +113,9 @@ def check(command, parsed, args) -> None:
     from mlx_optiq_ext import distributed
 
     kv.check(command, parsed, args)
+    if (plan := kv.plan()) is not None:
+        where = "every layer" if plan.everywhere else f"{len(plan.layers)} layers"
+        serving.say(f"KV cache: {plan.bits_per_element:.2f} bits per element in {where}")
     options, rules = read(Options, parsed), read(serving.Options, parsed)
     if given(options):
         _check_adapters(options, args)
@@ -179,6 +182,12 @@ def _keep_adapters(options: Options, base: str) -> None:
     caps = Caps(options.max_adapter_rank or Caps.rank, options.max_adapter_bytes)
     catalogue = Catalogue(offers, limit=options.max_adapters, caps=caps)
     session.keep(Serving(base, catalogue, options.adapter_dir))
+    serving.say(
+        f"adapters: {', '.join(each.name for each in offers) or 'none yet'}; at most "
+        f"{options.max_adapters or 'all'} mounted, of rank {caps.rank} or less"
+    )
+    if options.adapter_dir is not None:
+        serving.say(f"clients may load adapters from {options.adapter_dir}")
     running = session.running()
     if running is not None and distributed.size() > 1:
         running.facts |= {f"files of adapter {each.name}": digest(each.folder) for each in offers}

@@ -80,6 +80,14 @@ def add_arguments(group) -> None:
     )
 
 
+def say(line: str) -> None:
+    """Say at start what is on; one of several processes does."""
+    from mlx_optiq_ext import distributed
+
+    if distributed.rank() == 0:
+        print(f"mlx_lm.server: {line}", file=sys.stderr)
+
+
 def keep_guard(options: Options, args) -> None:
     """Check the options and keep the rules of the server that starts.
 
@@ -90,7 +98,15 @@ def keep_guard(options: Options, args) -> None:
     Raises:
         OptiqError: An option is not usable.
     """
-    from mlx_optiq_ext.serving import Guard, Keys, Limits, Metrics, known_origins, warning
+    from mlx_optiq_ext.serving import (
+        Guard,
+        Keys,
+        Limits,
+        Metrics,
+        described,
+        known_origins,
+        warning,
+    )
 
     from ..installation import gate
 
@@ -118,5 +134,7 @@ def keep_guard(options: Options, args) -> None:
     )
     if said := warning(guard):
         print(f"mlx_lm.server: warning: {said}", file=sys.stderr)
+    for line in described(guard, args.port, metrics=options.metrics):
+        say(line)
     metrics = Metrics() if options.metrics else None
     session.keep(Guarded(guard, args.model, args.adapter_path, metrics))

@@ -67,13 +67,12 @@ class Catalogue:
         with self._changed:
             return {name: self._states.state(name) for name in self._states.offered()}
 
-    def uses(self) -> dict[str, int]:
-        """Requests and rows that use each mounted adapter; names with the same weights share it."""
-        mounts, names = self._mounts, [each.name for each in self.offers()]
+    def mounted(self) -> dict[str, tuple[MountedAdapter, int]]:
+        """The mounted adapters by name, each with the number of requests and rows that use it."""
+        mounts = self._mounts
         if mounts is None:
             return {}
-        found = {name: mounts.names.get(name) for name in names}
-        return {name: mounts.uses(each) for name, each in found.items() if each is not None}
+        return {name: (each, mounts.uses(each)) for name, each in list(mounts.names.items())}
 
     def attach(self, model: nn.Module) -> None:
         """Mount the offered adapters, up to the limit, on the model that was loaded.

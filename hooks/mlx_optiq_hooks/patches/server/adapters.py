@@ -9,7 +9,7 @@ from mlx_optiq_ext.errors import OptiqError
 from ...commands.server import Serving
 from ...engine import session
 from ...engine.patch import Patch, bind, of
-from . import guard
+from . import audit, guard
 from . import model as server
 
 
@@ -113,7 +113,9 @@ def do_POST(wrapped, instance, args, kwargs):
 
     assert serving.updates is not None
     body = requests.read_body(instance.headers.get("Content-Length"), instance.rfile)
+    audit.note(instance, body)
     done = requests.update(serving.catalogue, serving.base, serving.updates, instance.path, body)
+    audit.note(instance, body)
     guard.send(instance, 200, done)
 
 

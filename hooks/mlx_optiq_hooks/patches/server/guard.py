@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from ...commands.serving import Guarded
 from ...engine import session
 from ...engine.patch import Patch, of
-from . import metrics
+from . import audit, metrics
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.serving import Connection, Refusal
@@ -106,6 +106,8 @@ def do_POST(wrapped, instance, args, kwargs):
         instance.rfile = io.BytesIO(content)
         return wrapped(*args, **kwargs)
 
+    if instance.path in changing():
+        return _guarded(instance, lambda: audit.change(instance, post))
     return _guarded(instance, post)
 
 

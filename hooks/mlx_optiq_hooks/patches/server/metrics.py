@@ -39,7 +39,7 @@ def send(handler: Any) -> None:
         states = Counter(state.value for state in serving.catalogue.states().values())
         for state, count in states.items():
             gauges["adapters", (("state", state),)] = count
-        for name, count in serving.catalogue.uses().items():
+        for name, (_, count) in serving.catalogue.mounted().items():
             gauges["adapter_uses", (("adapter", name),)] = count
     content = guarded.metrics.text(gauges).encode()
     handler.send_response(200)

@@ -62,7 +62,8 @@ def test_ci_runs_the_command_that_the_readme_gives():
 
 
 @pytest.mark.parametrize(
-    "switch", ["", "_API_KEY", "_BLOCK", "_TRACE", "_CACHE", "_METAL_KERNEL", "_STREAM"]
+    "switch",
+    ["", "_API_KEY", "_BLOCK", "_TRACE", "_CACHE", "_PROMPT_CACHE", "_METAL_KERNEL", "_STREAM"],
 )
 def test_every_environment_switch_stands_in_the_readme(switch):
     name = f"MLX_OPTIQ_EXT{switch}"

@@ -36,6 +36,9 @@ def tables() -> tuple[Patch, ...]:
     from .patches.server import (
         model as server,
     )
+    from .patches.server import (
+        prompts as server_prompts,
+    )
     from .patches.tuner import trainer
     from .patches.tuner import utils as tuner_utils
 
@@ -48,6 +51,7 @@ def tables() -> tuple[Patch, ...]:
         *generate.PATCHES,
         *server.PATCHES,
         *server_adapters.PATCHES,
+        *server_prompts.PATCHES,
         *server_ranks.PATCHES,
         *server_generation.PATCHES,
         *server_guard.PATCHES,

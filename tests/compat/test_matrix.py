@@ -61,7 +61,7 @@ def test_features_start_at_a_supported_release_and_say_why(feature):
 def test_every_feature_of_the_design_is_there():
     expected = (
         "weights plugins lora modalities kv kv_batched adapters adapters_batched evaluation "
-        "latency yolo sharded serving"
+        "latency yolo sharded serving prompts"
     )
     assert {feature.name for feature in features()} == set(expected.split())
 

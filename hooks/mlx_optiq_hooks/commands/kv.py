@@ -1,7 +1,6 @@
 """``--optiq-kv`` of the commands that run a model.
 
-It is the only option of ``mlx_lm.generate``, ``chat``, ``cache_prompt`` and ``perplexity``;
-``server``, ``benchmark`` and ``evaluate`` have it too.
+It is the only option of ``mlx_lm.perplexity``; the others have more.
 """
 
 import sys

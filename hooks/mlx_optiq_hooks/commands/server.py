@@ -11,7 +11,7 @@ from mlx_optiq_ext.errors import InputError, UnsupportedError
 
 from ..engine import session
 from ..engine.options import given, read
-from . import kv, serving
+from . import kv, prompts, serving
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.adapters import Catalogue
@@ -106,6 +106,7 @@ def add_arguments(group):
         help="The folder that clients may load adapters from.",
     )
     serving.add_arguments(group)
+    prompts.add_arguments(group)
 
 
 def check(command, parsed, args) -> None:
@@ -123,6 +124,7 @@ def check(command, parsed, args) -> None:
         serving.keep_guard(rules, args)
     if distributed.size() > 1:
         _check_processes(options, args)
+    prompts.check(command, parsed, args)
     if given(options):
         _keep_adapters(options, args.model)
 

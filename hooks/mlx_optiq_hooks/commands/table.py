@@ -3,23 +3,23 @@
 from collections.abc import Mapping
 
 from ..engine.flags import Command
-from . import benchmark, convert, evaluate, kv, lora, server, serving
+from . import benchmark, convert, evaluate, kv, lora, prompts, server, serving
 
-#: For commands whose only option is --optiq-kv.
-_RUNS_A_MODEL = Command(kv.add_arguments, kv.check)
+#: For commands that answer a prompt.
+_ANSWERS = Command(prompts.add_with_kv, prompts.check_with_kv)
 
 COMMANDS: Mapping[str, Command] = {
     "benchmark": Command(benchmark.add_arguments, benchmark.check),
-    "cache_prompt": _RUNS_A_MODEL,
-    "chat": _RUNS_A_MODEL,
+    "cache_prompt": _ANSWERS,
+    "chat": _ANSWERS,
     "convert": Command(convert.add_arguments, convert.check, interrupted=convert.interrupted),
     "evaluate": Command(
         evaluate.add_arguments, evaluate.check, evaluate.REPLACED, evaluate.interrupted
     ),
     "fuse": Command(),
-    "generate": _RUNS_A_MODEL,
+    "generate": _ANSWERS,
     "lora": Command(lora.add_arguments, lora.check, interrupted=lora.interrupted),
-    "perplexity": _RUNS_A_MODEL,
+    "perplexity": Command(kv.add_arguments, kv.check),
     "server": Command(
         server.add_arguments,
         server.check,

@@ -25,11 +25,13 @@ FEATURES = (
     "yolo",
     "sharded",
     "serving",
+    "prompts",
     "plugins",
 )
 
 #: Feature -> features that it needs: packed caches are made where plugins make theirs.
 NEEDS = {
+    "prompts": ("plugins",),
     "kv": ("plugins",),
     "kv_batched": ("kv", "plugins"),
     "adapters_batched": ("adapters",),

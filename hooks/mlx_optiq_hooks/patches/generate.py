@@ -1,10 +1,15 @@
-"""``mlx_lm.generate``: each row of a batch generator keeps the adapter it was inserted with."""
+"""``mlx_lm.generate``: adapters of a batch's rows, and prompts from disk.
+
+Each row of a batch generator keeps the adapter it was inserted with.
+"""
 
 import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from ..engine.patch import Patch, of
+from ..commands.prompts import Run
+from ..engine import session
+from ..engine.patch import Patch, bind, of
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.adapters import Routes
@@ -72,6 +77,29 @@ def run_batch(wrapped, instance, args, kwargs):
         return wrapped(*args, **kwargs)
 
 
+def generate_step(wrapped, instance, args, kwargs):
+    run, running = session.state(Run), session.current()
+    if run is None or running is None or running.command == "server":
+        return wrapped(*args, **kwargs)
+    call = bind(wrapped, args, kwargs)
+    if call.get("input_embeddings") is not None:
+        return wrapped(*args, **kwargs)
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    def make():
+        return make_prompt_cache(call["model"], run.max_kv_size)
+
+    caches = call.get("prompt_cache")
+    caches = make() if caches is None else caches
+
+    def generated(rest):
+        return wrapped(**{**call, "prompt": mx.array(rest), "prompt_cache": caches})
+
+    space = run.space((*run.source, None), make)
+    return run.sequences.run(space, call["prompt"].tolist(), caches, generated)
+
+
 RESPONSE = ("finish_reason", "prompt_cache", "uid")
 
 
@@ -116,5 +144,12 @@ PATCHES = (
         run_batch,
         "gives each row its adapter, in the order of the batch's uids",
         "GenerationBatch.uids",
+    ),
+    Patch(
+        "mlx_lm.generate:generate_step",
+        feature="prompts",
+        why="takes the beginning of a prompt from disk",
+        upstream="none: a saved prompt cache is named by hand (--prompt-cache-file)",
+        wrapper=generate_step,
     ),
 )

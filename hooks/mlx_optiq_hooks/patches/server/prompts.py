@@ -1,0 +1,94 @@
+"""``mlx_lm.server``: prompts on disk behind its prompt cache.
+
+The table stands behind that of the adapters, so that this wrapper is the outer one: it gets the
+cache first, and the adapters' keys reach it.
+"""
+
+from ...commands.prompts import Run
+from ...engine import session
+from ...engine.patch import Patch, bind, of
+from . import model as server
+
+
+@server.ending
+def load(wrapped, instance, args, kwargs):
+    result, run = wrapped(*args, **kwargs), session.state(Run)
+    if run is not None and instance.model_key is not None:
+        run.digest(instance.model_key)  # now, and not while a request waits
+    return result
+
+
+def __init__(wrapped, instance, args, kwargs):
+    run = session.state(Run)
+    if run is None:
+        return wrapped(*args, **kwargs)
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_optiq_ext.prompts import TieredPromptCache
+
+    call = bind(wrapped, args, kwargs)
+    provider = call["model_provider"]
+
+    def make():
+        caches = make_prompt_cache(provider.model)
+        if provider.draft_model is not None:
+            caches += make_prompt_cache(provider.draft_model)
+        return caches
+
+    def space(key):
+        # With an adapter: the model's key, the adapter's name and its version.
+        key, version = (key[0], key[2]) if isinstance(key[0], tuple) else (key, None)
+        return run.space(key, make, version)
+
+    call["prompt_cache"] = TieredPromptCache(call["prompt_cache"], run.stored, space)
+    return wrapped(**call)
+
+
+def _tokenize(wrapped, instance, args, kwargs):
+    result, run = wrapped(*args, **kwargs), session.state(Run)
+    if run is None or result[-1] is not None:  # a prompt with images is one part
+        return result
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from mlx_optiq_ext.prompts import divided, has_snapshots
+
+    provider = instance.model_provider
+    if not has_snapshots(make_prompt_cache(provider.model)):
+        return result
+    prompt, segments, kinds, *rest = result
+    enders = provider.tokenizer.eos_token_ids
+    return prompt, *divided(segments, kinds, enders), *rest
+
+
+USES = (
+    *of(
+        "mlx_lm.server",
+        *(f"ModelProvider.{name}" for name in ("draft_model", "model", "model_key", "tokenizer")),
+    ),
+    *of("mlx_lm.server", "ResponseGenerator.model_provider"),
+    *of("mlx_lm.tokenizer_utils", "TokenizerWrapper.eos_token_ids"),
+    *of(
+        "mlx_lm.models.cache",
+        *(f"LRUPromptCache.{name}" for name in ("fetch_nearest_cache", "insert_cache")),
+        *("KVCache.keys", "KVCache.values", "KVCache.offset", "KVCache.state", "KVCache.empty"),
+        *("ArraysCache.batch_size", "ArraysCache.state", "CacheList.caches"),
+    ),
+)
+
+
+def _patch(attribute: str, wrapper, why: str) -> Patch:
+    return Patch(
+        f"mlx_lm.server:{attribute}",
+        feature="prompts",
+        why=why,
+        upstream="none: prompt caches live in memory only (server.py)",
+        wrapper=wrapper,
+        uses=USES,
+    )
+
+
+PATCHES = (
+    _patch("ModelProvider.load", load, "knows the files of the served model"),
+    _patch("ResponseGenerator._tokenize", _tokenize, "keeps states at the ends of messages"),
+    _patch("ResponseGenerator.__init__", __init__, "puts prompts on disk behind those in memory"),
+)

@@ -1,0 +1,148 @@
+"""Finds the longest prefix of a prompt in a store, and keeps new prompts there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._status import note
+from ..errors import InputError
+from . import chain
+from .space import Space
+from .splitting import covered, cut, exact, has_snapshots, join, leaves, per_token, storable
+from .store import BlockStore
+from .writer import Writer
+
+
+@dataclass(frozen=True)
+class StoredPrompts:
+    """The prompts in a store.
+
+    Attributes:
+        store: Where they are.
+        block: Tokens of a block.
+        writer: Writes what is new.
+    """
+
+    store: BlockStore
+    block: int = chain.BLOCK
+    writer: Writer = field(default_factory=Writer)
+
+    def find(
+        self, space: Space, tokens: Sequence[int], known: int = 0
+    ) -> tuple[list[Any], int] | None:
+        """Caches of a stored prefix, and its length.
+
+        At least one token is left, because a model must be run on one.
+
+        Args:
+            space: What the prompt is computed with.
+            tokens: The prompt.
+            known: Tokens that the caller has already; only longer prefixes count.
+        """
+        if len(tokens) - 1 <= known or not chain.keyable(tokens):
+            return None
+        caches = space.make()
+        keys = chain.keys(space.digest, tokens[:-1], self.block)
+        if has_snapshots(caches):
+            return self._with_snapshot(space, tokens, keys, caches, known)
+        return self._of_blocks(space, keys, caches, known)
+
+    def keep(self, space: Space, tokens: Sequence[int], caches: Sequence[Any]) -> None:
+        """Write what is new of a prompt, off this thread.
+
+        Args:
+            space: What it was computed with.
+            tokens: The prompt.
+            caches: One row's.
+        """
+        length = covered(caches, len(tokens))
+        if not length or not self.store.writable or not chain.keyable(tokens):
+            return
+        if not storable(caches):
+            return
+        keys = chain.keys(space.digest, tokens[:length], self.block)
+        for place, key in enumerate(keys[1:] if any(map(per_token, leaves(caches))) else ()):
+            if self.writer.waits(key) or self.store.has(space.digest, key):
+                continue
+            start = place * self.block
+            piece = cut(key, caches, start, start + self.block)
+            if not self.writer.offer(piece, lambda each: self.store.write(space.digest, each)):
+                return  # what lies behind a gap is never found
+        if has_snapshots(caches) and exact(caches, length):
+            self._keep_snapshot(space, tokens[:length], keys, caches)
+
+    def _keep_snapshot(
+        self, space: Space, tokens: Sequence[int], keys: list[str], caches: Sequence[Any]
+    ) -> None:
+        start, parent = (len(keys) - 1) * self.block, keys[-1]
+        rest = len(tokens) - start
+        key = chain.tail_key(parent, tokens[start:])
+        if self.writer.waits(key) or self.store.has_snapshot(space.digest, parent, rest, key):
+            return
+        piece = cut(key, caches, start, len(tokens), snapshot=True)
+        self.writer.offer(
+            piece, lambda each: self.store.write_snapshot(space.digest, parent, rest, each)
+        )
+
+    def _of_blocks(
+        self, space: Space, keys: list[str], caches: list[Any], known: int
+    ) -> tuple[list[Any], int] | None:
+        if (len(keys) - 1) * self.block <= known:
+            return None
+        pieces = self._blocks(space, keys, known)
+        length = len(pieces) * self.block
+        if length <= known or not _joined(caches, pieces, length):
+            return None
+        self.store.used(space.digest, keys[1 : len(pieces) + 1])
+        return caches, length
+
+    def _with_snapshot(
+        self, space: Space, tokens: Sequence[int], keys: list[str], caches: list[Any], known: int
+    ) -> tuple[list[Any], int] | None:
+        blocks = any(map(per_token, leaves(caches)))
+        for place in range(len(keys) - 1, -1, -1):
+            start, parent = place * self.block, keys[place]
+            if start + self.block <= known:
+                return None
+            for rest, key in self.store.snapshots(space.digest, parent):
+                length = start + rest
+                if not known < length < len(tokens):
+                    continue
+                if chain.tail_key(parent, tokens[start:length]) != key:
+                    continue
+                used = keys[: place + 1] if blocks else keys[:1]
+                pieces = self._blocks(space, used, known)
+                last = self.store.snapshot(space.digest, parent, rest, key)
+                if last is None or len(pieces) < len(used) - 1:
+                    continue
+                if not blocks:
+                    last = type(last)(last.key, last.arrays, {**last.notes, "tokens": length})
+                if _joined(caches, [*pieces, last], length):
+                    self.store.used(space.digest, used[1:], (parent, rest, key))
+                    return caches, length
+                caches = space.make()
+        return None
+
+    def _blocks(self, space: Space, keys: list[str], known: int) -> list[Any]:
+        """The blocks behind the first key, up to the first that is absent; none if too short."""
+        there = 0
+        while there < len(keys) - 1 and self.store.has(space.digest, keys[there + 1]):
+            there += 1
+        found: list[Any] = []
+        if there * self.block + self.block <= known:
+            return found
+        for key in keys[1 : there + 1]:
+            piece = self.store.block(space.digest, key)
+            if piece is None:
+                break
+            found.append(piece)
+        return found
+
+
+def _joined(caches: list[Any], pieces: list[Any], length: int) -> bool:
+    try:
+        join(caches, pieces, length)
+    except (AttributeError, IndexError, InputError, KeyError, TypeError, ValueError) as error:
+        note("a stored prompt does not fit this model and is computed again", error)
+        return False
+    return True

@@ -18,6 +18,7 @@ A server keeps them behind mlx-lm's cache in memory, so that a prompt is compute
     caches, known = stored.find(space, tokens) or (space.make(), 0)
     logits = model(mx.array([tokens[known:]]), cache=caches)
     stored.keep(space, tokens, caches)
+    print(f"{known} of {len(tokens)} tokens were on disk")
 """
 
 from .inspection import clear, summary

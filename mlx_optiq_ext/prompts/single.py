@@ -1,5 +1,6 @@
 """One sequence at a time, as ``mlx_lm.generate`` and ``mlx_lm.chat`` run a model."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,6 +43,10 @@ class Sequences:
         found = None if before else self._stored.find(space, prompt)
         if found is not None:
             caches[:], rest = found[0], prompt[found[1] :]
+            print(
+                f"[optiq] {found[1]} of the prompt's {len(prompt)} tokens were on disk",
+                file=sys.stderr,
+            )
         tokens = [*before, *prompt]
         try:
             for token, logprobs in generate(rest):

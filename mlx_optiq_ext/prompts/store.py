@@ -103,7 +103,7 @@ class BlockStore:
         The first block counts as the last one used: without it the others are of no use.
         """
         now = time.time_ns()
-        paths = [self._block(space, key) for key in keys]
+        paths: list[Path] = [self._block(space, key) for key in keys]
         for place, path in enumerate(
             [*paths, *([self._snapshot(space, *snapshot)] if snapshot else [])]
         ):

@@ -126,7 +126,7 @@ def test_a_module_that_does_not_import_is_named(run, fake_mlx_lm):
     ("blocked", "off"),
     [
         ("kv", ["kv", "kv_batched"]),
-        ("plugins", ["kv", "kv_batched", "plugins", "prompts"]),
+        ("plugins", ["kv", "kv_batched", "prompts", "plugins"]),
         ("adapters", ["adapters", "adapters_batched"]),
     ],
 )

@@ -1,0 +1,119 @@
+"""Random conversations answer with a prompt cache as they do without one."""
+
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from .conftest import Toy, states, stored, tiered, toy
+
+pytestmark = pytest.mark.newest
+
+TOKEN = st.integers(1, 28)
+MESSAGE = st.lists(TOKEN, min_size=1, max_size=9)
+#: What a client does next: a turn, an answer again, an edited last turn, another conversation, a
+#: restart.
+STEP = st.one_of(
+    st.tuples(st.just("turn"), MESSAGE),
+    st.tuples(st.just("again"), st.just([1])),
+    st.tuples(st.just("edit"), MESSAGE),
+    st.tuples(st.just("branch"), MESSAGE),
+    st.tuples(st.just("restart"), st.just([1])),
+)
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(system=st.lists(TOKEN, min_size=3, max_size=12), steps=st.lists(STEP, max_size=7))
+def test_a_conversation_answers_as_without_a_cache(own: Toy, system, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        at = stored(Path(folder))
+        cache, history, last = tiered(own, at), list(system), list(system)
+        for what, message in steps:
+            if what == "restart":
+                assert at.writer.flush()
+                at = stored(Path(folder))
+                cache = tiered(own, at)
+                continue
+            if what == "turn":
+                last = [*history, *message]
+            elif what == "edit":
+                last = [*last[: max(1, len(last) - 2)], *message]
+            elif what == "branch":
+                last = [*system, *message]
+            answer = own.answer(last, 3, cache)
+            assert answer == own.answer(last, 3)
+            history = [*last, *answer]
+        assert at.writer.flush()
+
+
+def test_what_was_saved_comes_back_bit_for_bit(own, tmp_path):
+    at, tokens = stored(tmp_path), [(7 * i) % 29 for i in range(42)]
+    caches = own.make()
+    mx.eval(own.model(mx.array([tokens]), cache=caches))
+    at.keep(own.space, tokens, caches)
+    assert at.writer.flush()
+    found = stored(tmp_path).find(own.space, [*tokens, 1])
+    assert found is not None
+    again, length = found
+    assert length >= 40
+    saved, restored = states(caches, length), states(again, length)
+    assert len(saved) == len(restored) > 0
+    for one, other in zip(saved, restored, strict=True):
+        if isinstance(one, mx.array):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            assert bool(mx.array_equal(one, other))
+        else:
+            assert one == other
+
+
+def test_long_conversations_compute_only_what_is_new(own, tmp_path):
+    at = stored(tmp_path)
+    history, new = [3], []
+    for turn in range(20):
+        if turn % 5 == 0:  # a restart
+            assert at.writer.flush()
+            at = stored(tmp_path)
+            cache = tiered(own, at)
+        message = [(turn + i) % 28 + 1 for i in range(6)]
+        own.seen.clear()
+        answer = own.answer([*history, *message], 2, cache)
+        new.append(own.seen[0] - len(message))
+        history += [*message, *answer]
+    assert at.writer.flush()
+    assert max(new) <= at.block  # what lies behind the last whole block
+
+
+def test_nothing_is_shared_with_another_plan_model_or_adapter(tmp_path):
+    one, other = toy("qwen3", "8g32"), toy("qwen3", "6g32")
+    from mlx_optiq_ext import prompts
+
+    spaces = [
+        one.space,
+        other.space,
+        prompts.space_of(one.make, "another"),
+        prompts.space_of(one.make, one.name, [("digest", 1.0)]),
+        prompts.space_of(one.make, one.name, [("digest", 2.0)]),
+    ]
+    assert len({each.digest for each in spaces}) == len(spaces)
+    at, tokens = stored(tmp_path), list(range(1, 22))
+    caches = one.make()
+    mx.eval(one.model(mx.array([tokens]), cache=caches))
+    at.keep(one.space, tokens, caches)
+    assert at.writer.flush()
+    assert [at.find(each, tokens) is not None for each in spaces] == [True] + [False] * 4
+
+
+def test_ten_prompts_behind_one_store_it_once(tmp_path):
+    own, at = toy("qwen3"), stored(tmp_path)
+    cache = tiered(own, at)
+    system = [(5 * i) % 29 for i in range(80)]
+    for number in range(10):
+        own.answer([*system, number + 1, 2], 2, cache)
+        assert at.writer.flush()
+    files = list(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 80 // 4 + 10

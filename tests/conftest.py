@@ -49,6 +49,7 @@ NEWEST = (
     "lora/test_reading.py",
     "packaging",
     "planning",
+    "prompts",
     "test_benchmarks.py",
     "test_docs.py",
     "turboquant",

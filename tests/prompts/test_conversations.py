@@ -4,13 +4,10 @@ import tempfile
 from pathlib import Path
 
 import mlx.core as mx
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from .conftest import Toy, states, stored, tiered, toy
-
-pytestmark = pytest.mark.newest
 
 TOKEN = st.integers(1, 28)
 MESSAGE = st.lists(TOKEN, min_size=1, max_size=9)

@@ -8,14 +8,6 @@ import pytest
 from live_server import Server, serve, write_exact
 from toy_adapters import write_adapter
 
-pytestmark = [
-    pytest.mark.newest,
-    pytest.mark.skipif(
-        tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32),
-        reason="prompts on disk need mlx-lm 0.32",
-    ),
-]
-
 STORY = " ".join(f"There are {i} bricks in bag {i * 3 % 17}." for i in range(60))
 QUESTIONS = (" How many?", " Why?", " What is in bag 3?")
 

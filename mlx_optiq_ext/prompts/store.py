@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,13 +105,11 @@ class BlockStore:
         """
         now = time.time_ns()
         paths: list[Path] = [self._block(space, key) for key in keys]
-        for place, path in enumerate(
-            [*paths, *([self._snapshot(space, *snapshot)] if snapshot else [])]
-        ):
-            try:
+        if snapshot is not None:
+            paths.append(self._snapshot(space, *snapshot))
+        for place, path in enumerate(paths):
+            with suppress(OSError):
                 os.utime(path, ns=(now, now - place * 1000))
-            except OSError:
-                continue
 
     def evict(self) -> None:
         """Remove what was used least recently until the folder is within its size."""

@@ -11,9 +11,10 @@ The base model is never changed; outside of the block it runs without an adapter
         print(mlx_lm.generate(model, tokenizer, "All users older than 30?", max_tokens=16))
 """
 
-from .activation import AdapterActivation, MountedAdapter, activate, active
+from .activation import AdapterActivation, activate, active
 from .catalogue import Caps, Catalogue, Offer, RequestQueue, read_offers
 from .layers import MountedLoRAEmbedding, MountedLoRALinear, MountedLoRASwitchLinear
+from .mixture import Mixture, MountedAdapter, adapters_in, mixed
 from .mounting import (
     Mounts,
     mount_adapter_on_model,
@@ -22,6 +23,7 @@ from .mounting import (
     unmount,
 )
 from .naming import base_names, check_name, shortened
+from .peers import counterpart
 from .prompt_cache import AdapterPromptCache
 from .requests import Selected, Wanted, refusal, select
 from .routing import Routes
@@ -32,6 +34,7 @@ __all__ = [
     "AdapterPromptCache",
     "Caps",
     "Catalogue",
+    "Mixture",
     "MountedAdapter",
     "MountedLoRAEmbedding",
     "MountedLoRALinear",
@@ -45,8 +48,11 @@ __all__ = [
     "Wanted",
     "activate",
     "active",
+    "adapters_in",
     "base_names",
     "check_name",
+    "counterpart",
+    "mixed",
     "mount_adapter_on_model",
     "mounts_on",
     "note_split",

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from ..lora import Adapter, LayerAdapter
 from ..lora.fitting import fit_modules
+from .mixture import check_scale
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,18 @@ def fit(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Fitted:
             "alone with --adapter-path, or train LoRA"
         )
     return Fitted(adapter.source, _version(fitted.layers), fitted.layers)
+
+
+def rescaled(fitted: Fitted, scale: float) -> Fitted:
+    """The adapter with its updates times a scale; other weights, and so another version.
+
+    Raises:
+        InputError: The scale is no finite number, or too large.
+    """
+    if check_scale(scale) == 1:
+        return fitted
+    layers = {p: replace(each, scale=each.scale * scale) for p, each in fitted.layers.items()}
+    return Fitted(fitted.source, _version(layers), layers)
 
 
 def _version(layers: Mapping[str, LayerAdapter]) -> str:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..errors import UnsupportedError
 from ..lora.geometry import EMBEDDING, EXPERTS
-from .activation import Route
+from .activation import Route, Slot
 from .stack import Stack, Stacks, gather
 
 #: Linear layers that sum over the ranks, and all linear layers that are split over ranks.
@@ -58,11 +58,11 @@ class MountedLoRALinear(_Mounted):
     def adapted(self, x: mx.array, y: mx.array) -> mx.array:
         """The base layer's output for ``x`` with the adapters' updates."""
         for stack, at in self.mounted.chosen():
-            if isinstance(at, int):
-                z = (x @ stack.a[at]) @ stack.b[at]
+            if isinstance(at, Slot):
+                z = at.scaled((x @ stack.a[at.index]) @ stack.b[at.index], y.dtype)
             else:
-                z = _by_rows(x, stack.a, stack.b, at)
-            y = y + z.astype(y.dtype)
+                z = _by_rows(x, stack.a, stack.b, at, y.dtype)
+            y = y + z
         return y
 
 
@@ -98,7 +98,7 @@ class MountedLoRASwitchLinear(_Mounted):
         """Map (..., 1, in) to (..., 1, out); ``indices``, (...), are the experts."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         for stack, at in self.mounted.chosen():
-            y = y + _experts(x, stack, at, indices, sorted_indices).astype(y.dtype)
+            y = y + _experts(x, stack, at, indices, sorted_indices, y.dtype)
         return y
 
 
@@ -121,14 +121,14 @@ class MountedLoRAEmbedding(_Mounted):
         """Map tokens, (...), to (..., dims)."""
         y = self.embedding(x)
         for stack, at in self.mounted.chosen():
-            if isinstance(at, int):
-                z = stack.a[at][x] @ stack.b[at]
+            if isinstance(at, Slot):
+                z = at.scaled(stack.a[at.index][x] @ stack.b[at.index], y.dtype)
             else:
                 rows = at.by_row(x[..., None])[..., 0]
                 first = at.slots[:, None] * stack.a.shape[1]
                 z = at.masked(stack.a.reshape(-1, stack.rank)[first + rows])
-                z = gather(z, stack.b, at.slots).reshape(y.shape)
-            y = y + z.astype(y.dtype)
+                z = at.scaled(gather(z, stack.b, at.slots), y.dtype).reshape(y.shape)
+            y = y + z
         return y
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -136,12 +136,12 @@ class MountedLoRAEmbedding(_Mounted):
         base: Any = self.embedding
         y = base.as_linear(x)
         for stack, at in self.mounted.chosen():
-            if isinstance(at, int):
+            if isinstance(at, Slot):
                 # Sliced first: MLX before 0.32 slices a transposed stack of one wrongly.
-                z = (x @ stack.b[at].T) @ stack.a[at].T
+                z = at.scaled((x @ stack.b[at.index].T) @ stack.a[at.index].T, y.dtype)
             else:
-                z = _by_rows(x, stack.b, stack.a, at, transpose=True)
-            y = y + z.astype(y.dtype)
+                z = _by_rows(x, stack.b, stack.a, at, y.dtype, transpose=True)
+            y = y + z
         return y
 
 
@@ -197,25 +197,29 @@ def _product(base: Any, x: mx.array) -> mx.array:
 
 
 def _by_rows(
-    x: mx.array, a: mx.array, b: mx.array, at: Route, *, transpose: bool = False
+    x: mx.array, a: mx.array, b: mx.array, at: Route, dtype: mx.Dtype, *, transpose: bool = False
 ) -> mx.array:
     z = at.masked(gather(at.by_row(x), a, at.slots, transpose=transpose))
-    return gather(z, b, at.slots, transpose=transpose).reshape(*x.shape[:-1], -1)
+    z = at.scaled(gather(z, b, at.slots, transpose=transpose), dtype)
+    return z.reshape(*x.shape[:-1], -1)
 
 
 def _experts(
-    x: mx.array, stack: Stack, at: int | Route, indices: mx.array, is_sorted: bool
+    x: mx.array,
+    stack: Stack,
+    at: Slot | Route,
+    indices: mx.array,
+    is_sorted: bool,
+    dtype: mx.Dtype,
 ) -> mx.array:
     """The update of (..., 1, in), whose leading dimensions are those of ``indices``."""
-    if isinstance(at, int):
-        return gather(gather(x, stack.a[at], indices), stack.b[at], indices)
+    if isinstance(at, Slot):
+        z = gather(gather(x, stack.a[at.index], indices), stack.b[at.index], indices)
+        return at.scaled(z, dtype)
     a, b = (each.reshape(-1, *each.shape[2:]) for each in (stack.a, stack.b))
     row = _row_of(indices, at.rows, is_sorted)
     slots = at.slots[row] * stack.a.shape[1] + indices.astype(mx.uint32)
-    z = gather(x, a, slots)
-    if at.keep is not None:
-        z = mx.where(at.keep[row][..., None, None], z, 0)
-    return gather(z, b, slots)
+    return at.scaled(gather(at.masked(gather(x, a, slots), row), b, slots), dtype, row)
 
 
 def _row_of(indices: mx.array, rows: int, is_sorted: bool) -> mx.array:

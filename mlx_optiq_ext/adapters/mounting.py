@@ -13,9 +13,10 @@ from ..errors import InputError, UnsupportedError
 from ..lora import Adapter, read_adapter
 from ..lora.geometry import EXPERTS, geometry
 from . import stack as stacking
-from .activation import MountedAdapter, Selection, registries
-from .fitted import Fitted, fit
+from .activation import Rows, Selection, registries, resolved
+from .fitted import Fitted, fit, rescaled
 from .layers import SPLIT, MountedExperts, mounted_layer
+from .mixture import Mixture, MountedAdapter, adapters_in, check_scale
 from .split import split_of
 from .stack import Stack, Stacks
 
@@ -59,21 +60,22 @@ class Mounts:
         """
         return fit(adapter, self._modules if self._split is None else self._split.modules)
 
-    def mount(self, name: str, adapter: Adapter | Fitted) -> MountedAdapter:
+    def mount(self, name: str, adapter: Adapter | Fitted, scale: float = 1.0) -> MountedAdapter:
         """Mount an adapter. It replaces one of the same name for new rows; old rows keep theirs.
 
         Args:
             name: The name that selects it.
             adapter: From `lora.read_adapter` or `fit`.
+            scale: Factor of its updates.
 
         Returns:
             The mounted adapter; the existing one if the same weights have a name already.
 
         Raises:
-            InputError: It is for another model.
+            InputError: It is for another model, or the scale is unusable.
             UnsupportedError: It is DoRA, or cannot follow how the model is split over ranks.
         """
-        fitted = adapter if isinstance(adapter, Fitted) else self.fit(adapter)
+        fitted = rescaled(adapter if isinstance(adapter, Fitted) else self.fit(adapter), scale)
         for twin in list(self.names.values()):
             if twin.version == fitted.version:
                 self.link(name, twin)
@@ -135,13 +137,20 @@ class Mounts:
             if adapter in self._placed and not self._uses[adapter]:
                 self._take_off(adapter)
 
-    def resolve(self, selection: Selection) -> MountedAdapter | None:
-        """The adapter of this model that a selection names for a new row."""
+    def resolve(self, selection: Selection) -> MountedAdapter | Mixture | None:
+        """What a selection is on this model, for a new row; None if all of it is on others.
+
+        Raises:
+            InputError: A part of a sum is on another model.
+        """
         if isinstance(selection, str):
             return self.names.get(selection)
-        if isinstance(selection, MountedAdapter) and selection in self._placed:
-            return selection
-        return None
+        found = resolved(selection, self.names)
+        if isinstance(found, Rows) or not self._placed.intersection(adapters_in(found)):
+            return None
+        if not self._placed.issuperset(adapters_in(found)):
+            raise InputError("a part of the sum of adapters is mounted on another model")
+        return found
 
     def use(self, adapter: MountedAdapter) -> None:
         """Count a use, which keeps the adapter mounted until `done`."""
@@ -171,9 +180,8 @@ class Mounts:
         for path, stacks in grown.items():
             layer = self._layers.get(path)
             if layer is None:
-                layer = self._layers[path] = Stacks(self.names)
-                kind = self._kind(path)
-                layer.stacks = stacks
+                kind, layer = self._kind(path), Stacks(self.names)
+                self._layers[path], layer.stacks = layer, stacks
                 if kind == EXPERTS:
                     self._tell_rows(path.rpartition(".")[0])
                 put(self.model, path, mounted_layer(self._modules[path], kind, layer))
@@ -242,7 +250,7 @@ def mounts_on(model: Any) -> Mounts | None:
 
 
 def mount_adapter_on_model(
-    model: nn.Module, adapter_id: str, path_or_repo: str | Path
+    model: nn.Module, adapter_id: str, path_or_repo: str | Path, scale: float = 1.0
 ) -> MountedAdapter:
     """Read an adapter in any form and mount it.
 
@@ -250,12 +258,15 @@ def mount_adapter_on_model(
         model: An mlx-lm model.
         adapter_id: The name for `AdapterActivation`.
         path_or_repo: A folder, or a repository on the Hub.
+        scale: Factor of its updates, on top of the file's own.
 
     Raises:
-        InputError: The files are missing or damaged, or for another model.
+        InputError: The files are missing or damaged, or for another model; the scale is unusable.
         UnsupportedError: It is DoRA.
     """
-    return prepare_model_for_mounted_lora(model).mount(adapter_id, read_adapter(path_or_repo))
+    check_scale(scale)
+    mounts, adapter = prepare_model_for_mounted_lora(model), read_adapter(path_or_repo)
+    return mounts.mount(adapter_id, adapter, scale)
 
 
 def unmount(model: nn.Module, adapter_id: str) -> None:

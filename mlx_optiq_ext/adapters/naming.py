@@ -44,5 +44,5 @@ def check_name(name: str) -> None:
         c.isascii() and (c.isalnum() or c in "._-:/@") for c in name
     ):
         raise InputError(
-            f"adapter name {shortened(name)}: use up to 128 letters, digits and . _ - : / @"
+            f"adapter name {shortened(name)}: use up to 128 letters, digits and . _ - : / @ +"
         )

@@ -2,34 +2,34 @@
 
 from typing import Any
 
-from .activation import MountedAdapter
+from .mixture import Mixture, MountedAdapter, signature
 
 
 class SignedCache(list):
-    """The caches of one row, with the adapter that made them.
+    """The caches of one row, with the adapter or sum of adapters that made them.
 
     Attributes:
-        adapter: The adapter; None for the base model.
+        adapter: What made them; None for the base model.
     """
 
-    adapter: MountedAdapter | None = None
+    adapter: MountedAdapter | Mixture | None = None
 
 
-def signed(caches: list[Any], adapter: MountedAdapter | None) -> SignedCache:
-    """A row's caches with its adapter."""
+def signed(caches: list[Any], adapter: MountedAdapter | Mixture | None) -> SignedCache:
+    """A row's caches with its adapter or sum of adapters."""
     result = SignedCache(caches)
     result.adapter = adapter
     return result
 
 
 class AdapterPromptCache:
-    """mlx-lm's ``LRUPromptCache`` with adapters in its keys: their names and versions.
+    """mlx-lm's ``LRUPromptCache`` with adapters in its keys: their names, versions and scales.
 
     A new version of an adapter does not find the entries of an old one; they age out of the LRU.
 
     Args:
         cache: An ``LRUPromptCache``.
-        current: Gives the adapter of the request that is being served.
+        current: Gives what the request that is being served selects.
     """
 
     def __init__(self, cache: Any, current: Any):
@@ -55,5 +55,5 @@ class AdapterPromptCache:
         return self._cache.insert_cache(_key(model, adapter), tokens, prompt_cache, **kwargs)
 
 
-def _key(model: Any, adapter: MountedAdapter | None) -> Any:
-    return model if adapter is None else (model, adapter.name, adapter.version)
+def _key(model: Any, adapter: MountedAdapter | Mixture | None) -> Any:
+    return model if adapter is None else (model, signature(adapter))

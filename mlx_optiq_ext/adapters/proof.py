@@ -5,7 +5,8 @@ import mlx.nn as nn
 
 from .. import distributed
 from ..errors import OptiqError
-from .activation import AdapterActivation, MountedAdapter, Rows
+from .activation import AdapterActivation, Rows
+from .mixture import MountedAdapter
 from .mounting import Mounts
 
 #: Enough for mlx-lm's blocks of experts to sort them.

@@ -1,6 +1,6 @@
 """Selects a request's adapter, and answers in OpenAI's form if it cannot be served."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +15,7 @@ from .catalogue import (
     Offer,
     UnknownAdapterError,
 )
+from .mixture import check_scale
 from .naming import DEFAULT_MODEL, base_names, check_name, public_name, shortened
 
 #: Header that selects an adapter.
@@ -23,6 +24,8 @@ HEADER = "X-OptIQ-Adapter"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 #: The field that names an adapter -> the one that names its files.
 PATHS = {"lora_name": "lora_path"}
+#: Adapters that one request may name.
+MOST = 16
 #: Bytes of a request to load or unload an adapter.
 LIMIT = 1 << 16
 
@@ -55,29 +58,34 @@ class Wanted:
         adapters: The field ``adapters``, a name or a source; None if absent.
         header: The header `HEADER`; None if absent.
         draft_model: The field ``draft_model``.
+        lora: The field ``lora``: objects with ``id``, a name, and ``scale``; None if absent.
     """
 
     model: str = DEFAULT_MODEL
     adapters: str | None = None
     header: str | None = None
     draft_model: str = DEFAULT_MODEL
+    lora: Any = None
 
 
 @dataclass(frozen=True)
 class Selected:
-    """An adapter that a request selects.
+    """The adapters that a request selects.
 
     Attributes:
-        name: The adapter's name.
-        field: The field or header that named it.
+        scales: Scales by name, none of them 0.
+        field: The field or header that named them.
     """
 
-    name: str
+    scales: Mapping[str, float]
     field: str
 
 
 def select(offered: Iterable[Offer], base: str, wanted: Wanted) -> Selected | None:
-    """The adapter that a request selects; None for the base model.
+    """The adapters that a request selects; None for the base model.
+
+    Every field may name several, joined by ``+``; an adapter whose own name has one comes first.
+    ``lora`` gives them scales. Fields that name adapters must agree.
 
     Args:
         offered: The served adapters.
@@ -85,29 +93,77 @@ def select(offered: Iterable[Offer], base: str, wanted: Wanted) -> Selected | No
         wanted: The request's fields.
 
     Raises:
-        Refusal: The request names something that is not served, or two adapters.
+        Refusal: The request names something that is not served, its fields disagree, or ``lora``
+            is wrong.
     """
     offers = {offer.name: offer for offer in offered}
     sources = {offer.source: offer.name for offer in offers.values()}
-    named: dict[str, str] = {}
+    texts: dict[str, str] = {}
     if wanted.model not in base_names(base):
-        named["model"] = wanted.model
+        texts["model"] = wanted.model
     if wanted.adapters is not None:
-        named["adapters"] = sources.get(wanted.adapters, wanted.adapters)
+        texts["adapters"] = sources.get(wanted.adapters, wanted.adapters)
     if wanted.header:
-        named[HEADER] = wanted.header.strip()
-    for field, name in named.items():
-        if name not in offers:
-            known = ", ".join([public_name(base), *offers])
-            message = f"{field} {shortened(name)} is not served here (served: {known})"
-            raise Refusal(404, message, "model_not_found", field)
-    if len(set(named.values())) > 1:
-        both = ", ".join(f"{field} {name!r}" for field, name in named.items())
+        texts[HEADER] = wanted.header.strip()
+    named: dict[str, dict[str, float]] = {}
+    for field, text in texts.items():
+        names = [text] if text in offers else text.split("+", MOST)
+        if not all(name in offers for name in names):
+            raise _not_served(f"{field} {shortened(text)}", field, base, offers)
+        named[field] = _distinct([(name, 1.0) for name in names], field)
+    if wanted.lora is not None:
+        named["lora"] = _scales(wanted.lora, base, offers)
+    chosen = [{n: s for n, s in each.items() if s} for each in named.values()]
+    if any(each != chosen[0] for each in chosen):
+        both = ", ".join(f"{field} {_shown(scales)}" for field, scales in named.items())
         raise Refusal(400, f"the request names two adapters: {both}", "adapter_conflict")
     if wanted.draft_model != DEFAULT_MODEL:
         message = "the draft model is the server's: leave draft_model out"
         raise Refusal(400, message, "invalid_draft_model", "draft_model")
-    return next((Selected(name, field) for field, name in named.items()), None)
+    return Selected(chosen[0], next(iter(named))) if any(chosen) else None
+
+
+def _scales(lora: Any, base: str, offers: Mapping[str, Offer]) -> dict[str, float]:
+    """Scales by name of the field ``lora``."""
+    if not isinstance(lora, list):
+        raise _wrong('lora must be a list of objects such as {"id": "name", "scale": 0.5}')
+    found: list[tuple[str, float]] = []
+    for number, entry in enumerate(lora):
+        if not isinstance(entry, dict) or entry.keys() != {"id", "scale"}:
+            raise _wrong(f"lora[{number}] must be an object with id and scale")
+        name = entry["id"]
+        if not isinstance(name, str):
+            raise _wrong(f"lora[{number}].id must be the name of an adapter")
+        if name not in offers:
+            raise _not_served(f"lora[{number}].id {shortened(name)}", "lora", base, offers)
+        try:
+            found.append((name, check_scale(entry["scale"])))
+        except InputError as error:
+            raise _wrong(f"lora[{number}].scale: {error}") from error
+    return _distinct(found, "lora")
+
+
+def _distinct(members: Sequence[tuple[str, float]], field: str) -> dict[str, float]:
+    if len(members) > MOST:
+        raise _wrong(f"{field} names more than {MOST} adapters", field)
+    scales = dict(members)
+    if len(scales) < len(members):
+        raise _wrong(f"{field} names an adapter twice", field)
+    return scales
+
+
+def _wrong(message: str, field: str = "lora") -> Refusal:
+    return Refusal(400, message, "invalid_value", field)
+
+
+def _not_served(what: str, field: str, base: str, offers: Iterable[str]) -> Refusal:
+    known = ", ".join([public_name(base), *offers])
+    return Refusal(404, f"{what} is not served here (served: {known})", "model_not_found", field)
+
+
+def _shown(scales: Mapping[str, float]) -> str:
+    parts = (name if scale == 1 else f"{scale:g}*{name}" for name, scale in scales.items())
+    return repr("+".join(parts))
 
 
 def listing(offered: Iterable[Offer], base: str, created: int) -> list[dict[str, Any]]:

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .activation import MountedAdapter, Rows, select
+from .activation import Rows, select
+from .mixture import Mixture, MountedAdapter, adapters_in
 from .mounting import Mounts
 from .prompt_cache import SignedCache, signed
 
@@ -13,25 +14,25 @@ class Routes:
 
     def __init__(self, mounts: Mounts):
         self._mounts = mounts
-        self._adapters: dict[int, MountedAdapter] = {}
+        self._adapters: dict[int, MountedAdapter | Mixture] = {}
         # A generator has two batches: prompts and rows that generate.
-        self._selections: dict[tuple[int, ...], MountedAdapter | Rows | None] = {}
+        self._selections: dict[tuple[int, ...], MountedAdapter | Mixture | Rows | None] = {}
 
     def __del__(self):
         self.drop(list(self._adapters))  # the generator was dropped
 
-    def add(self, uids: Iterable[int], adapter: MountedAdapter) -> None:
-        """Add rows with their adapter."""
+    def add(self, uids: Iterable[int], adapter: MountedAdapter | Mixture) -> None:
+        """Add rows with their adapter or sum of adapters."""
         for uid in uids:
-            self._mounts.use(adapter)
+            for each in adapters_in(adapter):
+                self._mounts.use(each)
             self._adapters[uid] = adapter
 
     def drop(self, uids: Iterable[int]) -> None:
         """Drop finished rows, and release their adapters."""
         for uid in uids:
-            adapter = self._adapters.pop(uid, None)
-            if adapter is not None:
-                self._mounts.done(adapter)
+            for each in adapters_in(self._adapters.pop(uid, None)):
+                self._mounts.done(each)
         if not self._adapters:
             self._selections.clear()
 
@@ -39,7 +40,7 @@ class Routes:
         """A row's caches with its adapter."""
         return signed(caches, self._adapters.get(uid))
 
-    def selection(self, uids: Sequence[int]) -> MountedAdapter | Rows | None:
+    def selection(self, uids: Sequence[int]) -> MountedAdapter | Mixture | Rows | None:
         """The selection for a batch of these rows, in this order."""
         order = tuple(uids)
         if order not in self._selections:

@@ -6,9 +6,9 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from ..errors import InputError
 from ..lora import LayerAdapter
-from .activation import MountedAdapter, Route, Rows, active
+from .activation import Route, Rows, Slot, active, resolved, slots_of
+from .mixture import MountedAdapter
 
 #: Ranks share a stack if padding the smaller one takes at most this much.
 PADDING = 1.1
@@ -104,22 +104,21 @@ class Stacks:
         self.names = names
         self.stacks: tuple[Stack, ...] = ()
 
-    def chosen(self) -> Iterator[tuple[Stack, int | Route]]:
-        """The stacks that the running code uses, each with one slot for all or one for each row."""
-        selection = active()
+    def chosen(self) -> Iterator[tuple[Stack, Slot | Route]]:
+        """The stacks that the running code uses, each with a slot for all rows or for each row.
+
+        A stack comes once for each of its adapters in a sum.
+        """
+        selection = resolved(active(), self.names)
         if selection is None:
             return
-        if isinstance(selection, str):
-            if selection not in self.names:
-                raise InputError(f"adapter {selection!r} is mounted on another model, not on this")
-            selection = self.names[selection]
         for stack in self.stacks:
             if isinstance(selection, Rows):
-                route = selection.route(stack.members)
-                if route is not None:
-                    yield stack, route
-            elif selection in stack.slots:
-                yield stack, stack.slots[selection]
+                found = selection.routes(stack.members)
+            else:
+                found = slots_of(selection, stack.slots)
+            for at in found:
+                yield stack, at
 
 
 def gather(x: mx.array, stack: mx.array, slots: mx.array, *, transpose: bool = False) -> mx.array:

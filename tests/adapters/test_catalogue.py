@@ -245,3 +245,77 @@ def test_a_storm_of_everything_ends_with_every_answer_right(model, offer):
     mounts = mounts_on(model)
     assert mounts is not None
     assert all(mounts.uses(each) == 0 for each in mounts.names.values())
+
+
+def test_adapters_of_a_set_are_used_together_and_given_back_together(model, offer):
+    catalogue = Catalogue([offer(name) for name in NAMES], limit=2, patience=10)
+    with generating(catalogue, model):
+        for names in (["a", "b"], ["c", "d"], ["d", "a"]):
+            held = catalogue.acquire_all(names)
+            assert [each.name for each in held] == names
+            assert mounted(catalogue) == set(names)
+            catalogue.release(*held)
+        assert uses(model) == 0
+
+
+def test_a_set_that_cannot_be_mounted_together_is_refused_at_once(model, offer):
+    catalogue = Catalogue([offer("a"), offer("b")], limit=1, patience=60)
+    with generating(catalogue, model):
+        version(catalogue, "a")
+        with pytest.raises(InputError, match="names 2 adapters, and at most 1 may be mounted"):
+            catalogue.acquire_all(["a", "b"])
+        assert mounted(catalogue) == {"a"}
+
+
+def test_a_set_with_a_part_that_fails_holds_nothing(model, offer, folders, tmp_path):
+    lost = shutil.copytree(folders["c"], tmp_path / "lost")
+    known = [offer("a"), offer("b"), Offer("lost", "lost", lost)]
+    catalogue = Catalogue(known, limit=2, patience=5)
+    shutil.rmtree(lost)
+    with generating(catalogue, model):
+        for names in (["a", "lost"], ["lost", "a"]):
+            with pytest.raises(InputError, match="its folder is gone"):
+                catalogue.acquire_all(names)
+        for names in (["a", "nobody"], ["nobody", "a"]):
+            with pytest.raises(UnknownAdapterError):
+                catalogue.acquire_all(names)
+        assert uses(model) == 0
+        assert mounted(catalogue) == {"a", "b"}
+
+
+def test_sets_that_overlap_and_single_requests_all_end(model, offer):
+    catalogue = Catalogue([offer(name) for name in NAMES], limit=2, patience=30)
+    wanted = [["a", "b"], ["c", "d"], ["b", "c"], ["d", "a"], ["a"], ["c"]]
+
+    def ask(names):
+        held = catalogue.acquire_all(names)
+        time.sleep(0.002)
+        assert all(mounts.uses(each) for each in held)
+        catalogue.release(*held)
+        return [each.name for each in held]
+
+    with generating(catalogue, model), ThreadPoolExecutor(8) as pool:
+        version(catalogue, "a")
+        mounts = mounts_on(model)
+        assert mounts is not None
+        assert list(pool.map(ask, wanted * 4)) == wanted * 4
+        assert uses(model) == 0
+
+
+def test_a_set_waits_no_longer_than_one_adapter(model, offer):
+    catalogue = Catalogue([offer(name) for name in NAMES], limit=2, patience=0.4)
+    with generating(catalogue, model), using(catalogue, "a"):
+        began = time.monotonic()
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(catalogue.acquire_all, ["b", "c"]) for _ in range(3)]
+            for each in waiting:
+                with pytest.raises(AdaptersBusyError):
+                    each.result()
+        assert time.monotonic() - began < 5
+        assert uses(model) == 1
+
+
+def uses(model) -> int:
+    mounts = mounts_on(model)
+    assert mounts is not None
+    return sum(mounts.uses(each) for each in mounts.names.values())

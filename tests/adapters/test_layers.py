@@ -7,8 +7,13 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
 
-from mlx_optiq_ext.adapters import AdapterActivation, prepare_model_for_mounted_lora
-from mlx_optiq_ext.adapters.activation import MountedAdapter, Route, Rows, select
+from mlx_optiq_ext.adapters import (
+    AdapterActivation,
+    MountedAdapter,
+    mixed,
+    prepare_model_for_mounted_lora,
+)
+from mlx_optiq_ext.adapters.activation import Route, Rows, select
 from mlx_optiq_ext.adapters.proof import rows_apart
 from mlx_optiq_ext.errors import UnsupportedError
 from mlx_optiq_ext.lora import Adapter, LayerAdapter
@@ -97,17 +102,32 @@ def test_rows_that_agree_take_the_short_cut():
     assert select([a, a, a]) is a
     rows = select([a, None, b])
     assert isinstance(rows, Rows)
-    found = [rows.route((b,)), rows.route((a, b))]
-    assert [each and each.slots.tolist() for each in found] == [[0, 0, 0], [0, 0, 1]]
-    keep = [each and each.keep for each in found]
-    assert [each is not None and each.tolist() for each in keep] == [
-        [False, False, True],
-        [True, False, True],
-    ]
-    assert rows.route((MountedAdapter("c", "1", "here", 0),)) is None
-    everywhere = Rows((a, b)).route((b, a))
-    assert everywhere is not None
+    (only,), (both,) = rows.routes((b,)), rows.routes((a, b))
+    assert [only.slots.tolist(), both.slots.tolist()] == [[0, 0, 0], [0, 0, 1]]
+    assert only.keep is not None
+    assert both.keep is not None
+    assert only.keep.tolist() == [False, False, True]
+    assert both.keep.tolist() == [True, False, True]
+    assert only.scales is None
+    assert rows.routes((MountedAdapter("c", "1", "here", 0),)) == ()
+    (everywhere,) = Rows((a, b)).routes((b, a))
     assert everywhere.keep is None
+
+
+def test_rows_with_sums_are_routed_once_for_each_adapter_of_a_row():
+    a, b = (MountedAdapter(name, "1", "here", 0) for name in "ab")
+    both, half = mixed([(b, 1.0), (a, 2.0)]), mixed([(a, 0.5)])
+    assert select([both, mixed([(a, 2.0), (b, 1.0)])]) == both
+    first, second = Rows((None, a, both, half)).routes((b, a))
+    assert first.slots.tolist() == [0, 1, 1, 1]
+    assert second.slots.tolist() == [0, 0, 0, 0]
+    assert [each.keep is not None and each.keep.tolist() for each in (first, second)] == [
+        [False, True, True, True],
+        [False, False, True, False],
+    ]
+    assert first.scales is not None
+    assert first.scales.tolist() == [1.0, 1.0, 2.0, 0.5]
+    assert second.scales is None
 
 
 def test_what_another_adapter_overflows_to_does_not_reach_a_row():

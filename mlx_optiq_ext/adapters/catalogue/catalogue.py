@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar
@@ -10,13 +10,14 @@ from typing import TypeVar
 import mlx.nn as nn
 
 from ... import distributed
-from ..activation import MountedAdapter
 from ..fitted import Fitted
+from ..mixture import MountedAdapter
 from ..mounting import Mounts, prepare_model_for_mounted_lora
 from ..proof import rows_apart
 from .copies import AdapterConflictError, AdaptersBusyError, Copy, State, Ticket
 from .jobs import Jobs
 from .reading import Caps, Offer, Pin, Reader
+from .sets import Sets, check_number
 from .states import States
 
 Found = TypeVar("Found")
@@ -56,6 +57,7 @@ class Catalogue:
         self._proven: frozenset[str] = frozenset()
         self._changed = threading.Condition()
         self._reader = Reader(caps or Caps())
+        self._sets = Sets()
 
     def offers(self) -> list[Offer]:
         """The offered adapters, in the order in which they were added."""
@@ -109,38 +111,26 @@ class Catalogue:
             AdaptersBusyError: All that may be mounted stayed in use.
             InputError: The adapter's files are missing or damaged.
         """
-        end = time.monotonic() + self._patience
-        while True:
-            with self._changed:
-                ticket = self._states.request(name)
-            with self._leaving(ticket), suppress(AdapterConflictError):
-                held = self._await(partial(self._turn, ticket), end)
-                if held is True:
-                    self._bring(ticket, ticket.entry.offer, end, ticket.entry.pin)
-                    with self._changed:
-                        held = self._used(name)
-                if held:
-                    return held
+        return self._acquire(time.monotonic() + self._patience, name)
 
-    def release(self, adapter: MountedAdapter) -> None:
-        """End a request's use of an adapter."""
-        assert self._mounts is not None
-        self._mounts.done(adapter)
-
-    def counterpart(self, adapter: MountedAdapter | None) -> MountedAdapter | None:
-        """This rank's mount of an adapter that a request brought from another rank.
+    def acquire_all(self, names: Sequence[str]) -> list[MountedAdapter]:
+        """Several adapters for one request, or none of them; see `acquire`.
 
         Raises:
-            RankError: It is not mounted here.
+            InputError: They are also more than may be mounted.
         """
-        if adapter is None:
-            return None
+        end = time.monotonic() + self._patience
+        check_number(names, self._limit)
+        with self._changed:
+            if self._mounts and (copies := self._states.acquire_all(names)):
+                return [self._use(copy) for copy in copies]
+        return self._sets.collect(names, partial(self._acquire, end), self.release, _left(end))
+
+    def release(self, *adapters: MountedAdapter) -> None:
+        """End a request's use of adapters."""
         assert self._mounts is not None
-        own = self._mounts.resolve(adapter) or self._mounts.names.get(adapter.name)
-        if own is None or own.version != adapter.version:
-            number = distributed.rank()
-            raise distributed.RankError(f"rank {number} has no such adapter {adapter.name!r}")
-        return own
+        for adapter in adapters:
+            self._mounts.done(adapter)
 
     def load(self, offer: Offer, *, replace: bool = False) -> MountedAdapter:
         """Offer an adapter from now on, and mount it.
@@ -148,8 +138,7 @@ class Catalogue:
         Args:
             offer: The adapter.
             replace: Whether it may replace an adapter of the same name. New requests then get the
-                new weights; running ones keep the old weights, and this call waits for them, but
-                no longer than for a place.
+                new weights; running ones keep the old, and this call waits a bounded time for them.
 
         Raises:
             AdapterConflictError: Its name is taken, just being loaded, or unloaded meanwhile.
@@ -215,14 +204,29 @@ class Catalogue:
     def _in_use(self, adapter: MountedAdapter) -> bool:
         return self._mounts is not None and self._mounts.uses(adapter) > 0
 
+    def _acquire(self, end: float, name: str) -> MountedAdapter:
+        while True:
+            with self._changed:
+                ticket = self._states.request(name)
+            with self._leaving(ticket), suppress(AdapterConflictError):
+                held = self._await(partial(self._turn, ticket), end)
+                if held is True:
+                    self._bring(ticket, ticket.entry.offer, end, ticket.entry.pin)
+                    with self._changed:
+                        held = self._used(name)
+                if held:
+                    return held
+
     def _turn(self, ticket: Ticket) -> MountedAdapter | bool | None:
         """The adapter that a request waits for, or True where it has to read the files."""
         return self._used(ticket.name) or (self._mounts and self._states.start(ticket))
 
     def _used(self, name: str) -> MountedAdapter | None:
         copy = self._states.acquire(name)
-        if copy is None or self._mounts is None:
-            return None
+        return None if copy is None or self._mounts is None else self._use(copy)
+
+    def _use(self, copy: Copy) -> MountedAdapter:
+        assert self._mounts is not None
         self._mounts.use(copy.adapter)
         return copy.adapter
 

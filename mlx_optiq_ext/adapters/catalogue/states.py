@@ -81,6 +81,18 @@ class States:
         copy.used = next(self._clock)
         return copy
 
+    def acquire_all(self, names: Iterable[str]) -> list[Copy] | None:
+        """The mounted copies of several names; None unless all have one now. See `acquire`.
+
+        Raises:
+            UnknownAdapterError: A name is not offered.
+        """
+        wanted = list(names)
+        copies = [self._offered(name).copy for name in wanted]
+        if any(copy is None or copy.state is not State.MOUNTED for copy in copies):
+            return None
+        return [copy for name in wanted if (copy := self.acquire(name)) is not None]
+
     def request(self, name: str) -> Ticket:
         """Begin a load for a request; several may wait for one name.
 

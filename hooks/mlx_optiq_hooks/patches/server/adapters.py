@@ -1,7 +1,7 @@
 """``mlx_lm.server``: adapters chosen by each request.
 
-Each request has a handler thread; the model runs in the generation thread. The handler keeps the
-adapter in use while it runs, and passes it on with the request. Rows of a batch keep their own.
+Each request has a handler thread; the model runs in the generation thread. The handler keeps its
+adapters in use while it runs, and passes them on with the request. Rows of a batch keep their own.
 """
 
 from mlx_optiq_ext.errors import OptiqError
@@ -25,11 +25,17 @@ def __init__(wrapped, instance, args, kwargs):
     serving = session.state(Serving)
     if serving is None:
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.adapters import AdapterPromptCache, MountedAdapter, RequestQueue, active
+    from mlx_optiq_ext.adapters import (
+        AdapterPromptCache,
+        Mixture,
+        MountedAdapter,
+        RequestQueue,
+        active,
+    )
 
     def current():
         selection = active()
-        return selection if isinstance(selection, MountedAdapter) else None
+        return selection if isinstance(selection, MountedAdapter | Mixture) else None
 
     call = bind(wrapped, args, kwargs)
     call["prompt_cache"] = AdapterPromptCache(call["prompt_cache"], current)
@@ -43,14 +49,14 @@ def _is_batchable(wrapped, instance, args, kwargs):
     serving = session.state(Serving)
     if serving is None:
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.adapters import activate
+    from mlx_optiq_ext.adapters import activate, counterpart
 
     from ...installation import gate
 
     # mlx-lm calls this for every request right before it serves it, in a batch or alone. From here
     # on the thread works for that request, except in steps of a batch, which use their own routes.
     request = bind(wrapped, args, kwargs)["args"]
-    activate(serving.catalogue.counterpart(request.optiq_adapter))
+    activate(counterpart(instance.model_provider.model, request.optiq_adapter))
     routable = serving.catalogue.routable and gate().state("adapters_batched").on
     return wrapped(*args, **kwargs) and routable
 
@@ -78,6 +84,7 @@ def validate_model_parameters(wrapped, instance, args, kwargs):
             adapters=instance.adapter,
             header=instance.headers.get(requests.HEADER),
             draft_model=instance.requested_draft_model,
+            lora=instance.body.get("lora"),
         )
         instance.optiq_adapter = requests.select(serving.catalogue.offers(), serving.base, wanted)
     return result
@@ -87,19 +94,20 @@ def handle_completion(wrapped, instance, args, kwargs):
     serving = session.state(Serving)
     if serving is None or instance.optiq_adapter is None:
         return wrapped(*args, **kwargs)
-    from mlx_optiq_ext.adapters import AdapterActivation, refusal
+    from mlx_optiq_ext.adapters import AdapterActivation, mixed, refusal
     from mlx_optiq_ext.serving import at_end, once
 
     selected = instance.optiq_adapter
     try:
-        adapter = serving.catalogue.acquire(selected.name)
+        adapters = serving.catalogue.acquire_all(list(selected.scales))
     except OptiqError as error:
         folders = [each.folder for each in serving.catalogue.offers()]
         raise refusal(error, selected.field, *folders) from error
     # A row ends before its client has read the answer, which may take as long as it likes.
-    release = once(lambda: serving.catalogue.release(adapter))
+    release = once(lambda: serving.catalogue.release(*adapters))
     try:
-        with AdapterActivation(adapter), at_end(release):
+        mixture = mixed(zip(adapters, selected.scales.values(), strict=True))
+        with AdapterActivation(mixture), at_end(release):
             return wrapped(*args, **kwargs)
     finally:
         release()
@@ -125,7 +133,7 @@ USES = of(
     *(
         f"APIHandler.{name}"
         for name in (
-            *("adapter", "requested_draft_model", "requested_model"),
+            *("adapter", "body", "requested_draft_model", "requested_model"),
             "response_generator",
         )
     ),
@@ -135,6 +143,7 @@ USES = of(
     "ModelDescription.model",
     "ModelProvider.model",
     "ResponseGenerator.cli_args",
+    "ResponseGenerator.model_provider",
     "ResponseGenerator.prompt_cache",
     "ResponseGenerator.requests",
 )

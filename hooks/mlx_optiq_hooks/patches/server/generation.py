@@ -39,7 +39,10 @@ def validate_model_parameters(wrapped, instance, args, kwargs):
             named = instance.adapter
             adapters = None if named == guarded.adapter_path else named
             wanted = requests.Wanted(
-                instance.requested_model, adapters, None, instance.requested_draft_model
+                instance.requested_model,
+                adapters,
+                draft_model=instance.requested_draft_model,
+                lora=instance.body.get("lora"),
             )
             requests.select((), guarded.base, wanted)
             # What stock takes for the model that it was started with.

@@ -10,6 +10,10 @@ import pytest
 from live_server import serve, write_exact
 from toy_adapters import QUESTIONS, train, write_adapter
 
+from mlx_optiq_ext.adapters import Offer
+
+from .generating import OFFERED
+
 #: Adapters that answer with their own name, whatever is asked: the tiny model knows numbers best.
 NAMES = ("11", "22", "33")
 
@@ -36,6 +40,25 @@ def adapter(tmp_path, exact) -> Callable[..., Path]:
         return write_adapter(tmp_path / name, plain, **options)
 
     return adapter
+
+
+@pytest.fixture(scope="module")
+def folders(exact, tmp_path_factory):
+    """Four adapters, and a damaged one."""
+    root, plain = tmp_path_factory.mktemp("adapters"), mlx_lm.load(str(exact))[0]
+    found = {
+        name: write_adapter(root / name, plain, keys=("mlp.down_proj",), seed=seed)
+        for seed, name in enumerate(OFFERED)
+    }
+    found["bad"] = shutil.copytree(found["a"], root / "bad")
+    whole = (found["bad"] / "adapters.safetensors").read_bytes()
+    (found["bad"] / "adapters.safetensors").write_bytes(whole[:-100])
+    return found
+
+
+@pytest.fixture
+def offer(folders):
+    return lambda name, folder=None: Offer(name, folder or name, folders[folder or name])
 
 
 @pytest.fixture(scope="session")

@@ -38,8 +38,6 @@ class Interleaving(RuleBasedStateMachine):
         self.placed = []  # loads that the generation thread is to take, also left ones
         self.taken = []
         self.held = []  # adapters that requests use
-        self.wanted = []  # names that the request which collects a set still lacks
-        self.collected = []  # adapters that it holds meanwhile
         for name in NAMES[:mounted]:
             self.served(name, True)
 
@@ -95,54 +93,6 @@ class Interleaving(RuleBasedStateMachine):
         assert self.model[copy.adapter] == self.states.offered()[name]
         self.uses[copy.adapter] += 1
         return copy.adapter
-
-    @precondition(lambda self: not self.wanted)
-    @rule(wanted=st.lists(names, min_size=2, max_size=3, unique=True))
-    def acquire_set(self, wanted):
-        """All adapters of a set at once, or begin to collect them one after another."""
-        offered = self.states.offered()
-        if not offered.keys() >= set(wanted):
-            with pytest.raises(UnknownAdapterError):
-                self.states.acquire_all(wanted)
-            return
-        ready = all(self.states.state(name) is State.MOUNTED for name in wanted)
-        copies = self.states.acquire_all(wanted)
-        assert (copies is not None) is ready
-        if copies is not None:
-            assert [self.model[each.adapter] for each in copies] == [offered[n] for n in wanted]
-            for each in copies:
-                self.uses[each.adapter] += 1
-                self.held.append(each.adapter)
-        elif self.limit is None or len(wanted) <= self.limit:
-            self.wanted = wanted
-
-    @precondition(lambda self: self.wanted)
-    @rule()
-    def collect(self):
-        """The set's next adapter: acquired, waited for, or unknown by now."""
-        name = self.wanted[0]
-        if name not in self.states.offered():
-            self.give_back()
-        elif (adapter := self._acquire(name)) is not None:
-            self.collected.append(adapter)
-            self.wanted = self.wanted[1:]
-            if not self.wanted:
-                self.held += self.collected
-                self.collected = []
-        elif not any(each.name == name and each.offer is None for each in self.live):
-            self._begun(self.states.request(name))
-
-    @precondition(lambda self: self.wanted)
-    @rule(really=st.sampled_from([False, False, True]))
-    def stop_collecting(self, really):
-        """One of its loads failed, or it waited too long."""
-        if really:
-            self.give_back()
-
-    def give_back(self):
-        for adapter in self.collected:
-            self.uses[adapter] -= 1
-        self.wanted, self.collected = [], []
 
     @precondition(lambda self: self.held)
     @rule(which=which)
@@ -266,16 +216,17 @@ class Interleaving(RuleBasedStateMachine):
         named = [n for n in self.states.offered() if self.states.state(n) is State.MOUNTED]
         assert sum(len(self.states.names(copy)) for copy in mounted) == len(named)
 
+    def still_used(self):
+        """What is used although all requests have ended."""
+        return ()
+
     def teardown(self):
         """Every waiter ends once requests end and the generation thread works."""
         if not hasattr(self, "states"):
             return
         self.held.clear()
-        for _ in range(3 * len(self.live) + 3 * len(self.wanted) + 3):
-            # All requests end but the one that collects a set: it keeps what it holds.
-            self.uses = Counter(self.collected)
-            if self.wanted:
-                self.collect()
+        for _ in range(3 * len(self.live) + 12):
+            self.uses = Counter(self.still_used())
             self.drain()
             while self.placed:
                 self.take()
@@ -289,7 +240,6 @@ class Interleaving(RuleBasedStateMachine):
                 else:
                     self._read(ticket)
         assert self.live == []
-        assert self.wanted == self.collected == []
         self.held.clear()
         self.uses.clear()
         self.drain()

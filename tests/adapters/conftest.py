@@ -12,7 +12,7 @@ from toy_adapters import QUESTIONS, train, write_adapter
 
 from mlx_optiq_ext.adapters import Offer
 
-from .generating import OFFERED
+from .catalogue.generating import OFFERED
 
 #: Adapters that answer with their own name, whatever is asked: the tiny model knows numbers best.
 NAMES = ("11", "22", "33")

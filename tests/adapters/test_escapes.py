@@ -11,7 +11,7 @@ from mlx_optiq_ext.adapters.catalogue.reading import Reader
 from mlx_optiq_ext.errors import InputError
 
 from .asking import LOAD, ask, post
-from .test_catalogue import generating, version
+from .catalogue.generating import generating, version
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 

@@ -18,7 +18,7 @@ from mlx_optiq_ext.adapters import (
 from mlx_optiq_ext.adapters.catalogue import State
 from mlx_optiq_ext.errors import InputError
 
-from .test_catalogue import generating, mounted, using, version
+from .catalogue.generating import generating, mounted, using, version
 
 
 def mounts_of(model):

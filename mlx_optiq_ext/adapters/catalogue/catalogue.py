@@ -114,11 +114,7 @@ class Catalogue:
         return self._acquire(time.monotonic() + self._patience, name)
 
     def acquire_all(self, names: Sequence[str]) -> list[MountedAdapter]:
-        """Several adapters for one request, or none of them; see `acquire`.
-
-        Raises:
-            InputError: They are also more than may be mounted.
-        """
+        """Several adapters for one request, or none; fails as `acquire`, or where too many."""
         end = time.monotonic() + self._patience
         check_number(names, self._limit)
         with self._changed:

@@ -7,6 +7,7 @@ import mlx_lm
 import openai
 import pytest
 from live_server import serve
+from toy_adapters import QUESTIONS, prompt
 
 from mlx_optiq_ext.adapters import (
     AdapterActivation,
@@ -18,7 +19,6 @@ from mlx_optiq_ext.adapters import (
 from mlx_optiq_ext.serving import Refusal
 
 from .asking import ask, chat, post
-from .conftest import QUESTIONS, prompt
 
 #: Scales by name of each kind of row.
 MIXES = (
@@ -67,6 +67,7 @@ def test_each_sum_answers_as_alone_in_one_batch_and_from_the_prompt_cache(server
     assert len(told) == len(MIXES) - 1
 
 
+@pytest.mark.newest
 def test_prompt_caches_of_the_same_adapters_with_other_scales_are_apart(server):
     def likely(scales):
         done = server.client().chat.completions.create(

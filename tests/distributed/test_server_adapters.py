@@ -8,6 +8,8 @@ import openai
 import pytest
 from toy_adapters import write_everywhere
 
+from mlx_optiq_ext.adapters import AdapterActivation, mount_adapter_on_model
+
 from .conftest import needs_split_server
 from .live_ranks import serve_ranks
 
@@ -47,6 +49,17 @@ def alone(model, adapters):
     return answers
 
 
+def added(model, adapters, names):
+    """What one process answers with a sum of adapters to the first question."""
+    loaded, tokenizer = mlx_lm.load(str(model))[:2]
+    for name in names:
+        mount_adapter_on_model(loaded, name, adapters[name])
+    messages = [{"role": "user", "content": QUESTIONS[0]}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    with AdapterActivation(dict.fromkeys(names, 1.0)):
+        return mlx_lm.generate(loaded, tokenizer, prompt, max_tokens=COUNT)
+
+
 def ask(server, name, question):
     done = server.client().chat.completions.create(
         model=name or "default_model",
@@ -82,3 +95,10 @@ def test_mixed_requests_get_what_their_adapter_gives_alone(
         assert [a for a, each in zip(given, asked, strict=True) if a != expected[each]] == []
         with pytest.raises(openai.NotFoundError):
             ask(server, "nobody", QUESTIONS[0])
+        # A sum of two adapters is the same on all ranks, in either order and beside others.
+        sums = ["red+blue", "blue+red", "red", None] * 3
+        with ThreadPoolExecutor(8) as pool:
+            given = list(pool.map(lambda name: ask(server, name, QUESTIONS[0]), sums))
+        assert given[:4] * 3 == given
+        assert given[0] == given[1] == added(model, adapters, ("red", "blue"))
+        assert given[2:4] == [expected["red", QUESTIONS[0]], expected[None, QUESTIONS[0]]]

@@ -13,7 +13,13 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 from toy_adapters import write_adapter
 
-from mlx_optiq_ext.adapters import AdapterActivation, Mounts, mount_adapter_on_model, mounts_on
+from mlx_optiq_ext.adapters import (
+    AdapterActivation,
+    Mixture,
+    Mounts,
+    mount_adapter_on_model,
+    mounts_on,
+)
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, mlx_lm.__version__.split(".")[:2])) < (0, 32),
@@ -21,6 +27,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 NAMES = (None, "A", "B", "C", "D")
+#: A sum of two adapters, and half of one.
+BOTH, HALF = Mixture((("A", 1.0), ("B", 1.0))), Mixture((("A", 0.5),))
 LENGTH = 4
 #: Requests of the long run; a few more take a while.
 REQUESTS = int(os.environ.get("MLX_OPTIQ_TEST_REQUESTS", "100"))
@@ -102,6 +110,16 @@ def test_eight_rows_of_four_adapters_and_base_answer_as_alone(which, request):
     assert said == {uid: alone(*each) for uid, each in asked.items()}
 
 
+def test_rows_of_sums_answer_as_alone_beside_others(served):
+    model, _, alone = served
+    generator, said, asked = BatchGenerator(model), {}, {}
+    for number, name in enumerate([None, "A", "B", BOTH, HALF, BOTH, "A", None]):
+        asked[insert(generator, name, number)] = (name, number)
+    finish(generator, asked, said)
+    assert said == {uid: alone(*each) for uid, each in asked.items()}
+    assert in_use(model) == 0
+
+
 @either
 def test_rows_on_base_are_bit_identical_to_a_server_without_adapters(which, request):
     model, plain, _ = request.getfixturevalue(which)
@@ -116,7 +134,11 @@ def test_rows_on_base_are_bit_identical_to_a_server_without_adapters(which, requ
         return logprobs
 
     expected = run(plain, [None] * 8)
-    for names in ([None] * 8, [None, "A", None, "B", "D", None, "C", None]):
+    for names in (
+        [None] * 8,
+        [None, "A", None, "B", "D", None, "C", None],
+        [None, BOTH, None, HALF, "A", None, "B", None],
+    ):
         found = run(model, names)
         for uid, name in enumerate(names):
             assert len(found[uid]) == len(expected[uid]) == LENGTH

@@ -49,8 +49,12 @@ class TensorHeader:
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> TensorHeader:
+def read_header(path: Path, most: int | None = None) -> TensorHeader:
     """The header of a safetensors file.
+
+    Args:
+        path: The file.
+        most: Tensors that are expected at most: a header that is too long for so many is not read.
 
     Raises:
         InputError: The file is missing, cut off, no safetensors, or its header does not fit it.
@@ -61,7 +65,8 @@ def read_header(path: Path) -> TensorHeader:
         if len(start) != 8 or length < 2:
             raise InputError(f"{path} has no safetensors header: is the download complete?")
         whole = os.fstat(stream.fileno()).st_size
-        if length > min(whole - 8, LIMITS.size):
+        largest = LIMITS.size if most is None else min(LIMITS.size, MEGABYTE + 2 * NAME * most)
+        if length > min(whole - 8, largest):
             raise InputError(
                 f"{path} has no safetensors header, or one of {length:,} bytes: is the download "
                 "complete?"

@@ -102,6 +102,27 @@ def many_tensors(folder, count):
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
+def tiny_tensors(folder, count):
+    header = {
+        f"model.layers.{n}.q_proj.lora_a": {
+            **{"dtype": "F32", "shape": [1, 1]},
+            "data_offsets": [4 * n, 4 * n + 4],
+        }
+        for n in range(count)
+    }
+    content = json.dumps(header).encode()
+    path = folder / "adapters.safetensors"
+    path.write_bytes(struct.pack("<Q", len(content)) + content + bytes(4 * count))
+
+
+def test_a_file_of_more_tensors_than_the_model_has_places_for_is_not_read(model, adapter):
+    folder, catalogue = adapter("A"), Catalogue(patience=30)
+    tiny_tensors(folder, 2_000)
+    message = "has 2,000 tensors, and an adapter of this model"
+    with generating(catalogue, model), pytest.raises(InputError, match=message):
+        catalogue.load(Offer("many", "A", folder))
+
+
 def many_patterns(folder, count):
     (folder / "adapters.safetensors").rename(folder / "adapter_model.safetensors")
     ranks = {f"layers\\.{n}\\.(q|k)_proj": 4 for n in range(count)}
@@ -111,8 +132,8 @@ def many_patterns(folder, count):
 
 @pytest.mark.parametrize(
     ("damage", "count"),
-    [(many_tensors, 300_000), (many_patterns, 200_000)],
-    ids=["tensors", "patterns"],
+    [(many_tensors, 300_000), (tiny_tensors, 60_000), (many_patterns, 200_000)],
+    ids=["empty", "tiny", "patterns"],
 )
 def test_a_file_that_would_take_long_is_refused_soon(model, adapter, damage, count):
     folder = adapter("A")

@@ -1,11 +1,13 @@
 """A short storm of clients and administrators."""
 
 import shutil
+import sys
 
 import pytest
 from live_server import serve
-from storm import DAMAGED, rage
+from storm import DAMAGED, rage, resources
 
+from .asking import LOAD, UNLOAD, post
 from .conftest import NAMES
 
 
@@ -24,3 +26,20 @@ def test_a_storm_brings_no_wrong_answer(exact, folder, tmp_path):
     asked = [count for name, count in report.statuses.items() if name == "ask 200"]
     assert sum(asked) > 10
     assert report.statuses["load damaged 400"] > 0
+
+
+@pytest.mark.newest
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loads_leave_no_threads_behind(server):
+    """MLX keeps a thread for every thread that has ever computed."""
+
+    def load(count):
+        for _ in range(count):
+            assert post(server, LOAD, {"lora_name": "again", "lora_path": "33"})[0] == 200
+            assert post(server, LOAD, {"lora_name": "bad", "lora_path": "broken"})[0] == 400
+            assert post(server, UNLOAD, {"lora_name": "again"})[0] == 200
+
+    load(2)
+    before = resources(server.process.pid)[1]
+    load(10)
+    assert resources(server.process.pid)[1] <= before + 3

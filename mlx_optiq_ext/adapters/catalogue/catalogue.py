@@ -234,7 +234,9 @@ class Catalogue:
         """Read a started load's files in this thread, and let the generation thread mount it."""
         mounts = self._mounts
         assert mounts is not None
-        fitted, ticket.pin = self._reader.read(offer, mounts.fit, pin=pin, seconds=_left(end))
+        fitted, ticket.pin = self._reader.read(
+            offer, mounts.fit, pin=pin, seconds=_left(end), most=mounts.most_tensors, apart=True
+        )
         self._await(lambda: self._placed(ticket, mounts, fitted), end)
         copy = ticket.copy
         assert copy is not None

@@ -3,6 +3,7 @@
 import stat
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,6 +98,9 @@ class Reader:
     def __init__(self, caps: Caps):
         self._caps = caps
         self._reading = threading.Lock()
+        # MLX keeps a stream, and a thread, for every thread that has ever computed. Requests have
+        # threads of their own, so that they do not read themselves.
+        self._thread = ThreadPoolExecutor(1, "mlx-optiq-ext-reader")
 
     def read(
         self,
@@ -105,6 +109,8 @@ class Reader:
         *,
         pin: Pin | None = None,
         seconds: float = -1,
+        most: int | None = None,
+        apart: bool = False,
     ) -> tuple[Fitted, Pin]:
         """Read an offered adapter, in any thread.
 
@@ -113,6 +119,8 @@ class Reader:
             fit: Checks it against the model.
             pin: What it was read from before; None if it is to be read as it is now.
             seconds: How long to wait for other adapters to be read; -1 for as long as it takes.
+            most: Tensors that an adapter of the model has at most; None for any number.
+            apart: Whether to read in the reader's own thread, because this one soon ends.
 
         Returns:
             The adapter, and what it was read from.
@@ -125,18 +133,20 @@ class Reader:
         if not self._reading.acquire(timeout=seconds):
             raise AdaptersBusyError("other adapters are still being read: try again")
         try:
-            return self._read(offer, fit, pin)
+            if apart:
+                return self._thread.submit(self._read, offer, fit, pin, most).result()
+            return self._read(offer, fit, pin, most)
         finally:
             self._reading.release()
 
     def _read(
-        self, offer: Offer, fit: Callable[[Adapter], Fitted], pin: Pin | None
+        self, offer: Offer, fit: Callable[[Adapter], Fitted], pin: Pin | None, most: int | None
     ) -> tuple[Fitted, Pin]:
         seen = _look(offer)
         if pin is not None and seen.folder != pin.folder:
             raise _changed(offer)
         self._caps.check_file(offer)
-        adapter = read_adapter(offer.folder)
+        adapter = read_adapter(offer.folder, most)
         self._caps.check(offer, adapter)
         fitted = fit(adapter)
         if _look(offer).files != seen.files:

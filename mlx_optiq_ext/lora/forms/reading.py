@@ -15,11 +15,12 @@ from .location import FLOATS, HIGHEST_SCALE, NOTES, PEFT_WEIGHTS, Files, locate
 _PARTS = ("lora_a", "lora_b", "m")
 
 
-def read_adapter(source: str | Path) -> Adapter:
+def read_adapter(source: str | Path, most: int | None = None) -> Adapter:
     """Read an adapter stored by mlx-lm, by PEFT, or with a rank of its own for each layer.
 
     Args:
         source: A folder, or a repository on the Hub.
+        most: Tensors that its file may have; None for any number.
 
     Returns:
         The adapter. Its arrays are evaluated, so that another thread may use them; their dtypes
@@ -30,7 +31,7 @@ def read_adapter(source: str | Path) -> Adapter:
             LoRA.
     """
     found = locate(source)
-    tensors = read_tensors(found.weights)
+    tensors = read_tensors(found.weights, most)
     if found.weights.name == PEFT_WEIGHTS:
         form, layers = PEFT, peft_reading.layers(tensors, found.config, found.source)
     else:
@@ -63,20 +64,25 @@ def _check_magnitudes(layers: Mapping[str, LayerAdapter], found: Files, form: st
             )
 
 
-def read_tensors(path: Path) -> dict[str, mx.array]:
-    """Read a safetensors file whole.
+def read_tensors(path: Path, most: int | None = None) -> dict[str, mx.array]:
+    """Read a safetensors file whole, unless it has more than ``most`` tensors.
 
     Raises:
-        InputError: It is missing, cut short, no safetensors, not of real numbers, or holds NaN or
-            infinity.
+        InputError: It is missing, cut short, no safetensors, not of real numbers, of too many
+            tensors, or holds NaN or infinity.
     """
     try:
         # MLX notices a truncated file only when an array is used.
-        stored = files.read_header(path).tensors
+        stored = files.read_header(path, most).tensors
     except InputError as error:
         raise InputError(
             f"{path} cannot be read ({error}): it is damaged or incomplete, fetch it again"
         ) from error
+    if most is not None and len(stored) > most:
+        raise InputError(
+            f"{path} has {len(stored):,} tensors, and an adapter of this model has at most "
+            f"{most:,}: is it for another model?"
+        )
     for name, tensor in stored.items():
         if tensor.dtype not in FLOATS:
             raise InputError(

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from ..lora import Adapter, LayerAdapter
 from ..lora.fitting import fit_modules
+from ..lora.geometry import geometry
 from .mixture import check_scale
 
 
@@ -27,6 +28,13 @@ class Fitted:
     source: str
     version: str
     layers: Mapping[str, LayerAdapter]
+
+
+def most_tensors(model: nn.Module) -> int:
+    """More tensors than an adapter of a model has, in any form: for every expert apart, too."""
+    shapes = [shape for _, each in model.named_modules() if (shape := geometry(each)) is not None]
+    # Three for a matrix, which may be several in another form.
+    return 3 * 4 * sum(shape.experts for shape in shapes)
 
 
 def fit(adapter: Adapter, modules: Mapping[str, nn.Module]) -> Fitted:

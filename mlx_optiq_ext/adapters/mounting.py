@@ -3,7 +3,6 @@
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,6 @@ class Mounts:
     def paths(self) -> frozenset[str]:
         """Paths of the layers that adapters are on."""
         return frozenset(self._layers)
-
-    @cached_property
-    def most_tensors(self) -> int:
-        """More tensors than an adapter of this model has: every matrix of every expert apart."""
-        modules = self._modules if self._split is None else self._split.modules
-        shapes = [shape for each in modules.values() if (shape := geometry(each)) is not None]
-        # Three for a matrix, which may stand for several in another form.
-        return 3 * 4 * sum(shape.experts for shape in shapes)
 
     def fit(self, adapter: Adapter) -> Fitted:
         """Check an adapter from `lora.read_adapter` against the model; any thread may.

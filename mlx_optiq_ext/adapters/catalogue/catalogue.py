@@ -10,7 +10,7 @@ from typing import TypeVar
 import mlx.nn as nn
 
 from ... import distributed
-from ..fitted import Fitted
+from ..fitted import Fitted, most_tensors
 from ..mixture import MountedAdapter
 from ..mounting import Mounts, prepare_model_for_mounted_lora
 from ..proof import rows_apart
@@ -89,6 +89,7 @@ class Catalogue:
         mounts = prepare_model_for_mounted_lora(model)
         if mounts is self._mounts:
             return
+        self._reader.most = most_tensors(model)
         offers = self.offers()[: self._limit]
         with distributed.together():
             found = {each: self._begin(mounts, each) for each in offers}
@@ -235,7 +236,7 @@ class Catalogue:
         mounts = self._mounts
         assert mounts is not None
         fitted, ticket.pin = self._reader.read(
-            offer, mounts.fit, pin=pin, seconds=_left(end), most=mounts.most_tensors, apart=True
+            offer, mounts.fit, pin=pin, seconds=_left(end), apart=True
         )
         self._await(lambda: self._placed(ticket, mounts, fitted), end)
         copy = ticket.copy

@@ -93,10 +93,14 @@ class Reader:
 
     Args:
         caps: How large it may be.
+
+    Attributes:
+        most: Tensors that an adapter of the model has at most; None for any number.
     """
 
     def __init__(self, caps: Caps):
         self._caps = caps
+        self.most: int | None = None
         self._reading = threading.Lock()
         # MLX keeps a stream, and a thread, for every thread that has ever computed. Requests have
         # threads of their own, so that they do not read themselves.
@@ -109,7 +113,6 @@ class Reader:
         *,
         pin: Pin | None = None,
         seconds: float = -1,
-        most: int | None = None,
         apart: bool = False,
     ) -> tuple[Fitted, Pin]:
         """Read an offered adapter, in any thread.
@@ -119,7 +122,6 @@ class Reader:
             fit: Checks it against the model.
             pin: What it was read from before; None if it is to be read as it is now.
             seconds: How long to wait for other adapters to be read; -1 for as long as it takes.
-            most: Tensors that an adapter of the model has at most; None for any number.
             apart: Whether to read in the reader's own thread, because this one soon ends.
 
         Returns:
@@ -134,19 +136,19 @@ class Reader:
             raise AdaptersBusyError("other adapters are still being read: try again")
         try:
             if apart:
-                return self._thread.submit(self._read, offer, fit, pin, most).result()
-            return self._read(offer, fit, pin, most)
+                return self._thread.submit(self._read, offer, fit, pin).result()
+            return self._read(offer, fit, pin)
         finally:
             self._reading.release()
 
     def _read(
-        self, offer: Offer, fit: Callable[[Adapter], Fitted], pin: Pin | None, most: int | None
+        self, offer: Offer, fit: Callable[[Adapter], Fitted], pin: Pin | None
     ) -> tuple[Fitted, Pin]:
         seen = _look(offer)
         if pin is not None and seen.folder != pin.folder:
             raise _changed(offer)
         self._caps.check_file(offer)
-        adapter = read_adapter(offer.folder, most)
+        adapter = read_adapter(offer.folder, self.most)
         self._caps.check(offer, adapter)
         fitted = fit(adapter)
         if _look(offer).files != seen.files:

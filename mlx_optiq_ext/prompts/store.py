@@ -5,8 +5,9 @@ snapshot that lies so many tokens behind the block ``PARENT``. Their times of ch
 were used last.
 """
 
+import contextlib
 import os
-import shutil
+import re
 import sys
 import threading
 import time
@@ -19,11 +20,16 @@ from .._status import note
 from ..errors import InputError
 from . import block_file
 from .block_file import PART, SUFFIX, Piece
+from .chain import LENGTH
 
 #: Seconds after which an unfinished file is of a process that was killed.
 ABANDONED = 600.0
 #: Share of the size that is written, in any process, before the folder is looked at again.
 _SLACK = 0.02
+_OURS = re.compile(
+    rf"(\d+-)?[0-9a-f]{{{LENGTH}}}{re.escape(SUFFIX)}"
+    rf"|\.(\d+-)?[0-9a-f]{{{LENGTH}}}{re.escape(SUFFIX)}\.[0-9a-f]+{re.escape(PART)}"
+)
 
 
 @dataclass
@@ -53,7 +59,6 @@ class BlockStore:
             raise InputError("the size of a prompt cache must be 1 byte or more")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder.chmod(0o700)
             with os.scandir(folder):
                 pass
         except OSError as error:
@@ -128,14 +133,13 @@ class BlockStore:
         for _, size, path in sorted(found, key=lambda each: each[0]):
             if total <= self.limit * (1 - _SLACK):
                 break
-            _remove(path)
+            self._remove(path)
             total -= size
 
     def clear(self) -> None:
         """Remove all blocks."""
-        for entry in _entries(self.folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
+        for path in walk(self.folder):
+            self._remove(path)
 
     def _write(self, path: Path, piece: Piece) -> None:
         if not self.writable or path.exists():
@@ -163,8 +167,14 @@ class BlockStore:
         except InputError as error:
             if path.exists():
                 print(f"[optiq] {error}", file=sys.stderr)
-                _remove(path)
+                self._remove(path)
             return None
+
+    def _remove(self, path: Path) -> None:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            for folder in path.relative_to(self.folder).parents[:-1]:
+                (self.folder / folder).rmdir()  # succeeds for the last file of a folder
 
     def _block(self, space: str, key: str) -> Path:
         return self.folder / space / f"{key}{SUFFIX}"
@@ -173,12 +183,13 @@ class BlockStore:
         return self.folder / space / parent / f"{length}-{key}{SUFFIX}"
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """The files of all blocks and snapshots, and unfinished ones."""
+def walk(folder: Path, depth: int = 2) -> Iterator[Path]:
+    """The files of blocks and snapshots, unfinished ones too; files of others are left out."""
     for entry in _entries(folder):
         if entry.is_dir(follow_symlinks=False):
-            yield from walk(Path(entry.path))
-        elif entry.name.endswith((SUFFIX, PART)):
+            if depth:
+                yield from walk(Path(entry.path), depth - 1)
+        elif _OURS.fullmatch(entry.name):
             yield Path(entry.path)
 
 
@@ -188,11 +199,3 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(found)
     except OSError:
         return []
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-        path.parent.rmdir()  # succeeds for the last one of a folder
-    except OSError:
-        return

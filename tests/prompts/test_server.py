@@ -123,13 +123,13 @@ def test_adapters_share_nothing(exact, tmp_path):
         write_adapter(tmp_path / name, model, seed=seed)
     adapters = [part for n in "ab" for part in ("--optiq-adapter", f"{n}={tmp_path / n}")]
     own = ("--model", exact, *adapters)
-    names = ("default_model", "a", "b")
+    names = ("default_model", "a", "b", "a+b")
     with serve(tmp_path / "plain", *own) as server:
         expected = [by_name(server, name)[0] for name in names]
     for restart in (False, True):
         with serve(tmp_path / "log", *own, "--optiq-prompt-cache", tmp_path / "prompts") as server:
             found = [by_name(server, name) for name in names]
-            settled(tmp_path / "prompts", 6)
+            settled(tmp_path / "prompts", 8)
         assert [text for text, _ in found] == expected
-        assert [cached for _, cached in found] == [512 * restart] * 3
-    assert len(list((tmp_path / "prompts").iterdir())) == 3
+        assert [cached for _, cached in found] == [512 * restart] * 4
+    assert len(list((tmp_path / "prompts").iterdir())) == 4

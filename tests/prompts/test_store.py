@@ -130,6 +130,28 @@ def test_a_folder_is_described_and_cleared(store):
     assert not list(store.folder.iterdir())
 
 
+def test_files_of_others_stay(tmp_path):
+    folder = tmp_path / "models"
+    others = [
+        folder / "model.safetensors",
+        folder / "space" / "notes.part",
+        folder / "a" / "b" / "c",
+    ]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"1" * 4096)
+    folder.chmod(0o750)
+    store = prompts.BlockStore.open(folder, 600)
+    for name in "abc":
+        store.write("space", piece(name * 40))
+    store.evict()
+    assert len(list(folder.rglob("*" + 40 * "?" + ".safetensors"))) < 3
+    prompts.clear(folder)
+    assert all(path.stat().st_size == 4096 for path in others)
+    assert sum(path.is_file() for path in folder.rglob("*")) == 3
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+
+
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="name another folder"):

@@ -48,20 +48,22 @@ class Run:
     _spaces: dict[Any, "Space"] = field(default_factory=dict)
 
     def space(
-        self, key: tuple[Any, ...], make: Callable[[], list[Any]], version: str | None = None
+        self,
+        key: tuple[Any, ...],
+        make: Callable[[], list[Any]],
+        adapters: tuple[tuple[str, float], ...] = (),
     ) -> "Space":
         """The space of a loaded model.
 
         Args:
             key: Its folder or name, its ``--adapter-path``, its draft model.
             make: Makes its caches.
-            version: Digest of the mounted adapter in use, or None.
+            adapters: Digest and scale of each mounted adapter in use.
         """
         from mlx_optiq_ext.prompts import space_of
 
-        known = (key, version)
+        known = (key, adapters)
         if known not in self._spaces:
-            adapters = [] if version is None else [(version, 1.0)]
             self._spaces[known] = space_of(make, self.digest(key), adapters)
         return self._spaces[known]
 

@@ -36,9 +36,9 @@ def __init__(wrapped, instance, args, kwargs):
         return caches
 
     def space(key):
-        # With an adapter: the model's key, the adapter's name and its version.
-        key, version = (key[0], key[2]) if isinstance(key[0], tuple) else (key, None)
-        return run.space(key, make, version)
+        # With adapters: the model's key, and name, version and scale of each.
+        key, adapters = key if isinstance(key[0], tuple) else (key, ())
+        return run.space(key, make, tuple((version, scale) for _, version, scale in adapters))
 
     call["prompt_cache"] = TieredPromptCache(call["prompt_cache"], run.stored, space)
     return wrapped(**call)

@@ -143,7 +143,7 @@ def test_an_off_feature_says_what_is_missing_and_what_would_turn_it_on():
     state = feature("kv_batched", "0.31.3")
     assert not state.on
     assert state.reason == (
-        "mlx-lm 0.31.3 lacks a batch engine that keeps the caches it is given: "
+        "mlx-lm 0.31.3 lacks a batch engine that keeps each row's cache and adapter: "
         "needs 0.32.0 or newer; below that, requests run one at a time"
     )
 

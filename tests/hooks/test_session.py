@@ -84,7 +84,7 @@ def test_every_option_of_a_command_stands_in_its_options(name):
     group = argparse.ArgumentParser().add_argument_group()
     COMMANDS[name].add_arguments(group)
     own = {action.dest.removeprefix("optiq_") for action in group._group_actions}
-    beside = ("mlx_optiq_hooks.commands.kv", "mlx_optiq_hooks.commands.serving")
+    beside = (f"mlx_optiq_hooks.commands.{each}" for each in ("kv", "prompts", "serving"))
     modules = {COMMANDS[name].add_arguments.__module__, *beside}
     kinds = [getattr(importlib.import_module(each), "Options", None) for each in modules]
     fields = {field for kind in kinds if kind for field in kind.__dataclass_fields__}

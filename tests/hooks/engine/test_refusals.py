@@ -24,6 +24,7 @@ COMMANDS = {
     "lora": (*TRAIN, "--optiq-rank-scaling", "by_bits"),
     "adapters": SERVE,
     "adapters_batched": SERVE,
+    "prompts": ("server", "--model", "MODEL", "--optiq-prompt-cache", "prompts"),
     "serving": ("server", "--model", "MODEL", "--optiq-api-key", "secret"),
 }
 #: What only a run of several processes asks for.

@@ -13,6 +13,7 @@ from ..lora import Adapter, LayerAdapter
 from ..lora.fitting import fit_modules
 from ..lora.geometry import geometry
 from .mixture import check_scale
+from .split import split_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,13 @@ class Fitted:
 
 
 def most_tensors(model: nn.Module) -> int:
-    """More tensors than an adapter of a model has, in any form: for every expert apart, too."""
-    shapes = [shape for _, each in model.named_modules() if (shape := geometry(each)) is not None]
+    """More tensors than an adapter of a model has, in any form: for every expert apart, too.
+
+    An adapter is for the whole model, of which a rank may have a part only.
+    """
+    split = split_of(model)
+    modules = dict(model.named_modules()) if split is None else split.modules
+    shapes = [shape for each in modules.values() if (shape := geometry(each)) is not None]
     # Three for a matrix, which may be several in another form.
     return 3 * 4 * sum(shape.experts for shape in shapes)
 

@@ -41,7 +41,7 @@ def check_name(name: str) -> None:
         InputError: It is empty, too long, or has characters beyond those of a file name.
     """
     if not 0 < len(name) <= 128 or not all(
-        c.isascii() and (c.isalnum() or c in "._-:/@") for c in name
+        c.isascii() and (c.isalnum() or c in "._-:/@+") for c in name
     ):
         raise InputError(
             f"adapter name {shortened(name)}: use up to 128 letters, digits and . _ - : / @ +"

@@ -8,7 +8,7 @@ import pytest
 from mlx_optiq_ext.serving import Guard, Keys, Refusal, warning
 
 from .conftest import ORIGINS
-from .raw import get, post, received, request, wire
+from .raw import COMPLETIONS, chat, get, post, received, request, wire
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 B = {"lora_name": "b", "lora_path": "b"}
@@ -19,6 +19,16 @@ def test_a_client_on_this_host_loads_and_unloads(server):
     assert [each["id"] for each in get(server, "/v1/models")[1]["data"]] == ["tiny-qwen3", "a", "b"]
     headers = {"Origin": "https://good.example"} if ORIGINS else {}
     assert post(server, UNLOAD, {"lora_name": "b"}, headers)[0] == 200
+
+
+def test_a_name_may_have_a_plus(server):
+    assert post(server, LOAD, {"lora_name": "a+b", "lora_path": "b"})[0] == 200
+    found = [
+        post(server, COMPLETIONS, chat(model=model))[1].get("model") for model in ("a+b", "b+a")
+    ]
+    assert post(server, UNLOAD, {"lora_name": "a+b"})[0] == 200
+    # Nobody is called b: what answered was no sum.
+    assert found == ["a+b", None]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """What a server says at its start, and of who changed it."""
 
 import json
+import socket
+import struct
+import time
 
 import pytest
 from live_server import serve
@@ -8,7 +11,7 @@ from live_server import serve
 from mlx_optiq_ext.kv import parse_spec
 from mlx_optiq_ext.serving import Guard, Keys, Limits, described, record
 
-from .raw import get, post
+from .raw import get, post, wire
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -54,6 +57,26 @@ def test_each_change_is_said_with_who_and_what_and_how_it_ended(tiny, folder, tm
     assert f"mlx_lm.server: clients may load adapters from {folder}" in text
     assert "mlx_lm.server: keys: 2, asked for by all but /health" in text
     assert f"mlx_lm.server: listening at {server.url.removeprefix('http://')}" in text
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["whole", "cut"])
+def test_a_change_is_said_whose_client_left(server, read):
+    """With its outcome if it was done, with none if the request never arrived."""
+    before = len(records(server.log))
+    content = json.dumps({"lora_name": "a", "lora_path": "a", "load_inplace": True}).encode()
+    head = f"POST {LOAD} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    length = f"Content-Length: {len(content)}\r\n\r\n"
+    connection = wire(server)
+    connection.sendall((head + length).encode() + (content if read else content[:-1]))
+    # Closed with a reset, which an answer then meets.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    end = time.monotonic() + 30
+    while len(records(server.log)) == before and time.monotonic() < end:
+        time.sleep(0.05)
+    (found,) = records(server.log)[before:]
+    assert found["status"] == (200 if read else None)
+    assert ("digest" in found) == read
 
 
 def test_what_is_on_is_said_one_thing_a_line():

@@ -123,6 +123,7 @@ def do_POST(wrapped, instance, args, kwargs):
     body = requests.read_body(instance.headers.get("Content-Length"), instance.rfile)
     audit.note(instance, body)
     done = requests.update(serving.catalogue, serving.base, serving.updates, instance.path, body)
+    instance.optiq_changed = True
     audit.note(instance, body)
     guard.send(instance, 200, done)
 

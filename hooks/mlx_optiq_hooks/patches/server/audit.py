@@ -17,8 +17,8 @@ def change(handler: Any, serve) -> None:
     assert guarded is not None
     keys, shown = guarded.guard.keys, handler.headers.get("Authorization")
     action = "load" if handler.path == requests.LOAD else "unload"
-    # Filled in by whoever reads the request's body.
-    handler.optiq_change = {}
+    # Filled in by whoever reads the request's body, and serves it.
+    handler.optiq_change, handler.optiq_changed = {}, False
     status, code = 500, None
     try:
         serve()
@@ -29,7 +29,12 @@ def change(handler: Any, serve) -> None:
     except TimeoutError:
         status = 408
         raise
+    except ConnectionError:  # nobody is there to answer
+        status = None
+        raise
     finally:
+        if handler.optiq_changed:  # whether or not its client took the answer
+            status = 200
         who = {
             "client": handler.client_address[0],
             "key": None if keys is None else keys.number(shown),

@@ -63,7 +63,7 @@ def test_every_endpoint_asks_for_a_key(keyed, method, path, headers):
 
 
 def test_health_and_a_browsers_question_ask_for_none(keyed):
-    assert get(keyed, "/health") == (200, {"status": "ok"})
+    assert get(keyed, "/health") == get(keyed, "/health?x=1") == (200, {"status": "ok"})
     assert request(keyed, "OPTIONS", COMPLETIONS)[0] == 204
 
 

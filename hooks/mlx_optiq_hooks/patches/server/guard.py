@@ -74,6 +74,8 @@ def do_GET(wrapped, instance, args, kwargs):
             return metrics.send(instance)
         if path not in (HEALTH, MODELS) and not path.startswith(f"{MODELS}/"):
             raise Refusal(404, "there is nothing at this path", "not_found")
+        if path == HEALTH:
+            instance.path = path  # mlx-lm knows it without a query only
         return wrapped(*args, **kwargs)
 
     return _guarded(instance, get)

@@ -41,6 +41,8 @@ def described(guard: Guard, port: int, *, metrics: bool = False) -> Iterator[str
         f"limits: {limits.connections} connections, {limits.body:,} bytes a request, "
         f"{limits.patience:g} s for a client"
     )
+    if guard.own_pages:
+        yield "web pages: only those of this host may read (a key or --allowed-origins lets others)"
     if metrics:
         yield f"metrics: {METRICS}"
 

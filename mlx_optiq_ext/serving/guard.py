@@ -42,6 +42,7 @@ class Guard:
         host: The address that it listens at, as ``--host`` gives it.
         origins: Web origins that may call it.
         keys: Keys, one of which every request shows; None if none is asked for.
+        own_pages: Whether only web pages of this host may read answers.
         limits: Its limits.
         slots: The connections that it serves.
     """
@@ -49,6 +50,7 @@ class Guard:
     host: str = "127.0.0.1"
     origins: tuple[str, ...] = ()
     keys: Keys | None = None
+    own_pages: bool = False
     limits: Limits = field(default_factory=Limits)
     slots: Slots = field(init=False)
 
@@ -105,6 +107,21 @@ class Guard:
         if self.keys is None and not near:
             message = "start the server with --optiq-api-key to change it from another host"
             raise Refusal(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def lets_read(self, origin: str | None) -> bool:
+        """Whether a web page of an origin may read answers, as far as `own_pages` goes.
+
+        Args:
+            origin: The header ``Origin``; None if absent.
+        """
+        if not self.own_pages:
+            return True
+        try:
+            found = urlsplit(origin or "")
+            name = found.hostname or ""
+        except ValueError:
+            return False
+        return found.scheme in ("http", "https") and is_loopback(name)
 
     def serves(self, host: str) -> bool:
         """Whether a header ``Host`` names this server: its name here, or any address.

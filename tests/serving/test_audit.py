@@ -89,6 +89,8 @@ def test_what_is_on_is_said_one_thing_a_line():
     lines = list(described(keyed, 80, metrics=True))
     assert lines[1] == "keys: 2, asked for by all but /health"
     assert lines[-1] == "metrics: /metrics"
+    near = list(described(Guard(own_pages=True), 80))
+    assert near[-1].startswith("web pages: only those of this host may read")
 
 
 def test_a_key_is_known_by_its_number():

@@ -121,7 +121,7 @@ def check(command, parsed, args) -> None:
     if given(options):
         _check_adapters(options, args)
     if given(options) or given(rules):
-        serving.keep_guard(rules, args)
+        serving.keep_guard(rules, args, adapters=bool(given(options)))
     if distributed.size() > 1:
         _check_processes(options, args)
     prompts.check(command, parsed, args)

@@ -88,12 +88,13 @@ def say(line: str) -> None:
         print(f"mlx_lm.server: {line}", file=sys.stderr)
 
 
-def keep_guard(options: Options, args) -> None:
+def keep_guard(options: Options, args, *, adapters: bool = False) -> None:
     """Check the options and keep the rules of the server that starts.
 
     Args:
         options: The options.
         args: The stock command's.
+        adapters: Whether adapters are served, whose names are not for every web page.
 
     Raises:
         OptiqError: An option is not usable.
@@ -122,10 +123,12 @@ def keep_guard(options: Options, args) -> None:
         if value is not None and not 0 < value < 2**40:
             raise InputError(f"{name} must be more than 0")
     usual = Limits()
+    keys = Keys.read(options.api_key) if options.api_key else None
     guard = Guard(
         host=args.host,
         origins=known_origins(getattr(args, "allowed_origins", "*")),
-        keys=Keys.read(options.api_key) if options.api_key else None,
+        keys=keys,
+        own_pages=adapters and keys is None and not _origins_given(sys.argv[1:]),
         limits=Limits(
             options.max_connections or usual.connections,
             options.max_body or usual.body,
@@ -138,3 +141,10 @@ def keep_guard(options: Options, args) -> None:
         say(line)
     metrics = Metrics() if options.metrics else None
     session.keep(Guarded(guard, args.model, args.adapter_path, metrics))
+
+
+def _origins_given(words: Sequence[str]) -> bool:
+    """Whether a command line has mlx-lm's ``--allowed-origins``, also shortened."""
+    # Its value does not tell: the default is what "*" gives, too.
+    names = (word.partition("=")[0] for word in words)
+    return any(len(n) > 3 and "--allowed-origins".startswith(n) for n in names)

@@ -130,6 +130,15 @@ def changing() -> tuple[str, ...]:
     return () if serving is None or serving.updates is None else (requests.LOAD, requests.UNLOAD)
 
 
+def _set_cors_headers(wrapped, instance, args, kwargs):
+    guarded = session.state(Guarded)
+    if guarded is None or not guarded.guard.own_pages:
+        return wrapped(*args, **kwargs)
+    instance.send_header("Vary", "Origin")
+    if guarded.guard.lets_read(instance.headers.get("Origin")):
+        wrapped(*args, **kwargs)
+
+
 def handle_models_request(wrapped, instance, args, kwargs):
     guarded = session.state(Guarded)
     if guarded is None:
@@ -210,6 +219,11 @@ PATCHES = (
     _patch("APIHandler.__init__", __init__, "limits connections and the time that each takes"),
     _patch("APIHandler.do_GET", do_GET, "asks for a key"),
     _patch("APIHandler.do_POST", do_POST, "asks for a key, and answers what is refused"),
+    _patch(
+        "APIHandler._set_cors_headers",
+        _set_cors_headers,
+        "hides adapters from web pages of other hosts",
+    ),
     _patch(
         "APIHandler.handle_models_request",
         handle_models_request,

@@ -58,12 +58,13 @@ def mixed(members: Iterable[tuple[Named, float]]) -> Named | Mixture | None:
         A mixture; the adapter itself where it is one with scale 1, None where all scales are 0.
 
     Raises:
-        InputError: A scale is not finite, or beyond `LARGEST` either way.
+        InputError: A scale, or the sum of those of one adapter, is not finite, or beyond
+            `LARGEST` either way.
     """
     scales: dict[Named, float] = {}
     for adapter, scale in members:
         scales[adapter] = scales.get(adapter, 0.0) + check_scale(scale)
-    used = [(adapter, scale) for adapter, scale in scales.items() if scale]
+    used = [(adapter, check_scale(scale)) for adapter, scale in scales.items() if scale]
     if len(used) == 1 and used[0][1] == 1:
         return used[0][0]
     return Mixture(tuple(sorted(used, key=_order))) if used else None

@@ -47,6 +47,12 @@ def test_scales_that_are_no_usable_number_are_refused(scale):
         AdapterActivation({"a": scale})
 
 
+def test_the_scales_of_one_adapter_have_one_limit():
+    with pytest.raises(InputError, match="scale of an adapter"):
+        mixed([(A, 10.0), (A, 0.5)])
+    assert mixed([(A, 10.0), (A, 1.0), (A, -10.0)]) is A
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sum_is_the_base_plus_each_update_times_its_scale(bits, dtype):

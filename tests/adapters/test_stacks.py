@@ -200,6 +200,17 @@ def test_a_server_mounts_the_adapters_of_a_sum_together(exact, named, alone, tmp
         assert ask(server, "22", extra_body={"lora": lora({"11": 0, "22": 1})}) == "22"
 
 
+def test_scales_of_names_that_share_weights_have_one_limit(exact, named, plain, tmp_path):
+    words = [f"--optiq-adapter={name}={named['11']}" for name in ("11", "twin")]
+    with serve(tmp_path / "log", "--model", exact, *words) as server:
+        status, body = post(server, "/v1/chat/completions", chat(lora=lora({"11": 10, "twin": 1})))
+        assert (status, body["error"]["param"]) == (400, "lora")
+        assert "number from -10 to 10" in body["error"]["message"]
+        assert ask(server, None, extra_body={"lora": lora({"11": 0.5, "twin": 0.5})}) == "11"
+        none = lora({"11": 10, "twin": -10})
+        assert ask(server, None, extra_body={"lora": none}) == plain[QUESTIONS[0]]
+
+
 def test_a_server_without_adapters_refuses_sums_where_options_of_ours_are_on(exact, tmp_path):
     with serve(tmp_path / "log", "--model", exact, "--optiq-max-body", "100000") as server:
         status, body = post(server, "/v1/chat/completions", chat(lora=lora({"11": 1})))

@@ -95,7 +95,7 @@ def handle_completion(wrapped, instance, args, kwargs):
     if serving is None or instance.optiq_adapter is None:
         return wrapped(*args, **kwargs)
     from mlx_optiq_ext.adapters import AdapterActivation, mixed, refusal
-    from mlx_optiq_ext.serving import at_end, once
+    from mlx_optiq_ext.serving import Refusal, at_end, once
 
     selected = instance.optiq_adapter
     try:
@@ -106,7 +106,10 @@ def handle_completion(wrapped, instance, args, kwargs):
     # A row ends before its client has read the answer, which may take as long as it likes.
     release = once(lambda: serving.catalogue.release(*adapters))
     try:
-        mixture = mixed(zip(adapters, selected.scales.values(), strict=True))
+        try:
+            mixture = mixed(zip(adapters, selected.scales.values(), strict=True))
+        except OptiqError as error:  # names of the same weights, whose scales add up
+            raise Refusal(400, str(error), "invalid_value", selected.field) from error
         with AdapterActivation(mixture), at_end(release):
             return wrapped(*args, **kwargs)
     finally:

@@ -6,6 +6,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 #: Bytes read of a request that was refused, so that its sender can read the answer, and seconds.
@@ -37,6 +38,7 @@ class Connection:
         self._patience = patience
         self._end = time.monotonic() + patience
         self._looked = 0.0
+        self._ends: list[Callable[[], object]] = []
         with contextlib.suppress(OSError):
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KEPT)
 
@@ -70,6 +72,15 @@ class Connection:
         self._wire.settimeout(self._patience)
         self._wire.sendall(data)
         self.sent += len(data)
+
+    def at_end(self, done: Callable[[], object]) -> None:
+        """Have ``done`` called when the connection has been served."""
+        self._ends.append(done)
+
+    def end(self) -> None:
+        """It has been served, or its client left."""
+        while self._ends:
+            self._ends.pop()()
 
     def check(self) -> None:
         """See from time to time whether the client is still there.

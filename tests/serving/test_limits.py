@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import struct
 import time
 
 import pytest
@@ -129,6 +130,19 @@ def test_a_client_that_left_ends_its_row_and_frees_its_adapter(server, stream):
     connection.close()
     assert unloaded(server, name, 20) < 5
     assert post(server, COMPLETIONS, chat())[0] == 200
+
+
+def test_clients_that_left_before_their_turn_hold_nothing(server):
+    load(server, "queued")
+    # A request with a seed is served alone.
+    bodies = [chat(model="queued", stream=True, seed=seed, **LONG) for seed in range(4)]
+    connections = [send(server, body) for body in bodies]
+    time.sleep(0.5)
+    for connection in connections:
+        reset = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        connection.close()
+    assert unloaded(server, "queued", 60) < 10
 
 
 def test_a_client_that_never_reads_does_not_hold_its_adapter(server):

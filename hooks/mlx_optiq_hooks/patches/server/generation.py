@@ -134,6 +134,8 @@ def generate(wrapped, instance, args, kwargs):
         message = f"the request cannot be served: {without_folders(str(error))}"
         raise guard.Refused(Refusal(400, message, "invalid_request", field)) from error
 
+    # A client that has left already gets no headers, and its answers are never asked for.
+    client.at_end(context.stop)
     row.serve(len(context.prompt))
 
     def watched():

@@ -58,6 +58,7 @@ def __init__(wrapped, instance, args, kwargs):
         return wrapped(*rest, client_connection, client, server, **kwargs)
     finally:
         connection.reset(token)
+        client_connection.end()
         guard.slots.give()
 
 

@@ -21,17 +21,27 @@ def records(log) -> list[dict]:
     return [json.loads(line.partition("audit: ")[2]) for line in lines if "audit: " in line]
 
 
+def change(server, path, headers, **body) -> int:
+    """Status of a request to change a server, once its log has one line more."""
+    before, end = len(records(server.log)), time.monotonic() + 30
+    status = post(server, path, body, headers)[0]
+    while len(records(server.log)) == before and time.monotonic() < end:
+        time.sleep(0.05)
+    return status
+
+
 def test_each_change_is_said_with_who_and_what_and_how_it_ended(tiny, folder, tmp_path):
     words = ("--optiq-allow-adapter-updates", "--optiq-adapter-dir", folder)
     keys = ("--optiq-api-key", "first-secret", "--optiq-api-key", "second-secret")
     with serve(tmp_path / "log", "--model", tiny, *words, *keys) as server:
         second = {"Authorization": "Bearer second-secret"}
         forged = "x\r\nINFO audit: {}\x7f\x1b[2J"
-        assert post(server, LOAD, {"lora_name": "b", "lora_path": "b"}, second)[0] == 200
-        assert post(server, LOAD, {"lora_name": "b", "lora_path": "a"}, second)[0] == 409
-        assert post(server, LOAD, {"lora_name": forged, "lora_path": forged * 90}, second)[0] == 400
-        assert post(server, UNLOAD, {"lora_name": "b"}, second)[0] == 200
-        assert post(server, UNLOAD, {"lora_name": "b"}, {"Authorization": "Bearer third"})[0] == 401
+        third = {"Authorization": "Bearer third"}
+        assert change(server, LOAD, second, lora_name="b", lora_path="b") == 200
+        assert change(server, LOAD, second, lora_name="b", lora_path="a") == 409
+        assert change(server, LOAD, second, lora_name=forged, lora_path=forged * 90) == 400
+        assert change(server, UNLOAD, second, lora_name="b") == 200
+        assert change(server, UNLOAD, third, lora_name="b") == 401
         assert get(server, "/health")[0] == 200
         found = records(server.log)
         text = server.log.read_text()

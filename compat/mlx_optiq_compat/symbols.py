@@ -86,6 +86,11 @@ def cache_has_meta_state(cache: Any) -> bool:
     return hasattr(cache, "meta_state")
 
 
+def prompt_cache_bytes(cache: Any) -> int | None:
+    """Bytes in mlx-lm's ``LRUPromptCache``; None before 0.31.0, where it does not count them."""
+    return getattr(cache, "nbytes", None)
+
+
 def model_arguments(module: Any) -> dict[str, bool]:
     """The config keys that a model module of mlx-lm reads.
 

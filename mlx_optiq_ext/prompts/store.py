@@ -66,7 +66,7 @@ class BlockStore:
                 f"the prompt cache {folder} cannot be used ({error.strerror or error}): name "
                 "another folder"
             ) from error
-        return cls(folder, limit)
+        return cls(folder.absolute(), limit)
 
     def has(self, space: str, key: str) -> bool:
         """Whether there is a file of a block."""

@@ -3,6 +3,8 @@
 from collections import Counter
 from typing import Any
 
+from mlx_optiq_compat import symbols
+
 from ...commands.server import Serving
 from ...commands.serving import Guarded
 from ...engine import session
@@ -31,9 +33,9 @@ def send(handler: Any) -> None:
     guarded, serving = session.state(Guarded), session.state(Serving)
     assert guarded is not None
     assert guarded.metrics is not None
-    cache = getattr(handler.response_generator, "prompt_cache", None)
+    cache = handler.response_generator.prompt_cache
     gauges: dict[tuple[str, metrics.Labels], int] = {}
-    if (size := getattr(cache, "nbytes", None)) is not None:
+    if (size := symbols.prompt_cache_bytes(cache)) is not None:
         gauges["prompt_cache_bytes", ()] = size
     if serving is not None:
         states = Counter(state.value for state in serving.catalogue.states().values())

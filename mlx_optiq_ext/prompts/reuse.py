@@ -1,7 +1,7 @@
 """Finds the longest prefix of a prompt in a store, and keeps new prompts there."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._status import note
@@ -116,7 +116,7 @@ class StoredPrompts:
                 if last is None or len(pieces) < len(used) - 1:
                     continue
                 if not blocks:
-                    last = type(last)(last.key, last.arrays, {**last.notes, "tokens": length})
+                    last = replace(last, notes={**last.notes, "tokens": length})
                 if _joined(caches, [*pieces, last], length):
                     self.store.used(space.digest, used[1:], (parent, rest, key))
                     return caches, length

@@ -85,6 +85,13 @@ def test_a_size_between_two_files_lies_on_the_best_line():
     assert comparison.at([], 4.0) is None
 
 
+def test_stock_is_what_its_file_of_a_size_has():
+    points = [(4.0, 0.4), (5.0, 0.1), (4.2, 0.9), (6.0, 0.09)]
+    assert comparison.of_size(points, 4.2) == 0.9
+    assert comparison.of_size(points, 4.5) == pytest.approx(0.2)
+    assert comparison.of_size([], 4.0) is None
+
+
 def test_stock_is_converted_next_to_a_budget_that_it_cannot_meet(tmp_path):
     assert setting(tmp_path, 4.5).around == [(4, 64)]
     assert setting(tmp_path, 4.2).around == [(3, 32), (4, 64)]

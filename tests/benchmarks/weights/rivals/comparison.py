@@ -42,12 +42,17 @@ def at(points: Points, bits: float) -> float | None:
     return min(here + lines, default=None)
 
 
+def of_size(points: Points, bits: float) -> float | None:
+    """The least KL of the files of a size, or `at` that size where there are none."""
+    return min((kl for size, kl in points if abs(size - bits) <= SAME), default=at(points, bits))
+
+
 @dataclass(frozen=True)
 class Compared:
     """One model, budget and kind of text.
 
     Attributes:
-        stock: Stock's KL at this size.
+        stock: The KL of stock's file of this size; between its sizes where it has none.
         ours: Effort -> KL.
         dwq: The least KL of dwq's rates at this size.
         ggml: The least of K- and I-quants at this size.
@@ -72,7 +77,7 @@ def compared(rows: Iterable[Row], budget: float, kind: str) -> Compared:
         return [(row["bpw"], row["kl"][kind]) for row in found if row["method"] == method]
 
     return Compared(
-        at(points("stock"), budget),
+        of_size(points("stock"), budget),
         {
             row["method"]: row["kl"][kind]
             for row in found

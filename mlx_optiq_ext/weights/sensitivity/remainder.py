@@ -17,6 +17,7 @@ from ... import distributed
 from ...planning.calibration import spread
 from ..candidates import Tensor
 from ..precision import AFFINE, Precision, dequantized
+from ..rounding import threads
 from ..rounding.feedback import round_weight
 from ..rounding.metric import Metric
 from ..rounding.selection import current
@@ -82,10 +83,14 @@ def remainders(
     """
     if not rows:
         return {t.path: Remainder({}) for t in tensors}
-    sample, own = _Sample(current(distributed.silent), rows, columns), {}
+    sample = _Sample(current(distributed.silent), rows, columns)
     whole = [t for t in tensors if _moment(found[t.path]) is not None]
-    for tensor in distributed.share(whole):
-        own[tensor.path] = sample.remainder(tensor, weights[tensor.path], found[tensor.path])
+    with threads.single():
+        mine = [(t, sample.begun(t, found[t.path])) for t in distributed.share(whole)]
+        own = {
+            tensor.path: sample.remainder(tensor, weights[tensor.path], found[tensor.path], at)
+            for tensor, at in mine
+        }
     known = {path: r for part in distributed.gathered(own) for path, r in part.items()}
     return {t.path: known.get(t.path, Remainder({})) for t in tensors}
 
@@ -98,6 +103,11 @@ def _moment(found: Factors) -> mx.array | None:
             moment = moment + found.inputs * mx.mean(found.outputs)
         return moment
     return found.inputs if found.uses is None else None  # else it is a diagonal for each expert
+
+
+def _options(tensor: Tensor) -> list[Precision]:
+    """The candidates nearest to `BITS` that are rounded."""
+    return [p for p in sorted({anchor(tensor, bits) for bits in BITS}) if p.mode == AFFINE]
 
 
 @dataclass(frozen=True)
@@ -124,20 +134,25 @@ class _Sample:
     columns: int
     known: list[_Columns] = field(default_factory=list)
 
-    def remainder(self, tensor: Tensor, weight: mx.array, found: Factors) -> Remainder:
-        """Round some rows at the candidates nearest to `BITS`."""
+    def begun(self, tensor: Tensor, found: Factors) -> _Columns:
+        """The columns to round, whose factors other threads have begun to compute."""
         moment = _moment(found)
         assert moment is not None
-        options = sorted({anchor(tensor, bits) for bits in BITS})
         columns = self._columns(moment, max(p.group_size for p in tensor.precisions))
+        for precision in _options(tensor):
+            columns.metric.begin(precision.group_size)
+        return columns
+
+    def remainder(
+        self, tensor: Tensor, weight: mx.array, found: Factors, columns: _Columns
+    ) -> Remainder:
+        """Round some rows at the candidates nearest to `BITS`."""
         rows = spread(len(weight), self.rows)
         # An embedding's rows share one moment, which has the gradients' weights in it.
         by = None if found.columns is not None else found.outputs
         importance = np.ones(len(rows)) if by is None else np.array(by)[rows]
         some = weight[mx.array(rows)][:, mx.array(columns.at)]
-        shares = {
-            p.bits: self._share(some, p, columns, importance) for p in options if p.mode == AFFINE
-        }
+        shares = {p.bits: self._share(some, p, columns, importance) for p in _options(tensor)}
         return Remainder({bits: share for bits, share in shares.items() if share > 0})
 
     def _share(

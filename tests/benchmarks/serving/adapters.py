@@ -114,9 +114,9 @@ def main() -> None:
         try:
             for number in range(args.runs + 1):
                 # In turns, so that whatever else the machine does hits all; other prompts each
-                # round, so that none is in the prompt cache.
-                for name, choose in loads.items():
-                    asked = [f"{number} {name} {question}" for question in questions]
+                # time, of the same length, so that none is in the prompt cache.
+                for place, (name, choose) in enumerate(loads.items()):
+                    asked = [f"{number} {place} {question}" for question in questions]
                     result = load(url, args, asked, choose)
                     if number:
                         found[name].append(result)

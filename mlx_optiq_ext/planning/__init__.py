@@ -10,6 +10,7 @@ One candidate for each tensor, at the least cost within a capacity::
 """
 
 from .allocation import allocate
+from .budget import Budget
 from .calibration import Calibration, Sampling, load_calibration
 from .divergence import Reference
 from .journal import Journal
@@ -18,6 +19,7 @@ from .texts import read_texts
 
 __all__ = [
     "KINDS",
+    "Budget",
     "Calibration",
     "Journal",
     "Kind",

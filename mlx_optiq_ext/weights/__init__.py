@@ -11,6 +11,7 @@ A plan for a budget in bits per weight, as mlx-lm prints them::
 
 from ..model.loading import model_digest
 from ..planning.allocation import allocate
+from ..planning.budget import Budget
 from ..planning.calibration import Calibration
 from .candidates import Size, Tensor, tensors
 from .pipeline import Conversion, prepare
@@ -32,6 +33,7 @@ __all__ = [
     "BITS",
     "EFFORTS",
     "GROUP_SIZES",
+    "Budget",
     "Calibration",
     "Conversion",
     "Method",

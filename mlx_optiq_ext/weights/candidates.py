@@ -10,7 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..errors import BudgetError
 from ..model.layers import leaves, quantizable
+from ..planning.budget import BPW, SIZE, Budget, size_text
+from .file_size import NOTHING, FileSize
 from .precision import BITS, GROUP_SIZES, Precision
 
 
@@ -98,21 +101,25 @@ class Size:
     Attributes:
         parameters: Number of parameters that mlx-lm divides by, those of leaf modules.
         fixed_bits: Stored bits of everything that is not a candidate.
+        files: The weight files that mlx-lm will write.
     """
 
     parameters: int
     fixed_bits: int
+    files: FileSize = NOTHING
 
     @classmethod
     def of(cls, model: nn.Module, candidates: Iterable[Tensor]) -> "Size":
         """Count a model. Nothing is evaluated."""
+        candidates = list(candidates)
         # mlx-lm divides by the parameters of leaf modules only, without those that a block has
         # itself, such as a router's bias.
         own = [leaf.parameters() for _, leaf in leaves(model)]
         parameters = sum(array.size for _, array in _arrays(own))
         # mlx-lm counts the bytes of every array in the module tree, private ones included.
         total = reduce(lambda n, entry: n + entry[1].nbytes * 8, _arrays(model), 0)
-        return cls(parameters, total - sum(t.size * t.dtype_bits for t in candidates))
+        fixed = total - sum(t.size * t.dtype_bits for t in candidates)
+        return cls(parameters, fixed, FileSize.of(model, {t.path for t in candidates}))
 
     def bits_per_weight(self, stored_bits: int) -> float:
         """Bits per weight when the candidates take ``stored_bits``."""
@@ -121,6 +128,40 @@ class Size:
     def room(self, bits_per_weight: float) -> int:
         """Stored bits left for the candidates under a budget; may be negative."""
         return math.floor(bits_per_weight * self.parameters) - self.fixed_bits
+
+    def file_bytes(self, stored_bits: int) -> int:
+        """Bytes of all weight files when the candidates take ``stored_bits``, at most."""
+        return self.files.fixed + self.files.headers + math.ceil(stored_bits / 8)
+
+    def limit(self, budget: float | Budget) -> int | None:
+        """Bytes that the weight files may take; None if the budget is in bits per weight.
+
+        Raises:
+            BudgetError: These are more than the unquantized model takes in 16 bits.
+        """
+        if not isinstance(budget, Budget) or budget.kind == BPW:
+            return None
+        original = self.files.original
+        limit = math.floor(budget.amount * (1 if budget.kind == SIZE else original))
+        if limit > original:
+            raise BudgetError(
+                f"a budget of {budget} is more than the {size_text(original)} that the weights of "
+                "this model take in 16 bits: give a smaller one"
+            )
+        return limit
+
+    def target(self, budget: float | Budget) -> float:
+        """A budget in bits per weight, which may be negative.
+
+        Raises:
+            BudgetError: See `limit`.
+        """
+        limit = self.limit(budget)
+        if limit is None:
+            return budget.amount if isinstance(budget, Budget) else budget
+        room = 8 * (limit - self.files.fixed - self.files.headers)
+        # With half a bit more, rounding takes no bit away.
+        return (self.fixed_bits + room + 0.5) / self.parameters
 
 
 def _arrays(tree: Any) -> list[tuple[str, mx.array]]:

@@ -150,7 +150,8 @@ def _measured(source: _Source, request: Request) -> Conversion:
     """Measure sensitivity and search a plan for a budget or a speed."""
     wanted = None
     if request.budget is not None:
-        _check_room(request, request.budget * _parameters(source.model) / 8)
+        whole = Size.of(source.model, request.candidates(source.model))
+        _check_room(request, whole.target(request.budget) * whole.parameters / 8)
     if request.min_tps is not None:
         aim = partial(target, source.path, source.model, request.min_tps, request.chip or "auto")
         wanted = distributed.first(aim)
@@ -164,10 +165,6 @@ def _measured(source: _Source, request: Request) -> Conversion:
         assert request.budget is not None
         plan = search(study, request.budget, protect=request.protect)
     return _finished(Conversion(plan, study=study), study.problem, request)
-
-
-def _parameters(model: nn.Module) -> int:
-    return Size.of(model, ()).parameters
 
 
 def _check_room(request: Request, needed: float) -> None:

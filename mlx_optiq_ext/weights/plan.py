@@ -51,6 +51,8 @@ class Plan:
         calibration: Source, number of sequences and their length.
         versions: Versions of the packages that made the plan.
         notes: What could not be done as asked, one line each.
+        budget: The budget as it was asked for, if that is not in bits per weight.
+        limit: Bytes that the weight files may take, if the budget is a size.
     """
 
     precisions: dict[str, Precision]
@@ -65,6 +67,13 @@ class Plan:
     calibration: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    budget: str = ""
+    limit: int | None = None
+
+    @property
+    def aim(self) -> str:
+        """The budget as it was asked for."""
+        return self.budget or f"{self.target_bpw:g}"
 
     @property
     def default(self) -> Precision:
@@ -104,7 +113,7 @@ class Plan:
         counts = Counter(str(p) for p in self.precisions.values())
         parts = ", ".join(f"{n} x {name}" for name, n in sorted(counts.items()))
         read = self.method.startswith(READ_FROM)
-        aim = "" if read else f" of a budget of {self.target_bpw:g}"
+        aim = "" if read else f" of a budget of {self.aim}"
         made = f"plan {self.method}" if read else f"plan: {self.variant}"
         lines = [f"[optiq] {self.achieved_bpw:.3f} bits per weight{aim}: {parts} ({made})"]
         if self.kl is not None:
@@ -137,6 +146,7 @@ class Plan:
             {
                 "method": self.method,
                 "target_bpw": self.target_bpw,
+                **({"budget": self.budget} if self.budget else {}),
                 "achieved_bpw": round(self.achieved_bpw, 6),
                 "kl": self.kl,
                 "variant": self.variant,
@@ -180,7 +190,8 @@ def check_written(folder: Path, plan: Plan) -> None:
     """Make sure that a converted folder holds complete files with the plan's precisions.
 
     Raises:
-        OptiqError: A weight file is cut off or a planned tensor is missing from config.json.
+        OptiqError: A weight file is cut off, a planned tensor is missing from config.json, or the
+            files are larger than the plan's budget.
     """
     config = files.read_json(folder / "config.json", files.MODEL_CONFIG)
     written = config.get("quantization", {})
@@ -197,6 +208,12 @@ def check_written(folder: Path, plan: Plan) -> None:
         raise InputError(f"no weights were written to {folder}")
     for path in weights:
         _check_complete(path)
+    taken = sum(path.stat().st_size for path in weights)
+    if plan.limit is not None and taken > plan.limit:
+        raise OptiqError(
+            f"the weight files take {taken:,} bytes of a budget of {plan.budget} ({plan.limit:,} "
+            "bytes): please report this with your mlx-lm version"
+        )
 
 
 def _check_complete(path: Path) -> None:

@@ -13,6 +13,7 @@ from .._version import versions
 from ..errors import BudgetError, InputError
 from ..model.layers import decoder_layers, layer_index
 from ..planning.allocation import allocate
+from ..planning.budget import Budget
 from .candidates import Size, Tensor
 from .judgement import Judged, Judgements, Measure, Precisions
 from .plan import Plan, Uniform
@@ -50,7 +51,7 @@ class Study:
 
 def search(
     study: Study,
-    budget: float,
+    budget: float | Budget,
     *,
     protect: bool = False,
     remeasure_below: float = REMEASURED,
@@ -60,7 +61,7 @@ def search(
 
     Args:
         study: The measured model.
-        budget: Bits per weight.
+        budget: Bits per weight, or any `Budget`.
         protect: Whether the plan must keep the tensors at both ends at 8 bits or more.
         remeasure_below: Budget below which sensitivities are measured once more around the plan.
         measure: What judges plans.
@@ -76,6 +77,7 @@ def search(
         BudgetError: No plan fits, or none that protects both ends.
     """
     problem, size = study.problem, study.size
+    limit, asked, budget = size.limit(budget), budget, size.target(budget)
     plans, judgements = _plans(study, budget, protect), Judgements(problem, measure)
     within, beyond = uniforms(problem.tensors, size, budget)
     beside = {
@@ -119,6 +121,8 @@ def search(
         },
         versions=versions(),
         notes=tuple(problem.findings.notes),
+        budget="" if limit is None else str(asked),
+        limit=limit,
     )
 
 

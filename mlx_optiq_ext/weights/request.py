@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..planning.budget import Budget
 from ..planning.calibration import DEFAULT, Sampling
 from .candidates import Tensor, tensors
 from .precision import BITS, GROUP_SIZES
@@ -24,7 +25,8 @@ class Request:
     A plan is chosen by one of ``budget``, ``min_tps`` and ``plan_file``.
 
     Attributes:
-        budget: Bits per weight as mlx-lm prints them: all stored bits over all parameters.
+        budget: Bits per weight as mlx-lm prints them (all stored bits over all parameters), or a
+            `Budget`, which may be a size of the weight files.
         min_tps: Least predicted tokens per second of the converted model.
         chip: The chip of that prediction, for `latency.find_chip`.
         plan_file: A plan to apply instead of measuring one.
@@ -45,7 +47,7 @@ class Request:
         InputError: There is no such effort.
     """
 
-    budget: float | None = None
+    budget: float | Budget | None = None
     min_tps: float | None = None
     chip: str | None = None
     plan_file: Path | None = None

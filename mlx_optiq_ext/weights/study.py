@@ -17,6 +17,7 @@ from ..model.finite import check_arrays, check_outputs, check_parameters
 from ..model.layers import quantizable
 from ..model.loading import load_unquantized, reload, to_compute_dtype
 from ..model.stream import Stream, runs_whole
+from ..planning.budget import Budget, size_text
 from ..planning.calibration import load_calibration
 from .candidates import Size, Tensor
 from .plan import Plan
@@ -192,17 +193,22 @@ def calibrated(
     )
 
 
-def check_budget(budget: float, size: Size, candidates: tuple[Tensor, ...]) -> None:
+def check_budget(budget: float | Budget, size: Size, candidates: tuple[Tensor, ...]) -> None:
     """Raise BudgetError with the feasible range if no plan fits a budget."""
     smallest = sum(t.stored_bits(t.precisions[0]) for t in candidates)
     largest = sum(t.stored_bits(t.precisions[-1]) for t in candidates)
-    if size.room(budget) < smallest:
-        least, most = size.bits_per_weight(smallest), size.bits_per_weight(largest)
-        raise BudgetError(
-            f"a budget of {budget:g} bits per weight is too small for this model: with these "
-            f"candidates it takes from {least:.3f} to {most:.3f}, counting scales, biases and what "
-            "stays unquantized"
-        )
+    if size.room(size.target(budget)) >= smallest:
+        return
+    if size.limit(budget) is None:
+        asked = f"{size.target(budget):g} bits per weight"
+        least, most = (f"{size.bits_per_weight(bits):.3f}" for bits in (smallest, largest))
+    else:
+        asked = str(budget)
+        least, most = (size_text(size.file_bytes(bits)) for bits in (smallest, largest))
+    raise BudgetError(
+        f"a budget of {asked} is too small for this model: with these candidates it takes from "
+        f"{least} to {most}, counting scales, biases and what stays unquantized"
+    )
 
 
 def _stream(model: nn.Module, load: Load | None, request: Request) -> Stream | None:

@@ -93,7 +93,7 @@ def _tiles(evidence: Evidence) -> list[tuple[str, str]]:
     source = plan.calibration.get("source")
     text = f" on text {on(source)}" if source else ""
     tiles = [
-        (f"{plan.achieved_bpw:.3f}", f"bits per weight (budget: {plan.target_bpw:g})"),
+        (f"{plan.achieved_bpw:.3f}", f"bits per weight (budget: {plan.aim})"),
         (words.size(total), f"of {words.size(original)} unquantized"),
         (words.nats(evidence.kl), f"KL to the unquantized model{text}, nats per token"),
     ]

@@ -4,7 +4,10 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from mlx_optiq_ext.planning import Budget
 
 
 class Speed(NamedTuple):
@@ -21,7 +24,7 @@ class Options:
     Each field is named after its option; None, or False, if that was not given.
     """
 
-    budget: float | None = None
+    budget: "Budget | None" = None
     min_tps: Speed | None = None
     plan: Path | None = None
     bits: tuple[int, ...] | None = None
@@ -65,6 +68,17 @@ def bits_above(least: float, what: str):
         return value
 
     return parse
+
+
+def budget(text: str) -> "Budget":
+    """A parser for a budget of the weights."""
+    from mlx_optiq_ext.errors import InputError
+    from mlx_optiq_ext.planning import Budget
+
+    try:
+        return Budget.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def speed(text: str) -> Speed:
@@ -112,10 +126,11 @@ def add_arguments(group):
 
     group.add_argument(
         "--optiq-budget",
-        metavar="BPW",
-        type=bits_above(0, "weight"),
+        metavar="BUDGET",
+        type=budget,
         help="Quantize each tensor at its own bits and group size, within this many bits per "
-        "weight as printed after conversion (uniform 4-bit at group size 64 takes 4.5).",
+        "weight as printed after conversion (uniform 4-bit at group size 64 takes 4.5), a size of "
+        "all weight files (8GB, 7.5GiB), or a share of what they take in 16 bits (30%%).",
     )
     group.add_argument(
         "--optiq-min-tps",

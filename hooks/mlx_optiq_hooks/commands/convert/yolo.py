@@ -26,6 +26,7 @@ STOCK = {
 
 def check(options: Options, args) -> Run:
     """Refuse options that do not go with a detector; returns what runs instead of stock."""
+    from mlx_optiq_ext.planning.budget import BPW
     from mlx_optiq_ext.yolo import pipeline
     from mlx_optiq_ext.yolo.network import library
 
@@ -40,13 +41,19 @@ def check(options: Options, args) -> Run:
             raise InputError(f"--optiq-model-type yolo does not go with {flag}: leave it out")
     if options.budget is None:
         raise InputError("--optiq-model-type yolo needs --optiq-budget, such as --optiq-budget 5")
+    if options.budget.kind != BPW:
+        raise InputError(
+            f"--optiq-model-type yolo takes no budget of {options.budget}: give bits per weight, "
+            "such as --optiq-budget 5"
+        )
     if options.calibration is None:
         raise InputError(
             "--optiq-model-type yolo needs --optiq-calibration with a folder of a few images, such "
             "as the network will see"
         )
     library()
-    pipeline.check(Path(args.hf_path), Path(args.mlx_path), options.calibration, options.budget)
+    bits = options.budget.amount
+    pipeline.check(Path(args.hf_path), Path(args.mlx_path), options.calibration, bits)
     return lambda: run(options, args)
 
 
@@ -60,7 +67,7 @@ def run(options: Options, args) -> None:
         args.hf_path,
         args.mlx_path,
         calibration=options.calibration,
-        budget=options.budget,
+        budget=options.budget.amount,
         protect=options.protect,
     )
     print(result.summary())

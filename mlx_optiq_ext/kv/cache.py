@@ -39,11 +39,7 @@ class PackedKVCache:
         residuals: What the first keys of each row differ by from what is packed, see `FirstKeys`;
             None before there are any, or if none are kept.
         complete: Whether all of them are known to be there.
-        ahead: Tokens of each row that are still to come of a prompt padded on the right; None when
-            there is no such prompt.
     """
-
-    ahead: list[int] | None = None
 
     def __init__(
         self,
@@ -87,21 +83,12 @@ class PackedKVCache:
             dims = keys.shape[-1], values.shape[-1]
             self.formats = self.formats.fitted(*dims)
             self.dims, self.dtype = dims, str(keys.dtype).rpartition(".")[2]
-        lengths = self._lengths(keys.shape[2])
-        sides = encode(keys, values, self.formats, self.platform or current(), lengths)
+        sides = encode(keys, values, self.formats, self.platform or current())
         if not self.complete:
             self._keep_first(keys, sides[0])
         rows = arrange(*sides, self.formats, len(self.planes))
         pairs = zip(self.planes, rows, strict=True)
         return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs])
-
-    def _lengths(self, length: int) -> list[int] | None:
-        """Tokens of each row among the next ones of a padded prompt."""
-        if self.ahead is None:
-            return None
-        lengths = [min(rest, length) for rest in self.ahead]
-        self.ahead = [rest - own for rest, own in zip(self.ahead, lengths, strict=True)]
-        return lengths
 
     def _keep_first(self, keys: mx.array, parts: Sequence[mx.array]) -> None:
         """Keep what the first keys of a row lost, if some are among those that come."""
@@ -199,8 +186,6 @@ class PackedKVCache:
 
     def prepare(self, **kwargs: Any) -> None:
         """Prepare for a padded prompt, as mlx-lm's batch caches do."""
-        if max(kwargs.get("right_padding") or [0]) > 0 and kwargs.get("lengths") is not None:
-            self.ahead = list(kwargs["lengths"])
         for plane in self.planes:
             plane.prepare(**kwargs)
 
@@ -208,7 +193,6 @@ class PackedKVCache:
         """Finish a padded prompt, as mlx-lm's batch caches do."""
         for plane in self.planes:
             plane.finalize()
-        self.ahead = None
         self.complete = False  # what was padding may be followed by first tokens
 
     def _merge(self, caches: Sequence["PackedKVCache"]) -> "PackedKVCache":

@@ -31,7 +31,6 @@ def encode(
     values: mx.array,
     formats: LayerFormat,
     platform: Platform,
-    lengths: Sequence[int] | None = None,
 ) -> tuple[Parts, Parts]:
     """Pack keys and values into their parts.
 
@@ -40,25 +39,11 @@ def encode(
         values: (batch, heads, length, value dim).
         formats: Fitted to the dimensions.
         platform: Where to pack.
-        lengths: Positions of each row that are no padding on the right; None for all.
     """
     if platform.compile is not None and pack_kernel.packs(keys, values, formats):
         found = pack_kernel.pack(platform, keys, values, formats)
         return tuple(found[:3]), tuple(found[3:])
-    return _rows_packed(keys, formats.keys, lengths), _rows_packed(values, formats.values, lengths)
-
-
-def _rows_packed(array: mx.array, format: Format | None, lengths: Sequence[int] | None) -> Parts:
-    """The parts of a packed array whose short rows are packed as they would be alone."""
-    parts, few = _parts(array, format), 0 if format is None else format.few
-    if lengths is None or array.shape[2] <= few:
-        return parts
-    for row, length in enumerate(lengths):
-        if 0 < length <= few:
-            own = _parts(array[row : row + 1, :, :length], format)
-            for part, each in zip(parts, own, strict=True):
-                part[row : row + 1, :, :length] = each
-    return parts
+    return _parts(keys, formats.keys), _parts(values, formats.values)
 
 
 def _parts(array: mx.array, format: Format | None) -> Parts:

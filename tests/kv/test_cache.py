@@ -104,7 +104,6 @@ def test_appending_and_trimming(kind, interleaved, steps):
 @pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 rebuilds the caches of a batch")
 @pytest.mark.parametrize("steps", [(40,), (16, 16, 8)])
 def test_short_prompts_padded_to_long_ones_are_packed_as_alone(steps):
-    """A few tokens are packed in a faster way than many, whatever a batch pads them to."""
     lengths = [40, 1, 3, 9, 18]  # of the last, two tokens come in a step of their own
     keys = mx.random.normal((len(lengths), HEADS, 40, DIM), key=mx.random.key(3))
     empty = [packed_cache(stock.KVCache()) for _ in lengths]

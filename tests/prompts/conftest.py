@@ -1,12 +1,14 @@
 """Toy models, and the server's use of a prompt cache without a server."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 import toy_models
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_optiq_ext import kv, prompts
@@ -15,14 +17,23 @@ from mlx_optiq_ext.prompts.splitting import leaves, planes
 #: Full attention, linear attention beside it, and sliding windows.
 FAMILIES = ("qwen3", "qwen3_5", "gemma3_text")
 
+#: Ends a message.
+ENDER = 0
+
 
 @dataclass
 class Toy:
-    """A toy model and what the server knows of it."""
+    """A toy model and what the server knows of it.
+
+    Attributes:
+        model: The model.
+        name: In place of its digest.
+        seen: Tokens of prompts that were computed.
+    """
 
     model: Any
     name: str
-    seen: list[int] = field(default_factory=list)
+    seen: int = 0
 
     def make(self) -> list[Any]:
         return make_prompt_cache(self.model)
@@ -31,26 +42,59 @@ class Toy:
     def space(self) -> prompts.Space:
         return prompts.space_of(self.make, self.name)
 
-    def answer(self, tokens: list[int], count: int, cache: Any = None) -> list[int]:
-        """Greedy tokens; with a cache as the server uses it. `seen` counts the tokens computed."""
-        caches, rest = (
-            cache.fetch_nearest_cache("m", tokens) if cache is not None else (None, tokens)
-        )
-        caches = self.make() if caches is None else caches
-        self.seen.append(len(rest))
-        # One token at a time: products of several rows round differently, and so may codes.
-        found: list[int] = []
-        steps = list(rest)
-        while steps:
-            logits = self.model(mx.array([[steps.pop(0)]]), cache=caches)[0, -1]
-            mx.eval(logits)
-            if not steps and len(found) < count:
-                best: Any = mx.argmax(logits).item()
-                found.append(int(best))
-                steps.append(found[-1])
-        if cache is not None:
-            cache.insert_cache("m", [*tokens, *found], caches)
-        return found
+    def answer(self, tokens: Sequence[int], count: int, cache: Any = None) -> list[int]:
+        """Greedy tokens."""
+        return self.answers([tokens], count, cache)[0]
+
+    def answers(
+        self, asked: Sequence[Sequence[int]], count: int, cache: Any = None
+    ) -> list[list[int]]:
+        """Greedy tokens for prompts that arrive at once, computed and kept as by mlx-lm's server.
+
+        Args:
+            asked: The prompts.
+            count: Tokens of an answer.
+            cache: mlx-lm's cache or ours; None for none.
+        """
+        generator = BatchGenerator(self.model)
+        found: dict[int, list[int]] = {}
+        kinds: dict[int, list[str]] = {}
+        for tokens in asked:
+            caches, rest = (
+                (None, tokens) if cache is None else cache.fetch_nearest_cache("m", tokens)
+            )
+            segments, own = [list(tokens)], ["user"]
+            if isinstance(cache, prompts.TieredPromptCache) and prompts.has_snapshots(self.make()):
+                segments, own = prompts.divided(segments, own, [ENDER])
+            known = skipped = len(tokens) - len(rest)
+            while skipped >= len(segments[0]):
+                skipped -= len(segments.pop(0))
+                own.pop(0)
+            segments[0] = segments[0][skipped:]
+            (uid,) = generator.insert_segments(
+                segments=[segments],
+                max_tokens=[count],
+                caches=[caches],
+                all_tokens=[list(tokens[:known])],
+            )
+            found[uid], kinds[uid] = [], own[::-1]
+            self.seen += len(rest)
+        left = set(found)
+        while left:
+            computed, generated = generator.next()
+            ends = [each.uid for each in computed if each.end_of_segment and not each.end_of_prompt]
+            ends = [uid for uid in ends if kinds[uid]]
+            for uid, (caches, tokens) in generator.extract_cache(ends).items():
+                kind = kinds[uid].pop()
+                if cache is not None:
+                    cache.insert_cache("m", tokens[:], caches, cache_type=kind)
+            for each in generated:
+                found[each.uid].append(each.token)
+                if each.finish_reason is not None:
+                    left.remove(each.uid)
+                    if cache is not None:
+                        cache.insert_cache("m", each.all_tokens[:], each.prompt_cache)
+        return list(found.values())
 
 
 def toy(name: str, spec: str = "16") -> Toy:

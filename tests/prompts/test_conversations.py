@@ -7,17 +7,18 @@ import mlx.core as mx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from .conftest import Toy, states, stored, tiered, toy
+from .conftest import ENDER, Toy, states, stored, tiered, toy
 
 TOKEN = st.integers(1, 28)
-MESSAGE = st.lists(TOKEN, min_size=1, max_size=9)
-#: What a client does next: a turn, an answer again, an edited last turn, another conversation, a
-#: restart.
+MESSAGE = st.lists(TOKEN, min_size=1, max_size=14).map(lambda tokens: [*tokens, ENDER])
+#: What a client does next: a turn, an answer again, an edited last turn, other conversations (one,
+#: or two at once), a restart.
 STEP = st.one_of(
     st.tuples(st.just("turn"), MESSAGE),
     st.tuples(st.just("again"), st.just([1])),
     st.tuples(st.just("edit"), MESSAGE),
     st.tuples(st.just("branch"), MESSAGE),
+    st.tuples(st.just("two"), MESSAGE),
     st.tuples(st.just("restart"), st.just([1])),
 )
 
@@ -40,10 +41,11 @@ def test_a_conversation_answers_as_without_a_cache(own: Toy, system, steps):
                 last = [*history, *message]
             elif what == "edit":
                 last = [*last[: max(1, len(last) - 2)], *message]
-            elif what == "branch":
+            elif what in ("branch", "two"):
                 last = [*system, *message]
-            answer = own.answer(last, 3, cache)
-            assert answer == own.answer(last, 3)
+            asked = [[*last, 5, *message], last] if what == "two" else [last]
+            *_, answer = answers = own.answers(asked, 3, cache)
+            assert answers == [own.answer(each, 3) for each in asked]
             history = [*last, *answer]
         assert at.writer.flush()
 
@@ -77,9 +79,9 @@ def test_long_conversations_compute_only_what_is_new(own, tmp_path):
             at = stored(tmp_path)
             cache = tiered(own, at)
         message = [(turn + i) % 28 + 1 for i in range(6)]
-        own.seen.clear()
+        before = own.seen
         answer = own.answer([*history, *message], 2, cache)
-        new.append(own.seen[0] - len(message))
+        new.append(own.seen - before - len(message))
         history += [*message, *answer]
     assert at.writer.flush()
     assert max(new) <= at.block  # what lies behind the last whole block

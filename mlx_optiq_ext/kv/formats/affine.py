@@ -10,7 +10,7 @@ import mlx.core as mx
 from ...errors import InputError, UnsupportedError
 from ...files import shown
 from ...turboquant.hadamard import rotatable, rotate, rotate_back
-from .affine_ranges import FEW, pack
+from .affine_ranges import pack
 from .format import CodeLayout, Interleaving, Multiplying
 from .key_transform import KeyTransform
 
@@ -52,7 +52,6 @@ class Affine(Interleaving, Multiplying):
     fields: ClassVar[tuple[str, ...]] = ("bits", "group_size", "rotated", "transformed")
     parts: ClassVar[tuple[str, ...]] = ("codes", "scales", "biases")
     packed_by_kernel: ClassVar[bool] = True
-    few: ClassVar[int] = FEW
 
     bits: int
     group_size: int | None = None

@@ -16,8 +16,6 @@ import mlx.core as mx
 COVERED = {2: 0.65, 3: 0.85, 4: 0.95, 5: 1.05}
 #: Offsets around that share to start from, and least-squares fits from each start.
 AROUND, FITS = (-0.1, 0.0, 0.1), 2
-#: Up to this many positions are only clipped, because a decoded token leaves little time.
-FEW = 8
 TINY = 1e-9
 
 Parts = tuple[mx.array, mx.array, mx.array]
@@ -27,7 +25,8 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     """Pack the last axis as ``mx.quantize`` lays it out, with less error.
 
     Args:
-        array: (..., length, dim); many positions (a prompt) are searched, few are only clipped.
+        array: (..., length, dim). A position is packed the same whatever stands beside it, so that
+            a prompt may be computed in any parts.
         bits: Width of a code.
         group_size: Divides ``dim``.
 
@@ -37,21 +36,9 @@ def pack(array: mx.array, bits: int, group_size: int) -> Parts:
     share = share_of(bits, group_size)
     if share is None or not array.size:
         return _plain(array, bits, group_size)
-    if array.shape[-2] > FEW:
-        groups = mx.unflatten(array, -1, (-1, group_size))
-        codes, scale, bias = _search(share, bits, group_size)(groups)
-        return _words(codes, bits), scale[..., 0], bias[..., 0]
-    near = (
-        _clip(share)(mx.unflatten(array, -1, (-1, group_size))).flatten(-2) if share < 1 else array
-    )
-    words, scales, biases = _plain(near, bits, group_size)
-    codes = mx.dequantize(
-        words, mx.ones_like(scales), mx.zeros_like(biases), group_size=group_size, bits=bits
-    )
-    scale, bias = _unbiased(group_size)(
-        *(mx.unflatten(each, -1, (-1, group_size)) for each in (array, codes))
-    )
-    return words, scale[..., 0], bias[..., 0]
+    groups = mx.unflatten(array, -1, (-1, group_size))
+    codes, scale, bias = _search(share, bits, group_size)(groups)
+    return _words(codes, bits), scale[..., 0], bias[..., 0]
 
 
 def share_of(bits: int, group_size: int) -> float | None:
@@ -65,19 +52,6 @@ def share_of(bits: int, group_size: int) -> float | None:
 def _plain(array: mx.array, bits: int, group_size: int) -> Parts:
     codes, scales, biases = mx.quantize(array, group_size=group_size, bits=bits)
     return codes, scales, biases
-
-
-@cache
-def _clip(share: float) -> Callable[[mx.array], mx.array]:
-    """Groups (..., elements) clipped and shifted to start at zero."""
-
-    def clip(groups: mx.array) -> mx.array:
-        low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-        cut = (high - low) * ((1 - share) / 2)
-        # MLX shifts a range so that zero has a code; a range that starts at zero is not shifted.
-        return mx.clip(groups, low + cut, high - cut) - (low + cut)
-
-    return mx.compile(clip, shapeless=True)
 
 
 @cache

@@ -43,7 +43,6 @@ class Format(abc.ABC):
             dtype of the packed array. A cache holds the same part of keys and of values in one of
             mlx-lm's caches.
         packed_by_kernel: Whether the kernel that packs new keys and values may replace `pack`.
-        few: Positions up to which `pack` takes a faster way that gives other parts; 0 for none.
     """
 
     name: ClassVar[str]
@@ -51,7 +50,6 @@ class Format(abc.ABC):
     fields: ClassVar[tuple[str, ...]] = ("bits",)
     parts: ClassVar[tuple[str, ...]]
     packed_by_kernel: ClassVar[bool] = False
-    few: ClassVar[int] = 0
 
     bits: int
 

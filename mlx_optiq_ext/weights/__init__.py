@@ -14,6 +14,7 @@ from ..planning.allocation import allocate
 from ..planning.budget import Budget
 from ..planning.calibration import Calibration
 from .candidates import Size, Tensor, tensors
+from .pins import Pin
 from .pipeline import Conversion, prepare
 from .plan import Plan, check_written
 from .plan_file import read_plan
@@ -38,6 +39,7 @@ __all__ = [
     "Conversion",
     "Method",
     "Need",
+    "Pin",
     "Plan",
     "Precision",
     "Problem",

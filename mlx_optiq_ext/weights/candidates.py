@@ -28,6 +28,7 @@ class Tensor:
         precisions: The candidates, by rising stored bits.
         own: The precision that the model's own ``quant_predicate`` asks for, or None. If its group
             size does not divide the last axis, the lowest precision that honours it.
+        pinned: Whether the user has chosen the candidates, so that ``own`` is none of them.
     """
 
     path: str
@@ -35,6 +36,7 @@ class Tensor:
     dtype_bits: int
     precisions: tuple[Precision, ...]
     own: Precision | None = None
+    pinned: bool = False
 
     @property
     def size(self) -> int:

@@ -148,7 +148,7 @@ def _from_file(source: _Source, request: Request) -> Conversion:
 
 def _measured(source: _Source, request: Request) -> Conversion:
     """Measure sensitivity and search a plan for a budget or a speed."""
-    wanted = None
+    wanted, alone = None, request.alone(source.model)
     if request.budget is not None:
         whole = Size.of(source.model, request.candidates(source.model))
         _check_room(request, whole.target(request.budget) * whole.parameters / 8)
@@ -164,7 +164,8 @@ def _measured(source: _Source, request: Request) -> Conversion:
     else:
         assert request.budget is not None
         plan = search(study, request.budget, protect=request.protect)
-    return _finished(Conversion(plan, study=study), study.problem, request)
+    done = _finished(Conversion(plan, study=study), study.problem, request)
+    return replace(done, plan=done.plan.beside(alone))
 
 
 def _check_room(request: Request, needed: float) -> None:

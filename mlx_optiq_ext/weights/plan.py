@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,14 @@ class Plan:
     notes: tuple[str, ...] = ()
     budget: str = ""
     limit: int | None = None
+
+    def beside(self, alone: dict[str, Precision]) -> "Plan":
+        """The plan with tensors that were left alone, by path, among its precisions."""
+        return replace(
+            self,
+            precisions={**self.precisions, **alone},
+            sensitivities={**self.sensitivities, **dict.fromkeys(alone, 0.0)},
+        )
 
     @property
     def aim(self) -> str:

@@ -10,7 +10,7 @@ from .._version import versions
 from ..errors import InputError
 from ..model.config import generates, is_embedding, place
 from .candidates import Size, Tensor
-from .plan import READ_FROM, Plan
+from .plan import FILE, READ_FROM, Plan
 from .precision import AFFINE, GROUP_SIZES, MODES, Precision
 
 
@@ -19,10 +19,12 @@ def read_entries(path: Path) -> dict[str, Precision]:
 
     Args:
         path: A file with ``per_layer``, or with ``optimization.per_layer`` as older ones have it.
+            Of the folder of a converted model its ``optiq_metadata.json`` is read.
 
     Raises:
         InputError: The file is not such a plan; the message names the field.
     """
+    path = _located(path)
     content = files.read_json(path)
     if isinstance(content, dict) and "per_layer" not in content:
         content = content.get("optimization")
@@ -30,6 +32,17 @@ def read_entries(path: Path) -> dict[str, Precision]:
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{path} has no per_layer: give an optiq_metadata.json as convert writes")
     return {name: _precision(path, name, entry) for name, entry in entries.items()}
+
+
+def _located(path: Path) -> Path:
+    """The file of a plan that may be named by its folder."""
+    if not path.is_dir():
+        return path
+    if not (path / FILE).exists():
+        raise InputError(
+            f"{path} has no {FILE}: name a folder that convert wrote by plan, or a file"
+        )
+    return path / FILE
 
 
 def _precision(path: Path, name: str, entry: Any) -> Precision:
@@ -87,6 +100,7 @@ def read_plan(path: Path, tensors: tuple[Tensor, ...], size: Size) -> Plan:
         InputError: The file is not a plan, names a layer that the model lacks, or has a group size
             that does not divide a layer's inputs.
     """
+    path = _located(path)
     entries, precisions = read_entries(path), {}
     for name, tensor in _tensors(path, entries, tensors).items():
         precision = entries[name]

@@ -169,7 +169,10 @@ def _allowance(problem: Problem, room: int, protect: bool) -> Callable[[Precisio
     def fits(plan: Precisions) -> bool:
         for tensor in problem.tensors:
             precision = plan[tensor.path]
-            if precision not in (*tensor.precisions, tensor.own) or not rule(tensor, precision):
+            if tensor.pinned:
+                if precision not in tensor.precisions:
+                    return False
+            elif precision not in (*tensor.precisions, tensor.own) or not rule(tensor, precision):
                 return False
         return stored(problem.tensors, plan) <= room
 
@@ -217,7 +220,8 @@ def variants(study: Study, budget: float) -> dict[str, Precisions]:
 
 def rules(problem: Problem) -> dict[str, Rule]:
     """The precisions that each variant allows."""
-    coarsest = min(p.bits for t in problem.tensors for p in t.precisions)
+    free = [t for t in problem.tensors if not t.pinned] or problem.tensors
+    coarsest = min(p.bits for t in free for p in t.precisions)
     ends = protected(problem)
     return {
         "allocated": lambda tensor, precision: True,

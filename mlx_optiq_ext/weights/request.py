@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..model.layers import quantizable
 from ..planning.budget import Budget
 from ..planning.calibration import DEFAULT, Sampling
 from .candidates import Tensor, tensors
-from .precision import BITS, GROUP_SIZES
+from .pins import Pin, pinned
+from .precision import BITS, GROUP_SIZES, Precision
 from .rounding.distillation.settings import Settings
 from .sensitivity import registry
 from .sensitivity.method import Method
@@ -32,6 +34,8 @@ class Request:
         plan_file: A plan to apply instead of measuring one.
         bits: Widths to choose from; None for all, with "leave unquantized" among the candidates.
         group_sizes: Group sizes to choose from; None for all.
+        pins: Precisions of some tensors, beside which the rest is planned; the last one that
+            matches a tensor counts.
         protect: Whether both ends of the model must keep 8 bits or more.
         method: How to measure sensitivity: a registered name, or a method itself.
         calibration: A text or JSON-lines file; None for mlx-lm's own text.
@@ -53,6 +57,7 @@ class Request:
     plan_file: Path | None = None
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
+    pins: tuple[Pin, ...] = ()
     protect: bool = False
     method: str | Method = registry.DEFAULT
     calibration: Path | None = None
@@ -90,8 +95,19 @@ class Request:
         """The tensors of a model that are to be planned; nothing is evaluated.
 
         Raises:
-            InputError: No tensor can be quantized.
+            InputError: No tensor can be quantized, or a pin does not go with the model.
         """
+        return self._divided(model)[0]
+
+    def alone(self, model: Any) -> dict[str, Precision]:
+        """Path -> unquantized precision of the tensors that pins leave alone; nothing is evaluated.
+
+        Raises:
+            InputError: See `candidates`.
+        """
+        return self._divided(model)[1]
+
+    def _divided(self, model: Any) -> tuple[tuple[Tensor, ...], dict[str, Precision]]:
         groups = self.group_sizes or GROUP_SIZES
         if self.plan_file is not None:
             found = tensors(model, allow_unquantized=True)
@@ -102,4 +118,10 @@ class Request:
                 "no tensor of this model can be quantized in groups of "
                 f"{', '.join(map(str, groups))}: give other --optiq-group-sizes"
             )
-        return tuple(found)
+        if not self.pins:
+            return tuple(found), {}
+        paths = [path for path, _ in quantizable(model)]
+        planned, alone = pinned(found, paths, self.pins, groups)
+        if not planned:
+            raise InputError("the pins leave all tensors of this model alone: nothing to quantize")
+        return tuple(planned), alone

@@ -1,7 +1,7 @@
 """Makes a plan from a model and a request: calibrates, measures, searches."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from ..model.stream import Stream, runs_whole
 from ..planning.budget import Budget, size_text
 from ..planning.calibration import load_calibration
 from .candidates import Size, Tensor
+from .pins import Pin
 from .plan import Plan
 from .plan_search import Study, search
 from .request import Request
@@ -73,8 +74,9 @@ def plan_model(
     """
     if request.budget is None:
         raise InputError("a plan needs a budget: give Request(budget=4.5)")
+    alone = request.alone(model)
     study = study_model(model, tokenizer, request, digest=digest, load=load)
-    return search(study, request.budget, protect=request.protect)
+    return search(study, request.budget, protect=request.protect).beside(alone)
 
 
 def _mark(problem: Problem) -> list[Any]:
@@ -156,7 +158,7 @@ def calibrated(
     candidates = request.candidates(model)
     size = Size.of(model, candidates)
     if request.budget is not None:
-        check_budget(request.budget, size, candidates)
+        check_budget(request.budget, size, candidates, request.pins)
     stream = _stream(model, load, request)
     modules = dict(quantizable(model))
     weights = stream or {t.path: modules[t.path].weight for t in candidates}
@@ -193,7 +195,9 @@ def calibrated(
     )
 
 
-def check_budget(budget: float | Budget, size: Size, candidates: tuple[Tensor, ...]) -> None:
+def check_budget(
+    budget: float | Budget, size: Size, candidates: tuple[Tensor, ...], pins: Sequence[Pin] = ()
+) -> None:
     """Raise BudgetError with the feasible range if no plan fits a budget."""
     smallest = sum(t.stored_bits(t.precisions[0]) for t in candidates)
     largest = sum(t.stored_bits(t.precisions[-1]) for t in candidates)
@@ -205,9 +209,10 @@ def check_budget(budget: float | Budget, size: Size, candidates: tuple[Tensor, .
     else:
         asked = str(budget)
         least, most = (size_text(size.file_bytes(bits)) for bits in (smallest, largest))
+    why = f"with {'the pins' if pins else 'these candidates'} it takes from {least} to {most}"
     raise BudgetError(
-        f"a budget of {asked} is too small for this model: with these candidates it takes from "
-        f"{least} to {most}, counting scales, biases and what stays unquantized"
+        f"a budget of {asked} is too small for this model: {why}, counting scales, biases and what "
+        "stays unquantized"
     )
 
 

@@ -95,6 +95,8 @@ def reason(gain: Gain, evidence: Evidence) -> str:
 
 def _why(gain: Gain, evidence: Evidence) -> str:
     tensor, name = gain.tensor, kind(evidence.common)
+    if tensor.pinned:
+        return "Pinned by the user."
     if tensor.own is not None and (gain.share is None or gain.precision == tensor.own):
         return f"The model's own code asks for at least {kind(tensor.own)} here."
     if gain.share is None or gain.sensitivity is None:

@@ -19,7 +19,7 @@ CHOOSING = ("budget", "min_tps", "plan")
 KV = ("kv_budget", "kv_only", "calibration")
 
 #: Options that do not go with a saved plan, which has decided them.
-DECIDED = ("budget", "min_tps", "bits", "group_sizes", "sensitivity", "protect")
+DECIDED = ("budget", "min_tps", "bits", "group_sizes", "pin", "sensitivity", "protect")
 
 
 def check(command, parsed, args) -> Instead | None:

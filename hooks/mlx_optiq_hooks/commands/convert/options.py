@@ -2,12 +2,14 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.planning import Budget
+    from mlx_optiq_ext.weights import Pin
 
 
 class Speed(NamedTuple):
@@ -29,6 +31,7 @@ class Options:
     plan: Path | None = None
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
+    pin: "Sequence[Pin]" = ()
     sensitivity: str | None = None
     protect: bool = False
     calibration: Path | None = None
@@ -77,6 +80,17 @@ def budget(text: str) -> "Budget":
 
     try:
         return Budget.parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def pin(text: str) -> "Pin":
+    """A parser for the precision of some tensors."""
+    from mlx_optiq_ext.errors import InputError
+    from mlx_optiq_ext.weights import Pin
+
+    try:
+        return Pin.parse(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -149,9 +163,10 @@ def add_arguments(group):
     )
     group.add_argument(
         "--optiq-plan",
-        metavar="FILE",
+        metavar="PATH",
         type=Path,
-        help="Apply a saved plan (optiq_metadata.json, edited or not) without measuring.",
+        help="Apply a saved plan (optiq_metadata.json, edited or not, or its folder) without "
+        "measuring.",
     )
     group.add_argument(
         "--optiq-bits",
@@ -164,6 +179,15 @@ def add_arguments(group):
         metavar="LIST",
         type=choices(GROUP_SIZES, "group sizes"),
         help=f"Group sizes to choose from. Default: {_listed(GROUP_SIZES)}.",
+    )
+    group.add_argument(
+        "--optiq-pin",
+        metavar="PATTERN=BITS[gGROUP]",
+        action="append",
+        type=pin,
+        help="Give the tensors whose module paths match a pattern these bits (and group size), "
+        "such as '*.v_proj=8g64', or leave them alone with 16; the rest is planned within what is "
+        "left of the budget. May be given many times; the last that matches counts.",
     )
     group.add_argument(
         "--optiq-protect",

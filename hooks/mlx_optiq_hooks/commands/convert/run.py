@@ -176,6 +176,7 @@ def _request(options: Options, scratch: Path | None) -> "Request":
         plan_file=options.plan,
         bits=options.bits,
         group_sizes=options.group_sizes,
+        pins=tuple(options.pin),
         calibration=options.calibration,
         method=options.sensitivity or weights.Request.method,
         effort=options.how_far,

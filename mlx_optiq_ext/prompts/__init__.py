@@ -24,7 +24,7 @@ A server keeps them behind mlx-lm's cache in memory, so that a prompt is compute
 from .inspection import clear, summary
 from .reuse import StoredPrompts
 from .segments import divided
-from .single import Sequences
+from .single import Sequences, prefill
 from .space import Space, space_of
 from .splitting import has_snapshots
 from .store import BlockStore
@@ -41,6 +41,7 @@ __all__ = [
     "clear",
     "divided",
     "has_snapshots",
+    "prefill",
     "space_of",
     "summary",
 ]

@@ -1,11 +1,56 @@
 """One sequence at a time, as ``mlx_lm.generate`` and ``mlx_lm.chat`` run a model."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
+import mlx.core as mx
+
 from .reuse import StoredPrompts
+from .segments import places
 from .space import Space
+from .splitting import has_snapshots
+
+
+def prefill(
+    model: Callable[..., Any],
+    tokens: Sequence[int],
+    known: int,
+    caches: list[Any],
+    keep: Callable[[list[int]], None],
+    enders: Collection[int] = (),
+    step: int = 2048,
+) -> int:
+    """Compute a prompt but its last token, and keep the state of its layers on the way.
+
+    Without a layer whose state belongs to one length of the prompt nothing is computed.
+
+    Args:
+        model: Called as mlx-lm's models are.
+        tokens: The whole prompt.
+        known: Tokens that the caches hold.
+        caches: One row's, filled in place.
+        keep: Called with the tokens that the caches hold, at the `places` of the prompt.
+        enders: Tokens that end a message.
+        step: Tokens that are computed at a time.
+
+    Returns:
+        How many tokens the caches hold.
+    """
+    if not has_snapshots(caches):
+        return known
+    last = len(tokens) - 1
+    for place in sorted({*places(tokens, enders), last}):
+        if not known < place <= last:
+            continue
+        while known < place:
+            stop = min(known + step, place)
+            model(mx.array(tokens[known:stop])[None], cache=caches)
+            mx.eval([cache.state for cache in caches])
+            mx.clear_cache()
+            known = stop
+        keep(list(tokens[:place]))
+    return known
 
 
 class Sequences:
@@ -13,9 +58,13 @@ class Sequences:
 
     Args:
         stored: The store.
+
+    Attributes:
+        enders: Tokens that end a message; none until the tokenizer is known.
     """
 
     def __init__(self, stored: StoredPrompts):
+        self.enders: Collection[int] = ()
         self._stored = stored
         # The caches of the running conversation, and the tokens that they hold.
         self._latest: tuple[list[Any], list[int]] | None = None
@@ -26,6 +75,8 @@ class Sequences:
         prompt: list[int],
         caches: list[Any],
         generate: Callable[[list[int]], Iterator[tuple[int, Any]]],
+        model: Callable[..., Any],
+        step: int = 2048,
     ) -> Iterator[tuple[int, Any]]:
         """Generate behind a prompt.
 
@@ -34,20 +85,27 @@ class Sequences:
             prompt: Its tokens, without those that the caches hold.
             caches: One row's, filled in place. Caches that another program filled are left alone.
             generate: Generates behind the tokens that it is given, with these caches.
+            model: Computes what `prefill` does.
+            step: Tokens that it computes at a time.
         """
         before = self._tokens(caches)
         if before is None:
             yield from generate(prompt)
             return
-        rest = prompt
+        tokens, known = [*before, *prompt], len(before)
         found = None if before else self._stored.find(space, prompt)
         if found is not None:
-            caches[:], rest = found[0], prompt[found[1] :]
+            caches[:], known = found
             print(
-                f"[optiq] {found[1]} of the prompt's {len(prompt)} tokens were on disk",
+                f"[optiq] {known} of the prompt's {len(prompt)} tokens were on disk",
                 file=sys.stderr,
             )
-        tokens = [*before, *prompt]
+
+        def keep(held: list[int]) -> None:
+            self._stored.keep(space, held, caches)
+
+        known = prefill(model, tokens, known, caches, keep, self.enders, step)
+        rest = tokens[known:]
         try:
             for token, logprobs in generate(rest):
                 tokens.append(int(token))

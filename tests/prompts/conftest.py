@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import toy_models
+from live_server import write_exact
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -135,3 +136,8 @@ def flat(state: Any) -> list[Any]:
 @pytest.fixture(scope="session", params=[(f, s) for f in FAMILIES for s in ("16", "8g32", "4g32")])
 def own(request) -> Toy:
     return toy(*request.param)
+
+
+@pytest.fixture(scope="session")
+def exact(tiny, tmp_path_factory) -> Path:
+    return write_exact(tiny, tmp_path_factory.mktemp("models") / "exact")

@@ -5,16 +5,11 @@ from pathlib import Path
 
 import mlx_lm
 import pytest
-from live_server import Server, serve, write_exact
+from live_server import Server, serve
 from toy_adapters import write_adapter
 
 STORY = " ".join(f"There are {i} bricks in bag {i * 3 % 17}." for i in range(60))
 QUESTIONS = (" How many?", " Why?", " What is in bag 3?")
-
-
-@pytest.fixture(scope="module")
-def exact(tiny, tmp_path_factory) -> Path:
-    return write_exact(tiny, tmp_path_factory.mktemp("models") / "exact")
 
 
 def by_name(server: Server, name: str) -> tuple[str, int]:

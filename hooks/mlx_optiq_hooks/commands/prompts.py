@@ -1,7 +1,8 @@
 """``--optiq-prompt-cache`` of the commands that answer prompts."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,25 @@ class Run:
             parts.append("" if draft is None else model_digest(cached_folder(draft)))
             self._digests[key] = " ".join(parts)
         return self._digests[key]
+
+
+@dataclass
+class Alone:
+    """The request that a server answers alone.
+
+    Attributes:
+        keep: Keeps caches that hold the first tokens of its prompt.
+        enders: Tokens that end a message.
+        prompt: Its tokens; None until they are known.
+    """
+
+    keep: Callable[[list[int], list[Any]], None]
+    enders: Collection[int]
+    prompt: list[int] | None = None
+
+
+#: Set in the thread that generates.
+alone: ContextVar[Alone | None] = ContextVar("mlx_optiq_ext_alone", default=None)
 
 
 def add_arguments(group) -> None:

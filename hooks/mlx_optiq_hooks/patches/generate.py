@@ -7,7 +7,7 @@ import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from ..commands.prompts import Run
+from ..commands.prompts import Run, alone
 from ..engine import session
 from ..engine.patch import Patch, bind, of
 
@@ -79,11 +79,13 @@ def run_batch(wrapped, instance, args, kwargs):
 
 def generate_step(wrapped, instance, args, kwargs):
     run, running = session.state(Run), session.current()
-    if run is None or running is None or running.command == "server":
+    if run is None or running is None:
         return wrapped(*args, **kwargs)
     call = bind(wrapped, args, kwargs)
     if call.get("input_embeddings") is not None:
         return wrapped(*args, **kwargs)
+    if running.command == "server":
+        return _served_alone(wrapped, call)
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -97,8 +99,51 @@ def generate_step(wrapped, instance, args, kwargs):
         return wrapped(**{**call, "prompt": mx.array(rest), "prompt_cache": caches})
 
     space = run.space((*run.source, None), make)
-    return run.sequences.run(space, call["prompt"].tolist(), caches, generated)
+    prompt, step = call["prompt"].tolist(), call.get("prefill_step_size", _STEP)
+    return run.sequences.run(space, prompt, caches, generated, call["model"], step)
 
+
+def _served_alone(wrapped, call):
+    request = alone.get()
+    # What processes logits is to see all tokens that are computed.
+    if request is None or request.prompt is None or call.get("logits_processors"):
+        return wrapped(**call)
+    import mlx.core as mx
+
+    from mlx_optiq_ext.prompts import prefill
+
+    tokens, caches = request.prompt, call["prompt_cache"]
+    start, told = len(tokens) - call["prompt"].size, call["prompt_progress_callback"]
+    total = call["prompt"].size
+
+    def keep(held):
+        told(len(held) - start, total)
+        request.keep(held, caches)
+
+    def generated():
+        step = call.get("prefill_step_size", _STEP)
+        known = prefill(call["model"], tokens, start, caches, keep, request.enders, step)
+        yield from wrapped(
+            **{
+                **call,
+                "prompt": mx.array(tokens[known:]),
+                "prompt_progress_callback": lambda done, _: told(known - start + done, total),
+            }
+        )
+
+    return generated()
+
+
+def stream_generate(wrapped, instance, args, kwargs):
+    run = session.state(Run)
+    if run is not None:
+        call = bind(wrapped, args, kwargs)
+        run.sequences.enders = getattr(call["tokenizer"], "eos_token_ids", ())
+    return wrapped(*args, **kwargs)
+
+
+#: Tokens that mlx-lm computes at a time.
+_STEP = 2048
 
 RESPONSE = ("finish_reason", "prompt_cache", "uid")
 
@@ -151,5 +196,12 @@ PATCHES = (
         why="takes the beginning of a prompt from disk",
         upstream="none: a saved prompt cache is named by hand (--prompt-cache-file)",
         wrapper=generate_step,
+    ),
+    Patch(
+        "mlx_lm.generate:stream_generate",
+        feature="prompts",
+        why="knows the tokens that end a message",
+        upstream="none: generate_step gets no tokenizer",
+        wrapper=stream_generate,
     ),
 )

@@ -4,7 +4,9 @@ The table stands behind that of the adapters, so that this wrapper is the outer 
 cache first, and the adapters' keys reach it.
 """
 
-from ...commands.prompts import Run
+import copy
+
+from ...commands.prompts import Alone, Run, alone
 from ...engine import session
 from ...engine.patch import Patch, bind, of
 from . import model as server
@@ -48,6 +50,10 @@ def _tokenize(wrapped, instance, args, kwargs):
     result, run = wrapped(*args, **kwargs), session.state(Run)
     if run is None or result[-1] is not None:  # a prompt with images is one part
         return result
+    request = alone.get()
+    if request is not None:
+        request.prompt = list(result[0])
+        return result
     from mlx_lm.models.cache import make_prompt_cache
 
     from mlx_optiq_ext.prompts import divided, has_snapshots
@@ -60,12 +66,31 @@ def _tokenize(wrapped, instance, args, kwargs):
     return prompt, *divided(segments, kinds, enders), *rest
 
 
+def _serve_single(wrapped, instance, args, kwargs):
+    if session.state(Run) is None:
+        return wrapped(*args, **kwargs)
+    provider = instance.model_provider
+
+    def keep(tokens, caches):
+        # The request goes on with its own.
+        instance.prompt_cache.insert_cache(provider.model_key, tokens, copy.deepcopy(caches))
+
+    token = alone.set(Alone(keep, provider.tokenizer.eos_token_ids))
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        alone.reset(token)
+
+
 USES = (
     *of(
         "mlx_lm.server",
         *(f"ModelProvider.{name}" for name in ("draft_model", "model", "model_key", "tokenizer")),
     ),
-    *of("mlx_lm.server", "ResponseGenerator.model_provider"),
+    *of(
+        "mlx_lm.server",
+        *(f"ResponseGenerator.{name}" for name in ("model_provider", "prompt_cache")),
+    ),
     *of("mlx_lm.tokenizer_utils", "TokenizerWrapper.eos_token_ids"),
     *of(
         "mlx_lm.models.cache",
@@ -90,5 +115,8 @@ def _patch(attribute: str, wrapper, why: str) -> Patch:
 PATCHES = (
     _patch("ModelProvider.load", load, "knows the files of the served model"),
     _patch("ResponseGenerator._tokenize", _tokenize, "keeps states at the ends of messages"),
+    _patch(
+        "ResponseGenerator._serve_single", _serve_single, "keeps states of prompts served alone"
+    ),
     _patch("ResponseGenerator.__init__", __init__, "puts prompts on disk behind those in memory"),
 )

@@ -34,7 +34,8 @@ class PackedKVCache:
         dtype: Name of the unpacked dtype; None before there is one.
         dense: Whether attention gets plain arrays, for models that compute attention themselves.
         mergeable: Whether mlx-lm's batch engine may merge it with others.
-        platform: Where new keys and values are packed; None for where MLX's default device is.
+        platform: Where keys and values are packed and attended to; None for where MLX's default
+            device is.
         layer: The decoder layer that writes to it; None if that is not known.
         residuals: What the first keys of each row differ by from what is packed, see `FirstKeys`;
             None before there are any, or if none are kept.
@@ -110,7 +111,7 @@ class PackedKVCache:
         first = None
         if self.residuals is not None:
             first = FirstKeys(self.residuals, getattr(self.planes[0], "left_padding", None))
-        keys, values = packed_of(rows, self.formats, self.dtype, first)
+        keys, values = packed_of(rows, self.formats, self.dtype, first, self.platform)
         if not self.dense:
             return keys, values
         return _plain(keys), _plain(values)

@@ -97,6 +97,7 @@ def packed_of(
     formats: LayerFormat,
     dtype: str | None,
     first: FirstKeys | None = None,
+    platform: Platform | None = None,
 ) -> tuple[Packed | mx.array, Packed | mx.array]:
     """Undo `arrange`: keys and values, each a plain array where it has no format.
 
@@ -105,13 +106,17 @@ def packed_of(
         formats: Fitted to the dimensions.
         dtype: Name of the unpacked dtype; None if nothing was packed yet.
         first: What the first keys differ by from what is packed; None for nothing.
+        platform: Where attention reads them; None for where MLX's default device is.
     """
     keys, values = zip(*rows, strict=True)
     if len(rows) == 1:
         given = getattr(mx, dtype or "float32")
         keys = _split(keys[0], formats.keys, given)
         values = _split(values[0], formats.values, given)
-    return _packed(keys, formats.keys, first), _packed(values, formats.values)
+    return (
+        _packed(keys, formats.keys, platform, first),
+        _packed(values, formats.values, platform),
+    )
 
 
 def _joined(parts: Parts, format: Format | None) -> mx.array:
@@ -133,8 +138,11 @@ def _padded(parts: Parts, count: int) -> Parts:
 
 
 def _packed(
-    parts: Parts, format: Format | None, first: FirstKeys | None = None
+    parts: Parts,
+    format: Format | None,
+    platform: Platform | None,
+    first: FirstKeys | None = None,
 ) -> Packed | mx.array:
     if format is None:
         return parts[0].view(parts[1].dtype)
-    return Packed(parts[: len(format.parts)], format, first)
+    return Packed(parts[: len(format.parts)], format, first, platform)

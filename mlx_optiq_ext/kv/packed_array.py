@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..kernels import Platform
 from .first_keys import FirstKeys
 from .formats import Format
 
@@ -16,14 +17,22 @@ class Packed:
         parts: Parts that the format packs into, each (batch, heads, length, its own width).
         format: The format, fitted to the head dimension.
         first: What the first keys differ by from what is packed; None for nothing.
+        platform: Where attention reads it; None for where MLX's default device is.
     """
 
-    __slots__ = ("first", "format", "parts")
+    __slots__ = ("first", "format", "parts", "platform")
 
-    def __init__(self, parts: Sequence[mx.array], format: Format, first: FirstKeys | None = None):
+    def __init__(
+        self,
+        parts: Sequence[mx.array],
+        format: Format,
+        first: FirstKeys | None = None,
+        platform: Platform | None = None,
+    ):
         self.parts = tuple(parts)
         self.format = format
         self.first = first
+        self.platform = platform
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def attend(
         sinks: (query heads,), one logit for each head that takes probability without a value
             (gpt-oss).
         backends: Functions asked before the package's own; None from one means the next.
-        platform: Where to attend; None for where MLX's default device is.
+        platform: Where to attend; None for where the keys' cache does, or MLX's default device is.
 
     Returns:
         (batch, query heads, length, value dim) in the queries' dtype.
@@ -72,6 +72,8 @@ def attend(
     if isinstance(keys, Packed):
         queries = keys.format.turn_queries(queries)
         sinks = None if sinks is None else keys.format.turn_sinks(sinks)
+    if platform is None and isinstance(keys, Packed):
+        platform = keys.platform
     own = choose(platform or current(), queries, keys, values, mask)
     call = (queries, keys, values, scale, mask, sinks)
     offered = (backend(*call) for backend in backends)

@@ -58,11 +58,15 @@ class Piece:
 
 
 def held(array: mx.array) -> tuple[str, np.ndarray]:
-    """A copy of an array for a `Piece`; evaluates it."""
+    """The elements of an array for a `Piece`, which keeps them; evaluates it.
+
+    Nothing is copied. MLX copies an array that others hold before it writes to it.
+    """
     dtype = str(array.dtype).rpartition(".")[2]
-    if dtype == "bfloat16":
-        array = mx.contiguous(array).view(mx.uint16)
-    return dtype, np.array(array)
+    # An array of its own: the caller may assign to the other.
+    array = array.view(mx.uint16) if dtype == "bfloat16" else array[...]
+    mx.eval(array)
+    return dtype, np.array(array, copy=False)
 
 
 def restored(dtype: str, elements: np.ndarray) -> mx.array:

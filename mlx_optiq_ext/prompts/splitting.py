@@ -82,7 +82,7 @@ def exact(caches: Sequence[Any], length: int) -> bool:
 
 
 def cut(key: str, caches: Sequence[Any], start: int, stop: int, *, snapshot: bool = False) -> Piece:
-    """Copy the tokens of a range out of a prompt cache.
+    """The tokens of a range of a prompt cache, which may go on meanwhile.
 
     Args:
         key: The block's key.

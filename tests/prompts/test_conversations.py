@@ -1,11 +1,15 @@
 """Random conversations answer with a prompt cache as they do without one."""
 
+import copy
 import tempfile
+import threading
 from pathlib import Path
 
 import mlx.core as mx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from mlx_optiq_ext.prompts.block_file import Piece
 
 from .conftest import ENDER, Toy, states, stored, tiered, toy
 
@@ -116,3 +120,23 @@ def test_ten_prompts_behind_one_store_it_once(tmp_path):
         assert at.writer.flush()
     files = list(tmp_path.rglob("*.safetensors"))
     assert len(files) == 80 // 4 + 10
+
+
+def test_what_waits_to_be_written_stays_as_it_was(own, tmp_path):
+    at, tokens = stored(tmp_path), [(7 * i) % 29 for i in range(42)]
+    caches = own.make()
+    mx.eval(own.model(mx.array([tokens]), cache=caches))
+    expected = states(copy.deepcopy(caches), 40)
+    gate = threading.Event()
+    at.writer.offer(Piece("first", {}), lambda piece: gate.wait(10))
+    at.keep(own.space, tokens, caches)
+    for token in range(8):  # the caller goes on, in place
+        mx.eval(own.model(mx.array([[token]]), cache=caches))
+        mx.eval([cache.state for cache in caches])
+    gate.set()
+    assert at.writer.flush()
+    found = stored(tmp_path).find(own.space, [*tokens, 1])
+    assert found is not None
+    for one, other in zip(expected, states(found[0], 40), strict=True):
+        same = mx.array_equal(one, other) if isinstance(one, mx.array) else one == other
+        assert bool(same)

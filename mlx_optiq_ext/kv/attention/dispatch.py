@@ -69,15 +69,16 @@ def attend(
     """
     if keys.shape[2] == 0:  # MLX's products divide by zero on packed data of no rows
         return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
+    if platform is None:
+        platform = (keys.platform if isinstance(keys, Packed) else None) or current()
     if isinstance(keys, Packed):
-        queries = keys.format.turn_queries(queries)
+        queries = kernels.turned(platform, queries, keys.format)
         sinks = None if sinks is None else keys.format.turn_sinks(sinks)
-    if platform is None and isinstance(keys, Packed):
-        platform = keys.platform
-    own = choose(platform or current(), queries, keys, values, mask)
     call = (queries, keys, values, scale, mask, sinks)
     offered = (backend(*call) for backend in backends)
     output = next((found for found in offered if found is not None), None)
     if output is None:
-        output = own(*call)
+        if platform.compile is not None and kernels.supports(queries, keys, values, mask):
+            return kernels.attend(platform, *call, turn_back=True)
+        output = choose(platform, queries, keys, values, mask)(*call)
     return values.format.turn_back(output) if isinstance(values, Packed) else output

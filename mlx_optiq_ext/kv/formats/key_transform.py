@@ -76,8 +76,8 @@ class KeyTransform:
         return self.basis.shape[-1]
 
     @cached_property
-    def _matrices(self) -> tuple[mx.array, mx.array, mx.array]:
-        """The centre; the map for rows of keys; its inverse, for rows of queries."""
+    def matrices(self) -> tuple[mx.array, mx.array, mx.array]:
+        """The centre; the map for rows of keys; its inverse, for rows of queries: float32."""
         spread = _spread(self.dim, self.group_size)
         full = spread @ self.basis.astype(np.float64)
         inverse = np.linalg.inv(self.basis.astype(np.float64)) @ spread.T
@@ -86,18 +86,18 @@ class KeyTransform:
 
     def apply(self, keys: mx.array) -> mx.array:
         """Keys (batch, heads, length, dim) as they are packed, in their dtype."""
-        centre, matrix, _ = self._matrices
+        centre, matrix, _ = self.matrices
         return ((keys.astype(mx.float32) - centre) @ matrix).astype(keys.dtype)
 
     def undo(self, keys: mx.array) -> mx.array:
         """Keys as the model made them, up to rounding."""
-        centre, _, inverse = self._matrices
+        centre, _, inverse = self.matrices
         found = keys.astype(mx.float32) @ inverse.swapaxes(1, 2) + centre
         return found.astype(keys.dtype)
 
     def queries(self, queries: mx.array) -> mx.array:
         """Queries (batch, query heads, length, dim) for keys that were transformed."""
-        inverse = self._matrices[2]
+        inverse = self.matrices[2]
         heads = inverse.shape[0]
         grouped = mx.unflatten(queries.astype(mx.float32), 1, (heads, -1))
         return (grouped @ inverse[:, None]).flatten(1, 2).astype(queries.dtype)

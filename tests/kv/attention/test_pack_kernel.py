@@ -3,15 +3,25 @@
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from kernel_shim import kernel_factory
 
 from mlx_optiq_ext.kernels import Platform, platform
 from mlx_optiq_ext.kv import LayerFormat, Packed, PackedKVCache
 from mlx_optiq_ext.kv.attention.kernels import pack_kernel
-from mlx_optiq_ext.kv.formats import Affine, TurboQuant
+from mlx_optiq_ext.kv.formats import Affine, KeyTransform, TurboQuant
 
 pytestmark = pytest.mark.newest
+
+
+def transformed(heads: int, dim: int) -> Affine:
+    rng = np.random.default_rng(1)
+    basis = rng.standard_normal((heads, dim, dim)) / dim + np.eye(dim)
+    centre = rng.standard_normal((heads, 1, dim)).astype(np.float32)
+    move = KeyTransform(centre, basis.astype(np.float32))
+    return Affine(8, 32, transformed=True).with_transform(move)
+
 
 #: (keys, values, (key dim, value dim), length): every width and group size.
 CASES = {
@@ -20,6 +30,8 @@ CASES = {
     "5 and 6": (Affine(5, 32), Affine(6, 32), (96, 96), 2),
     "2 and 5": (Affine(2, 64), Affine(5, 128), (256, 256), 3),
     "rotated": (Affine(3, 64, rotated=True), Affine(2, 32), (64, 64), 9),
+    "rotated in the kernel": (Affine(8, 32), Affine(4, 32, rotated=True), (64, 128), 2),
+    "transformed in the kernel": (transformed(3, 64), Affine(3, 64, rotated=True), (64, 64), 2),
 }
 
 

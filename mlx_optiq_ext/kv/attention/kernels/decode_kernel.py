@@ -8,7 +8,7 @@ from functools import cache
 import mlx.core as mx
 
 from ....kernels import Platform, name_of
-from ...formats import CodeLayout, Format
+from ...formats import Affine, CodeLayout, Format
 from ...packed_array import Packed
 from .source import COMBINE, DECODE, WARPS, Family, combine, decode
 
@@ -68,6 +68,7 @@ def attend(
     *,
     dtype: mx.Dtype | None = None,
     blocks: int = BLOCKS,
+    turn_back: bool = False,
 ) -> mx.array:
     """Attention in the stored basis; see `mlx_optiq_ext.kv.attend`.
 
@@ -81,15 +82,17 @@ def attend(
         sinks: (query heads,) or None.
         dtype: Dtype of the output; the queries' by default.
         blocks: Blocks to spread the call over.
+        turn_back: Whether the output is brought back from the basis of the values.
     """
     batch, query_heads, length, _ = queries.shape
     _, heads, tokens, width = keys.parts[0].shape
     out = dtype or queries.dtype
     kind, rows = _NO_MASK if mask is None else _mask(mask, (batch, query_heads, length, tokens))
+    rotated = turn_back and rotates(values.format, values.parts[0].shape[3])
     call = _call(
         platform, _layout(keys.format, width), _layout(values.format, values.parts[0].shape[3]),
         query_heads // heads, length, scale, kind, sinks is not None,
-        0 if keys.first is None else keys.first.count, queries.dtype, out,
+        0 if keys.first is None else keys.first.count, queries.dtype, out, rotated,
     )  # fmt: skip
     splits = blocks // (batch * heads * call.chunks)
     splits = max(1, min(splits, -(-tokens // (TILE * WARPS))))
@@ -97,20 +100,21 @@ def attend(
     states, parts = call.decode(
         inputs=[
             *(queries, *_parts(keys), *_parts(values), queries if rows is None else rows),
-            *_firsts(queries, keys, scale),
+            *_firsts(queries, keys),
         ],
         grid=(splits * WARPS * 32, heads, batch * call.chunks),
         threadgroup=(WARPS * 32, 1, 1),
         output_shapes=[(*shape, 2), (*shape, call.dim)],
         output_dtypes=_FLOATS,
     )
-    return call.combine(
+    output = call.combine(
         inputs=[states, parts, queries if sinks is None else sinks.astype(mx.float32)],
         grid=(call.joiners * call.dim, heads * call.rows, batch),
         threadgroup=(call.joiners * call.dim, 1, 1),
         output_shapes=[(batch, query_heads, length, call.dim)],
         output_dtypes=[out],
     )[0]
+    return values.format.turn_back(output) if turn_back and not rotated else output
 
 
 _FLOATS = [mx.float32, mx.float32]
@@ -123,13 +127,18 @@ def _parts(side: Packed) -> tuple[mx.array, ...]:
     return codes, scales, biases[0] if biases else scales
 
 
-def _firsts(queries: mx.array, keys: Packed, scale: float) -> tuple[mx.array, mx.array]:
-    """What is added to the scores of the first keys, in powers of two, and where these begin."""
+def _firsts(queries: mx.array, keys: Packed) -> tuple[mx.array, mx.array]:
+    """What the first keys lost, in the queries' dtype, and where each row begins."""
     if keys.first is None:
         return queries, queries
     starts = keys.first.starts
-    starts = mx.zeros((queries.shape[0],), mx.int32) if starts is None else starts
-    return keys.first.scores(queries) * (scale * LOG2E), starts.astype(mx.int32)
+    starts = _zeros(queries.shape[0]) if starts is None else starts
+    return keys.first.residuals.astype(queries.dtype), starts.astype(mx.int32)
+
+
+@cache
+def _zeros(count: int) -> mx.array:
+    return mx.array([0] * count, mx.int32)
 
 
 def _mask(mask: mx.array | str, shape: tuple[int, ...]) -> tuple[str, mx.array | None]:
@@ -166,6 +175,7 @@ def _call(
     firsts: int,
     dtype: mx.Dtype,
     out: mx.Dtype,
+    rotated: bool,
 ) -> _Call:
     names = (str(d).removeprefix("mlx.core.") for d in (dtype, out))
     family = Family(keys, values, repeats, length, scale, mask, sinks, firsts, *names)
@@ -173,7 +183,7 @@ def _call(
     assert make is not None
     kernels = [
         make(
-            name=name_of(platform.name, family, *names, *texts),
+            name=name_of(platform.name, *names, *texts),
             input_names=list(names[0]),
             output_names=list(names[1]),
             header=texts[0],
@@ -182,10 +192,17 @@ def _call(
         )
         for names, texts in (
             (DECODE, decode(family, platform.name)),
-            (COMBINE, combine(family, platform.name)),
+            (COMBINE, combine(family, platform.name, rotated=rotated)),
         )
     ]
     return _Call(family.rows, family.chunks, family.joiners, family.values.dim, *kernels)
+
+
+@cache
+def rotates(format: Format, width: int) -> bool:
+    """Whether the kernels rotate vectors of this format themselves."""
+    dim = format.head_dim(width)
+    return isinstance(format, Affine) and bool(format.rotated) and dim & (dim - 1) == 0
 
 
 # Layers whose keys are transformed differ in their formats, and share kernels.

@@ -1,7 +1,19 @@
+// A row of keys or values in the basis in which it is packed, rounded to its type; `row` is room for it.
+template <int TURN, int DIM, int THREADS, typename P, typename C, typename M, typename S>
+INLINE void turn_row(
+    P in, long stride, C centre, M matrix, float unit, S row, S turned, int place) {
+  for (int i = place; i < DIM; i += THREADS)
+    row[i] = float(in[i * stride]) - (TURN == MOVED ? float(centre[i]) : 0.0f);
+  BARRIER;
+  if (TURN == ROTATED) rotate_row<DIM, THREADS>(row, unit, place);
+  for (int i = place; i < DIM; i += THREADS)
+    turned[i] = float(T(TURN == MOVED ? times_column<DIM>(row, matrix, i) : row[i]));
+  BARRIER;
+}
+
 // Packs one row of keys or values, a group by 32 lanes: scale and bias are fitted to the group by
 // least squares, FITS times to the codes of the fit before, from each of STARTS shares of its range;
 // those that explain most are kept (see affine_ranges.py).
-
 template <int BITS, int GROUP, int GROUPS, int STARTS, int FITS, typename P, typename S, typename C, typename O>
 INLINE void pack_row(
     P in, long stride, float share, int warp, int lane, S shared, C codes, O scales, O biases) {

@@ -6,14 +6,18 @@ from functools import cache
 import mlx.core as mx
 
 from ....kernels import PLACES, TYPES, Platform, header, name_of
-from ...formats import CodeLayout
+from ...formats import Affine, CodeLayout, Format
 from ...formats.affine_ranges import AROUND, FITS, share_of
 from ...plan import LayerFormat
-from .source import PARTS, source
+from .source import PARTS, root, source
 
 #: Types that it packs.
 DTYPES = (mx.bfloat16, mx.float16)
-INPUTS = ("keys", "values")
+INPUTS = ("keys", "values", "centre", "matrix")
+#: Up to this many positions the kernel turns rows itself; products of more are faster in MLX.
+FEW = 8
+#: How a row is turned before it is packed.
+ASIS, ROTATED, MOVED = range(3)
 
 
 def packs(keys: mx.array, values: mx.array, formats: LayerFormat) -> bool:
@@ -43,11 +47,21 @@ def pack(
     """
     assert formats.keys is not None
     assert formats.values is not None
-    layouts = _layouts(formats, keys.shape[3], values.shape[3])
-    call, threads, widths = _call(platform, *layouts, keys.dtype)
+    sides = _sides(formats, keys.shape[3], values.shape[3], keys.shape[2] <= FEW)
+    (_, key_turn), (_, value_turn) = sides
+    call, threads, widths = _call(platform, *sides, keys.dtype)
+    if key_turn == ASIS:
+        keys = formats.keys.turn(keys)
+    if value_turn == ASIS:
+        values = formats.values.turn(values)
+    move = (keys, keys)
+    if key_turn == MOVED:
+        assert isinstance(formats.keys, Affine)
+        assert formats.keys.transform is not None
+        move = formats.keys.transform.matrices[:2]
     shape = keys.shape[:3]
     return call(
-        inputs=[formats.keys.turn(keys), formats.values.turn(values)],
+        inputs=[keys, values, *move],
         grid=(shape[0] * shape[1] * shape[2] * threads, 2, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(*shape, width) for width in widths],
@@ -55,25 +69,37 @@ def pack(
     )
 
 
+#: The layout of a side's codes, and how the kernel turns its rows.
+Side = tuple[CodeLayout, int]
+
+
 # Layers whose keys are transformed differ in their formats, and share kernels.
 @cache
-def _layouts(formats: LayerFormat, key_dim: int, value_dim: int) -> tuple[CodeLayout, CodeLayout]:
-    keys = formats.keys and formats.keys.code_layout(key_dim)
-    values = formats.values and formats.values.code_layout(value_dim)
-    assert keys is not None
-    assert values is not None
-    return keys, values
+def _sides(formats: LayerFormat, key_dim: int, value_dim: int, few: bool) -> tuple[Side, Side]:
+    return _side(formats.keys, key_dim, few), _side(formats.values, value_dim, few)
+
+
+def _side(format: Format | None, dim: int, few: bool) -> Side:
+    """Rows of many positions are turned by products of their own, which are faster then."""
+    layout = format and format.code_layout(dim)
+    assert layout is not None
+    if few and isinstance(format, Affine):
+        if format.transform is not None:
+            return layout, MOVED
+        if format.rotated and dim & (dim - 1) == 0:
+            return layout, ROTATED
+    return layout, ASIS
 
 
 @cache
 def _call(
-    platform: Platform, keys: CodeLayout, values: CodeLayout, dtype: mx.Dtype
+    platform: Platform, keys: Side, values: Side, dtype: mx.Dtype
 ) -> tuple[Callable[..., list[mx.array]], int, tuple[int, ...]]:
     """The kernel, its threads, and the widths of its outputs."""
     name = str(dtype).removeprefix("mlx.core.")
     lines = ["namespace family {}", f"typedef {TYPES[platform.name][name]} T;"]
     groups, widths, longest = [], [], 0
-    for prefix, layout in (("K", keys), ("V", values)):
+    for prefix, (layout, turn) in (("K", keys), ("V", values)):
         bits, size, dim = layout.bits, layout.group_size, layout.dim
         share = share_of(bits, size)
         starts = len(AROUND) if share else 0
@@ -81,6 +107,7 @@ def _call(
         lines += [f"constexpr CONSTANT int {prefix}_{key} = {n};" for key, n in numbers.items()]
         first = (share or 1.0) + AROUND[0]
         lines.append(f"constexpr CONSTANT float {prefix}_SHARE = {first!r}f;")
+        lines += [f"#define {prefix}_TURN {turn}", root(prefix, dim)]
         groups.append(dim // size)
         widths += [dim * bits // 32, dim // size, dim // size]
         longest = max(longest, size)
@@ -90,8 +117,10 @@ def _call(
         f"constexpr CONSTANT int PACK_FITS = {FITS};",
         f"constexpr CONSTANT int PACK_THREADS = {threads};",
         f"constexpr CONSTANT int PACK_GROUP = {longest};",
+        f"constexpr CONSTANT int PACK_DIM = {max(keys[0].dim, values[0].dim)};",
+        f"constexpr CONSTANT int ROTATED = {ROTATED}, MOVED = {MOVED};",
     ]
-    above = "\n".join([header(platform.name), *lines, source("pack.h")])
+    above = "\n".join([header(platform.name), *lines, source("turn.h"), source("pack.h")])
     body = PLACES[platform.name] + source("pack.body")
     assert platform.compile is not None
     kernel = platform.compile(

@@ -78,13 +78,12 @@ INLINE float masked(
   return score;
 }
 
-// What a first key's score gets added, in powers of two. `firsts` points at a head's queries, whose
-// rows and tokens lie `row_stride` and `stride` apart; a row of the batch begins at `start`.
+// What a first key's score gets added, in powers of two. `firsts` points at those of a query; a row of
+// the batch begins at `start`.
 template <typename F>
-INLINE float first_of(F firsts, long row_stride, long stride, int row, int start, int token) {
+INLINE float first_of(F firsts, int start, int token) {
   int place = token - start;
-  if (FIRSTS == 0 || place < 0 || place >= FIRSTS) return 0.0f;
-  return float(firsts[row * row_stride + place * stride]);
+  return FIRSTS == 0 || place < 0 || place >= FIRSTS ? 0.0f : firsts[place];
 }
 
 // What one thread joins of a row's partial results, for one element of the output: of every

@@ -14,7 +14,7 @@ TILE = 8
 
 #: What a kernel reads and writes, in the order of its arguments.
 PARTS = ("k_codes", "k_scales", "k_biases", "v_codes", "v_scales", "v_biases")
-DECODE = (("queries", *PARTS, "mask", "firsts", "starts"), ("states", "parts"))
+DECODE = (("queries", *PARTS, "mask", "residuals", "starts"), ("states", "parts"))
 COMBINE = (("states", "parts", "sinks"), ("out",))
 
 MASKS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
@@ -37,7 +37,7 @@ class Family:
         scale: Factor on the scores.
         mask: A key of `MASKS`.
         sinks: Whether each head has an attention sink.
-        firsts: First tokens of a row whose scores get something added.
+        firsts: Keys at the beginning of a row of which something was kept.
         dtype: Dtype of the scales, a key of `TYPES`.
         out: Type of the output.
     """
@@ -82,9 +82,10 @@ def decode(family: Family, platform: str) -> tuple[str, str]:
     return "\n".join(parts), source(f"decode_{platform}.body")
 
 
-def combine(family: Family, platform: str) -> tuple[str, str]:
-    """Header and body of the kernel that joins the splits."""
+def combine(family: Family, platform: str, *, rotated: bool) -> tuple[str, str]:
+    """Header and body of the kernel that joins the splits; of rotated values it rotates back."""
     parts = [header(platform), constants(family, platform), source("shared.h")]
+    parts += [f"#define V_ROTATED {int(rotated)}", root("V", family.values.dim), source("turn.h")]
     return "\n".join(parts), PLACES[platform] + source("combine.body")
 
 
@@ -134,3 +135,8 @@ def _levels(prefix: str, levels: tuple[float, ...], platform: str) -> str:
 def source(name: str) -> str:
     """One of the source files beside this module."""
     return text(Path(__file__).parent / name)
+
+
+def root(prefix: str, dim: int) -> str:
+    """The unit of a Hadamard matrix of ``dim`` rows, as source text."""
+    return f"constexpr CONSTANT float {prefix}_ROOT = {dim**-0.5!r}f;"

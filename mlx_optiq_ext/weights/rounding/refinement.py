@@ -10,6 +10,7 @@ rounded one by one, each against the tokens that the quantized model routes to i
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -102,9 +103,8 @@ class _Refiner:
         self.problem = problem
         self.modules = dict(quantizable(problem.model))
         self.plan = {path: p for path, p in precisions.items() if p.quantized}
-        self.result: dict[str, Quantized] | SpilledPacked = {}
-        if problem.stream is not None:
-            self.result = SpilledPacked(problem.stream.spill)
+        stream = problem.stream
+        self.result: Any = {} if stream is None else SpilledPacked(stream.spill)
         self.block: dict[str, Quantized] = {}
         steps = current(problem.note, exact=thoroughness.exact)
         self.rounding = Rounding(self.plan, steps, thoroughness)
@@ -143,10 +143,12 @@ class _Refiner:
         # With a rounded embedding, the first layer has other inputs than the reference's.
         hidden = [entry(model, tokens) for tokens in data] if lookups else before
         mx.eval(hidden)
-        started = time.perf_counter()
+        spent, started = [], time.perf_counter()
         for index in tqdm(range(len(layers)), desc="Refining", disable=not self.problem.progress):
-            if index == 1:
-                self.announce(time.perf_counter() - started, len(layers))
+            if index in (1, 2):
+                spent.append(time.perf_counter() - started)
+                self.announce(spent, len(layers))
+            started = time.perf_counter()
             calls = [r[index].entered(h) for r, h in zip(recorded, before, strict=True)]
             with self.problem.layer(index), self.originals(own[index]):
                 before, hidden = self.layer(layers[index], own[index], calls, hidden)
@@ -155,12 +157,14 @@ class _Refiner:
         self.head(rest, data, recorded, hidden)
         self.flush()
 
-    def announce(self, seconds: float, layers: int) -> None:
-        """Say how long it will take, by the first layer."""
-        self.problem.say(
-            f"[optiq] Refining: {seconds:.2g} s for the first of {layers} layers, about "
-            f"{seconds * (layers - 1):.0f} s for the others"
-        )
+    def announce(self, seconds: list[float], layers: int) -> None:
+        """Say how long it will take, by the first layer; by the second if the first compiled."""
+        done, own = len(seconds), seconds[-1]
+        if done == 1 or 2 * own < seconds[0]:
+            self.problem.say(
+                f"[optiq] Refining: {own:.2g} s for the {('first', 'second')[done - 1]} of {layers} "
+                f"layers, about {own * (layers - done):.0f} s for the others"
+            )
 
     @contextmanager
     def originals(self, paths: list[str]) -> Iterator[None]:

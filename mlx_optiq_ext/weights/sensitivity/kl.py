@@ -125,7 +125,7 @@ def _shared(
         every[i : i + ROUND * distributed.size()]
         for i in range(0, len(every), ROUND * distributed.size())
     ]
-    bar = tqdm(total=len(every), desc="Measuring", disable=not problem.progress)
+    bar = tqdm(total=len(every), desc="Measuring", disable=not (problem.progress and every))
     with bar:
         for tensors in rounds:
             own = {}

@@ -10,7 +10,6 @@ rounded one by one, each against the tokens that the quantized model routes to i
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,8 +102,9 @@ class _Refiner:
         self.problem = problem
         self.modules = dict(quantizable(problem.model))
         self.plan = {path: p for path, p in precisions.items() if p.quantized}
-        stream = problem.stream
-        self.result: Any = {} if stream is None else SpilledPacked(stream.spill)
+        self.result: dict[str, Quantized] | SpilledPacked = {}
+        if problem.stream is not None:
+            self.result = SpilledPacked(problem.stream.spill)
         self.block: dict[str, Quantized] = {}
         steps = current(problem.note, exact=thoroughness.exact)
         self.rounding = Rounding(self.plan, steps, thoroughness)
@@ -161,9 +161,10 @@ class _Refiner:
         """Say how long it will take, by the first layer; by the second if the first compiled."""
         done, own = len(seconds), seconds[-1]
         if done == 1 or 2 * own < seconds[0]:
+            which = ("first", "second")[done - 1]
             self.problem.say(
-                f"[optiq] Refining: {own:.2g} s for the {('first', 'second')[done - 1]} of {layers} "
-                f"layers, about {own * (layers - done):.0f} s for the others"
+                f"[optiq] Refining: {own:.2g} s for the {which} of {layers} layers, about "
+                f"{own * (layers - done):.0f} s for the others"
             )
 
     @contextmanager
@@ -203,11 +204,8 @@ class _Refiner:
 
     def embedding(self, path: str, found: Factors) -> None:
         """Round an embedding, which may also be the head."""
-        assert found.columns is not None
-        assert found.lookups is not None
-        moment = found.columns * mx.mean(found.lookups)
-        if found.inputs is not None and found.outputs is not None:
-            moment = moment + found.inputs * mx.mean(found.outputs)
+        moment = found.moment
+        assert moment is not None
         self.keep(self.stage([path]).rounded(Metric(moment)))
 
     def layer(

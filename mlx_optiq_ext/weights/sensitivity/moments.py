@@ -50,6 +50,20 @@ class Factors:
             return self
         return Factors(across=self.across, tokens=self.tokens)
 
+    @property
+    def moment(self) -> mx.array | None:
+        """What the error of one row is measured with, (in, in), as rounding has it.
+
+        An embedding that is also the head is measured as both. None for stacked experts, of whose
+        inputs only the diagonal is known, and if no gradient came.
+        """
+        if self.columns is None or self.lookups is None:
+            return self.inputs if self.uses is None else None
+        moment = self.columns * mx.mean(self.lookups)
+        if self.inputs is not None and self.outputs is not None:
+            moment = moment + self.inputs * mx.mean(self.outputs)
+        return moment
+
     def arrays(self) -> dict[str, mx.array]:
         """The existing arrays, by name."""
         return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}

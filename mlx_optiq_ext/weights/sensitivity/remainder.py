@@ -84,7 +84,7 @@ def remainders(
     if not rows:
         return {t.path: Remainder({}) for t in tensors}
     sample = _Sample(current(distributed.silent), rows, columns)
-    whole = [t for t in tensors if _moment(found[t.path]) is not None]
+    whole = [t for t in tensors if found[t.path].moment is not None]
     with threads.single():
         mine = [(t, sample.begun(t, found[t.path])) for t in distributed.share(whole)]
         own = {
@@ -93,16 +93,6 @@ def remainders(
         }
     known = {path: r for part in distributed.gathered(own) for path, r in part.items()}
     return {t.path: known.get(t.path, Remainder({})) for t in tensors}
-
-
-def _moment(found: Factors) -> mx.array | None:
-    """What one row's error is measured with, (in, in), as refinement has it."""
-    if found.columns is not None and found.lookups is not None:
-        moment = found.columns * mx.mean(found.lookups)
-        if found.inputs is not None and found.outputs is not None:
-            moment = moment + found.inputs * mx.mean(found.outputs)
-        return moment
-    return found.inputs if found.uses is None else None  # else it is a diagonal for each expert
 
 
 def _options(tensor: Tensor) -> list[Precision]:
@@ -136,7 +126,7 @@ class _Sample:
 
     def begun(self, tensor: Tensor, found: Factors) -> _Columns:
         """The columns to round, whose factors other threads have begun to compute."""
-        moment = _moment(found)
+        moment = found.moment
         assert moment is not None
         columns = self._columns(moment, max(p.group_size for p in tensor.precisions))
         for precision in _options(tensor):

@@ -66,6 +66,19 @@ class Budget:
             raise InputError(f"{text!r} is not {_FORMS}")
         return budget
 
+    @classmethod
+    def parse_list(cls, text: str) -> "tuple[Budget, ...]":
+        """Read budgets of one kind with commas between them, each once.
+
+        Raises:
+            InputError: One is none, see `parse`, or they are of several kinds.
+        """
+        budgets = [cls.parse(part) for part in text.split(",")]
+        kinds = list(dict.fromkeys(budget.kind for budget in budgets))
+        if len(kinds) > 1:
+            raise InputError(f"{text!r} mixes {kinds[0]} with {kinds[1]}: give budgets of one kind")
+        return tuple({budget.amount: budget for budget in budgets}.values())
+
     def __str__(self) -> str:
         if self.text or self.kind == BPW:
             return self.text or f"{self.amount:g}"

@@ -58,14 +58,24 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A loaded model with its path, tokenizer and hash."""
+class Source:
+    """A loaded model.
+
+    Attributes:
+        path: The folder or repository.
+        model: Not evaluated.
+        tokenizer: The model's tokenizer.
+        digest: Hash of its files and dtype.
+        load: Loads it again.
+        dtype: Value of ``mlx_lm.convert --dtype``, or what a float32 checkpoint is stored in.
+    """
 
     path: str
     model: nn.Module
     tokenizer: Any
     digest: str
     load: Load
+    dtype: str | None
 
 
 def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
@@ -85,8 +95,38 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     if not distributed.leads():
         request = replace(request, say=distributed.silent, progress=False)
     started = time.perf_counter()
-    mx.reset_peak_memory()
     before = SourceFiles.of(path_or_repo, source.get("revision"))
+    loaded = opened(path_or_repo, request, **source)
+    block = block_bytes(loaded.model) if streams(loaded.model) else None
+    if request.distill and block is not None:
+        raise InputError(
+            "distillation holds the whole model, which is too large for this machine's memory: "
+            "give --optiq-effort refine, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
+        )
+    if request.plan_file is not None:
+        conversion = _from_file(loaded, request)
+    else:
+        conversion = _measured(loaded, request)
+    seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
+    request.say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
+    if not before.states:
+        before = SourceFiles.of(path_or_repo, source.get("revision"))  # downloaded in the meantime
+    before = replace(before, digest=loaded.digest)
+    return replace(conversion, block_bytes=block, source=before, dtype=loaded.dtype)
+
+
+def opened(path_or_repo: str, request: Request, **source: Any) -> Source:
+    """Load a model to plan it. A float32 checkpoint is cast to what it will be stored in.
+
+    Args:
+        path_or_repo: A folder or a Hub repository.
+        request: The settings.
+        source: For `load_unquantized`: dtype, revision, trust_remote_code.
+
+    Raises:
+        OptiqError: The model is not usable.
+    """
+    mx.reset_peak_memory()
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
     wrong = misread(model, path_or_repo, source.get("revision"))
     if wrong is not None:
@@ -104,26 +144,10 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
             cast(model, {}, half)
             digest = f"{digest.removesuffix('-None')}-{half}"
     load = partial(reload, path_or_repo, **source)
-    loaded = _Source(path_or_repo, model, tokenizer, digest, load)
-    block = block_bytes(loaded.model) if streams(loaded.model) else None
-    if request.distill and block is not None:
-        raise InputError(
-            "distillation holds the whole model, which is too large for this machine's memory: "
-            "give --optiq-effort refine, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
-        )
-    if request.plan_file is not None:
-        conversion = _from_file(loaded, request)
-    else:
-        conversion = _measured(loaded, request)
-    seconds, peak = time.perf_counter() - started, mx.get_peak_memory() / 2**30
-    request.say(f"[optiq] Planned in {seconds:.1f} s, peak memory {peak:.2f} GiB")
-    if not before.states:
-        before = SourceFiles.of(path_or_repo, source.get("revision"))  # downloaded in the meantime
-    before = replace(before, digest=loaded.digest)
-    return replace(conversion, block_bytes=block, source=before, dtype=source.get("dtype"))
+    return Source(path_or_repo, model, tokenizer, digest, load, source.get("dtype"))
 
 
-def _from_file(source: _Source, request: Request) -> Conversion:
+def _from_file(source: Source, request: Request) -> Conversion:
     """Apply a saved plan; calibration text is needed for refinement only."""
     assert request.plan_file is not None
     candidates = request.candidates(source.model)
@@ -146,7 +170,7 @@ def _from_file(source: _Source, request: Request) -> Conversion:
     return _finished(Conversion(plan), problem, request)
 
 
-def _measured(source: _Source, request: Request) -> Conversion:
+def _measured(source: Source, request: Request) -> Conversion:
     """Measure sensitivity and search a plan for a budget or a speed."""
     wanted, alone = None, request.alone(source.model)
     if request.budget is not None:

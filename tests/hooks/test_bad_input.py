@@ -23,6 +23,36 @@ CASES = {
     "budget-size-zero": (["--optiq-budget", "0GB"], f"'0GB' {BUDGET}"),
     "budget-share-zero": (["--optiq-budget", "0%"], f"'0%' {BUDGET}"),
     "budget-share-above": (["--optiq-budget", "101%"], "'101%' is more than the original"),
+    "budgets-of-two-kinds": (
+        ["--optiq-budget", "8GB,4.5"],
+        "'8GB,4.5' mixes sizes with bits per weight: give budgets of one kind",
+    ),
+    "budgets-empty": (["--optiq-budget", "4.5,"], f"'' {BUDGET}"),
+    "budgets-and-speed": (
+        ["--optiq-budget", "4,5", "--optiq-min-tps", "40"],
+        "--optiq-budget and --optiq-min-tps both decide the size",
+    ),
+    "budgets-and-page": (
+        ["--optiq-budget", "4,5", "--optiq-report", "plan.html"],
+        "name a file that ends in .svg",
+    ),
+    "budgets-and-kv": (
+        ["--optiq-budget", "4,5", "--optiq-kv-budget", "4"],
+        "a list of budgets writes nothing: leave out --optiq-kv-budget",
+    ),
+    "drawing-of-a-conversion": (
+        ["--optiq-budget", "4", "--optiq-report", "curve.svg"],
+        "name a file that ends in .html",
+    ),
+    "dry-run-without-budget": (["--optiq-dry-run"], "--optiq-dry-run needs --optiq-budget"),
+    "dry-run-of-a-speed": (
+        ["--optiq-dry-run", "--optiq-min-tps", "1"],
+        "--optiq-dry-run needs --optiq-budget, one or several",
+    ),
+    "dry-run-upload": (
+        ["--optiq-budget", "4", "--optiq-dry-run", "--upload-repo", "me/model"],
+        "--optiq-dry-run writes nothing: leave out --upload-repo",
+    ),
     "budget-missing": (["--optiq-budget"], "--optiq-budget: expected one argument"),
     "bits-7": (["--optiq-budget", "4", "--optiq-bits", "4,7"], "that MLX packs: 2, 3, 4, 5, 6, 8"),
     "bits-empty": (["--optiq-budget", "4", "--optiq-bits", ""], "'' is not a comma-separated list"),

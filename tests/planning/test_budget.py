@@ -55,6 +55,17 @@ def test_what_is_no_budget_is_refused_in_one_sentence(text, said):
     assert "\n" not in str(raised.value)
 
 
+def test_a_list_has_each_budget_once_and_one_kind():
+    assert [b.amount for b in Budget.parse_list("4.5, 3,4.50")] == [4.5, 3]
+    assert [str(b) for b in Budget.parse_list("8GB,7.5GiB")] == ["8GB", "7.5GiB"]
+    for text in ("8GB,4.5", "70%,4", "1GB,10%"):
+        with pytest.raises(InputError, match=r"mixes .* with .*: give budgets of one kind"):
+            Budget.parse_list(text)
+    for text in ("", ",", "4,", "4;5"):
+        with pytest.raises(InputError, match="is not a number of bits"):
+            Budget.parse_list(text)
+
+
 @given(st.text(max_size=20))
 def test_any_text_is_a_budget_above_zero_or_an_input_error(text):
     try:

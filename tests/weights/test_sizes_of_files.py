@@ -135,4 +135,4 @@ def test_a_detector_takes_bits_per_weight_only(command, tmp_path):
     words = ("--hf-path", tmp_path / "yolo26n.pt", "--optiq-model-type", "yolo")
     done = command("convert", *words, "--optiq-budget", "3MB", "--optiq-calibration", tmp_path)
     assert done.status == 2
-    assert "takes no budget of 3MB: give bits per weight" in done.err.splitlines()[-1]
+    assert "takes no budget of 3MB: give one number of bits per weight" in done.err.splitlines()[-1]

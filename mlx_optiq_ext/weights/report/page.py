@@ -20,17 +20,28 @@ SHOWN = 20
 LABELS = ("as planned", "share of the sum", "bits extra")
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, *, drawing: bool = False) -> None:
     """Make sure that a report can be written to a path.
 
+    Args:
+        path: The file.
+        drawing: Whether it is the drawing of a forecast, not the page of a plan.
+
     Raises:
-        InputError: It does not end in .html, is a folder, or its folder is missing or read-only.
+        InputError: It does not end in .html, or .svg for a drawing, is a folder, or its folder is
+            missing or read-only.
     """
     option = f"--optiq-report {path}"
-    if path.suffix.lower() not in (".html", ".htm"):
+    if drawing and path.suffix.lower() != ".svg":
+        raise InputError(
+            f"{option}: of budgets that are only compared there is a drawing, name a file that "
+            "ends in .svg"
+        )
+    if not drawing and path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{option}: the report is a web page, name a file that ends in .html")
     if path.is_dir():
-        raise InputError(f"{option} is a folder: name a file in it, such as {path / 'plan.html'}")
+        inside = path / ("curve.svg" if drawing else "plan.html")
+        raise InputError(f"{option} is a folder: name a file in it, such as {inside}")
     if not path.parent.is_dir():
         raise InputError(f"{option}: the folder {path.parent} does not exist, create it first")
     if not os.access(path.parent, os.W_OK):

@@ -42,7 +42,7 @@ def _check_places(options: Options, args) -> None:
     """Refuse a source that is not a model, and an output that exists already."""
     from mlx_optiq_ext.model.source import check_source
 
-    if not options.kv_only:
+    if not options.kv_only and not options.forecast:
         files.check_new(Path(args.mlx_path))
     if args.hf_path is None:
         raise InputError("there is nothing to convert: name a folder or repository with --hf-path")
@@ -88,6 +88,8 @@ def _check_weights(options: Options, args) -> None:
                 "--optiq-min-tps or --optiq-plan"
             )
         return  # only options of plugins were given
+    if options.forecast:
+        _check_forecast(options, args)
     if options.min_tps is not None:
         if options.budget is not None:
             raise InputError(
@@ -116,7 +118,20 @@ def _check_weights(options: Options, args) -> None:
     if options.calibration is not None:
         read_texts(options.calibration)
     if options.report is not None:
-        check_target(options.report)
+        check_target(options.report, drawing=options.forecast)
+
+
+def _check_forecast(options: Options, args) -> None:
+    """Refuse what only a conversion can do."""
+    asked = "--optiq-dry-run" if options.dry_run else "a list of budgets"
+    if options.budget is None:
+        raise InputError(
+            "--optiq-dry-run needs --optiq-budget, one or several, such as --optiq-budget 4.5"
+        )
+    if options.kv_budget is not None:
+        raise InputError(f"{asked} writes nothing: leave out --optiq-kv-budget")
+    if getattr(args, "upload_repo", None) is not None:
+        raise InputError(f"{asked} writes nothing: leave out --upload-repo")
 
 
 def _check_stock(chosen: list[str], args) -> None:

@@ -26,7 +26,8 @@ class Options:
     Each field is named after its option; None, or False, if that was not given.
     """
 
-    budget: "Budget | None" = None
+    budget: "tuple[Budget, ...] | None" = None
+    dry_run: bool = False
     min_tps: Speed | None = None
     plan: Path | None = None
     bits: tuple[int, ...] | None = None
@@ -46,6 +47,11 @@ class Options:
     def planned(self) -> bool:
         """Whether the weights are quantized by plan."""
         return any(each is not None for each in (self.budget, self.min_tps, self.plan))
+
+    @property
+    def forecast(self) -> bool:
+        """Whether conversions are only planned and judged, and nothing is written."""
+        return self.dry_run or (self.budget is not None and len(self.budget) > 1)
 
     @property
     def how_far(self) -> str:
@@ -73,13 +79,13 @@ def bits_above(least: float, what: str):
     return parse
 
 
-def budget(text: str) -> "Budget":
-    """A parser for a budget of the weights."""
+def budgets(text: str) -> "tuple[Budget, ...]":
+    """A parser for budgets of the weights."""
     from mlx_optiq_ext.errors import InputError
     from mlx_optiq_ext.planning import Budget
 
     try:
-        return Budget.parse(text)
+        return Budget.parse_list(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
@@ -141,10 +147,18 @@ def add_arguments(group):
     group.add_argument(
         "--optiq-budget",
         metavar="BUDGET",
-        type=budget,
+        type=budgets,
         help="Quantize each tensor at its own bits and group size, within this many bits per "
         "weight as printed after conversion (uniform 4-bit at group size 64 takes 4.5), a size of "
-        "all weight files (8GB, 7.5GiB), or a share of what they take in 16 bits (30%%).",
+        "all weight files (8GB, 7.5GiB), or a share of what they take in 16 bits (30%%). "
+        "Several with commas between them are compared, as with --optiq-dry-run.",
+    )
+    group.add_argument(
+        "--optiq-dry-run",
+        action="store_true",
+        default=None,
+        help="Convert nothing: print the plan, its size, the KL to expect, and the time and memory "
+        "that the conversion would take. Needs --optiq-budget.",
     )
     group.add_argument(
         "--optiq-min-tps",
@@ -209,10 +223,11 @@ def add_arguments(group):
     )
     group.add_argument(
         "--optiq-report",
-        metavar="FILE.html",
+        metavar="FILE",
         type=Path,
         help="Write a web page that shows each tensor's bits and sensitivity, and uniform "
-        "quantization beside the plan. Needs --optiq-budget.",
+        "quantization beside the plan (FILE.html); with --optiq-dry-run or several budgets draw KL "
+        "and perplexity against size (FILE.svg). Needs --optiq-budget.",
     )
     group.add_argument(
         "--optiq-keep-unused-modalities",

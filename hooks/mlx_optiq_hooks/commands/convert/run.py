@@ -42,6 +42,8 @@ def convert(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
     options = run.options
     if options.kv_only:
         _plan_kv(options, Path(call["hf_path"]), call["hf_path"])
+    elif options.forecast:
+        _forecast(options, call)
     elif options.planned:
         _by_plan(run, stock, call)
     elif options.kv_budget is not None:
@@ -136,6 +138,30 @@ def _write(
         _plan_kv(run.options, folder, call["hf_path"])
 
 
+def _forecast(options: Options, call: dict[str, Any]) -> None:
+    """Say what conversions would come to; every process measures, and the first one says it."""
+    from mlx_optiq_ext import distributed
+    from mlx_optiq_ext.weights import curve
+
+    from ...installation import gate
+
+    gate().require("weights")
+    found = curve.forecast(
+        call["hf_path"],
+        _request(options, None),
+        options.budget or (),
+        dtype=call.get("dtype"),
+        revision=call.get("revision"),
+        trust_remote_code=call.get("trust_remote_code", False),
+    )
+    if not distributed.leads():
+        return
+    print(curve.summary(found))
+    if options.report is not None:
+        curve.write(options.report, found)
+        print(f"[optiq] Drawing: {options.report}")
+
+
 def _with_kv(options: Options, stock: Callable[..., Any], call: dict[str, Any]) -> None:
     """Stock's conversion, and a KV plan beside what it wrote."""
     from mlx_lm.utils import upload_to_hub
@@ -170,7 +196,7 @@ def _request(options: Options, scratch: Path | None) -> "Request":
 
     speed = options.min_tps
     return weights.Request(
-        budget=options.budget,
+        budget=None if options.budget is None else options.budget[0],
         min_tps=None if speed is None else speed.tps,
         chip=None if speed is None else speed.chip,
         plan_file=options.plan,

@@ -41,10 +41,12 @@ def check(options: Options, args) -> Run:
             raise InputError(f"--optiq-model-type yolo does not go with {flag}: leave it out")
     if options.budget is None:
         raise InputError("--optiq-model-type yolo needs --optiq-budget, such as --optiq-budget 5")
-    if options.budget.kind != BPW:
+    budget, *more = options.budget
+    if budget.kind != BPW or more:
+        asked = ",".join(map(str, options.budget))
         raise InputError(
-            f"--optiq-model-type yolo takes no budget of {options.budget}: give bits per weight, "
-            "such as --optiq-budget 5"
+            f"--optiq-model-type yolo takes no budget of {asked}: give one number of bits per "
+            "weight, such as --optiq-budget 5"
         )
     if options.calibration is None:
         raise InputError(
@@ -52,8 +54,7 @@ def check(options: Options, args) -> Run:
             "as the network will see"
         )
     library()
-    bits = options.budget.amount
-    pipeline.check(Path(args.hf_path), Path(args.mlx_path), options.calibration, bits)
+    pipeline.check(Path(args.hf_path), Path(args.mlx_path), options.calibration, budget.amount)
     return lambda: run(options, args)
 
 
@@ -67,7 +68,7 @@ def run(options: Options, args) -> None:
         args.hf_path,
         args.mlx_path,
         calibration=options.calibration,
-        budget=options.budget.amount,
+        budget=options.budget[0].amount,
         protect=options.protect,
     )
     print(result.summary())

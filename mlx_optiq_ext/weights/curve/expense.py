@@ -51,6 +51,8 @@ def expense(problem: Problem, precisions: Precisions, planned: float, judging: f
         own = replace(problem, findings=Findings(), progress=False, say=lambda line: None)
         own.findings.parts = problem.findings.parts
         further += _seconds(lambda: differentiated(own))
+        if mx.default_device() != mx.Device(mx.cpu):
+            refine(own, inside)  # compiles kernels, once for all layers
         least = min(inside, key=lambda path: elements[path])
         passes = _seconds(lambda: refine(own, {least: inside[least]}))
         layer = _seconds(lambda: refine(own, inside))

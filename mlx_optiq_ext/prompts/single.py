@@ -1,7 +1,7 @@
 """One sequence at a time, as ``mlx_lm.generate`` and ``mlx_lm.chat`` run a model."""
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ from .splitting import has_snapshots
 
 def prefill(
     model: Callable[..., Any],
-    tokens: Sequence[int],
+    tokens: list[int],
     known: int,
     caches: list[Any],
     keep: Callable[[list[int]], None],
@@ -49,7 +49,7 @@ def prefill(
             mx.eval([cache.state for cache in caches])
             mx.clear_cache()
             known = stop
-        keep(list(tokens[:place]))
+        keep(tokens[:place])
     return known
 
 

@@ -75,7 +75,7 @@ class Toy:
             (uid,) = generator.insert_segments(
                 segments=[segments],
                 max_tokens=[count],
-                caches=[caches],
+                caches=[self.make() if caches is None else caches],
                 all_tokens=[list(tokens[:known])],
             )
             found[uid], kinds[uid] = [], own[::-1]
@@ -94,7 +94,8 @@ class Toy:
                 if each.finish_reason is not None:
                     left.remove(each.uid)
                     if cache is not None:
-                        cache.insert_cache("m", each.all_tokens[:], each.prompt_cache)
+                        done: tuple[Any, Any] = (each.all_tokens, each.prompt_cache)
+                        cache.insert_cache("m", list(done[0]), done[1])
         return list(found.values())
 
 

@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
+from safetensors.numpy import load_file
 
 from .test_server import QUESTIONS, STORY
 
@@ -56,9 +56,8 @@ def test_a_prompt_that_is_cached_comes_from_disk(exact, run, tmp_path):
     again = run(*command, *cached, "--prompt-cache-file", saved[2], check=True)
     assert "were on disk" not in first.stderr
     assert "[optiq] 512 of the prompt's " in again.stderr
-    plain, *others = (mx.load(str(path)) for path in saved)
-    for other in others:
-        assert plain.keys() == other.keys()
+    plain, *others = (load_file(path).keys() for path in saved)
+    assert [plain] * 2 == others
     asked = ("mlx_lm.generate", "--model", exact, "--prompt", QUESTIONS[0], "--max-tokens", "8")
     answers = {
         run(*asked, "--prompt-cache-file", path, "--verbose", "False", check=True).stdout

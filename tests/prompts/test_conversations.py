@@ -128,7 +128,7 @@ def test_what_waits_to_be_written_stays_as_it_was(own, tmp_path):
     mx.eval(own.model(mx.array([tokens]), cache=caches))
     expected = states(copy.deepcopy(caches), 40)
     gate = threading.Event()
-    at.writer.offer(Piece("first", {}), lambda piece: gate.wait(10))
+    at.writer.offer(Piece("first", {}), lambda piece: _wait(gate))
     at.keep(own.space, tokens, caches)
     for token in range(8):  # the caller goes on, in place
         mx.eval(own.model(mx.array([[token]]), cache=caches))
@@ -140,3 +140,7 @@ def test_what_waits_to_be_written_stays_as_it_was(own, tmp_path):
     for one, other in zip(expected, states(found[0], 40), strict=True):
         same = mx.array_equal(one, other) if isinstance(one, mx.array) else one == other
         assert bool(same)
+
+
+def _wait(gate: threading.Event) -> None:
+    assert gate.wait(10)

@@ -85,9 +85,10 @@ def hybrid(tiny, tmp_path_factory) -> Path:
 def told(server: Server, messages: list[str], **options: Any) -> tuple[str, int, int]:
     """The greedy answer, the prompt's tokens, and those that were not computed."""
     roles = ("user", "assistant")
+    said: list[Any] = [{"role": roles[i % 2], "content": each} for i, each in enumerate(messages)]
     done = server.client().chat.completions.create(
         model="default_model",
-        messages=[{"role": roles[i % 2], "content": each} for i, each in enumerate(messages)],  # pyright: ignore[reportArgumentType]
+        messages=said,
         temperature=0,
         max_tokens=6,
         seed=1,  # such requests are not batched
@@ -100,14 +101,14 @@ def told(server: Server, messages: list[str], **options: Any) -> tuple[str, int,
 
 
 def test_the_server_goes_on_behind_the_message_before(hybrid, tmp_path):
-    words = (
+    words = [
         "How many bricks are in the bag?",
         "There are three.",
         "Why?",
         "Who knows.",
         "And now?",
-    )
-    turns = [list(words[:count]) for count in (1, 3, 5)]
+    ]
+    turns = [words[:count] for count in (1, 3, 5)]
     turns.append([*words[:4], "No, tell me how many!"])
     with serve(tmp_path / "plain", "--model", hybrid) as server:
         stock = [told(server, turn) for turn in turns]

@@ -98,11 +98,6 @@ def prepare(path_or_repo: str, request: Request, **source: Any) -> Conversion:
     before = SourceFiles.of(path_or_repo, source.get("revision"))
     loaded = opened(path_or_repo, request, **source)
     block = block_bytes(loaded.model) if streams(loaded.model) else None
-    if request.distill and block is not None:
-        raise InputError(
-            "distillation holds the whole model, which is too large for this machine's memory: "
-            "give --optiq-effort refine, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
-        )
     if request.plan_file is not None:
         conversion = _from_file(loaded, request)
     else:
@@ -124,7 +119,7 @@ def opened(path_or_repo: str, request: Request, **source: Any) -> Source:
         source: For `load_unquantized`: dtype, revision, trust_remote_code.
 
     Raises:
-        OptiqError: The model is not usable.
+        OptiqError: The model is not usable, or too large to distill it.
     """
     mx.reset_peak_memory()
     model, tokenizer, digest = load_unquantized(path_or_repo, **source)
@@ -144,6 +139,11 @@ def opened(path_or_repo: str, request: Request, **source: Any) -> Source:
             cast(model, {}, half)
             digest = f"{digest.removesuffix('-None')}-{half}"
     load = partial(reload, path_or_repo, **source)
+    if request.distill and streams(model):
+        raise InputError(
+            "distillation holds the whole model, which is too large for this machine's memory: "
+            "give --optiq-effort refine, or set MLX_OPTIQ_EXT_STREAM=0 to try all the same"
+        )
     return Source(path_or_repo, model, tokenizer, digest, load, source.get("dtype"))
 
 

@@ -134,6 +134,25 @@ def test_what_one_rank_finishes_is_what_one_process_makes(launch, run, tiny, sho
     assert same_files(tmp_path / "one", tmp_path / "two")
 
 
+def test_a_forecast_is_that_of_one_process(launch, run, tiny, short, tmp_path):
+    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--dtype", "float32")
+    words = (*words, "--optiq-budget", "4,5", "--optiq-calibration", short)
+    words = (*words, *PLAIN, "--optiq-bits", "3,4")
+    alone, many = ({"MLX_OPTIQ_EXT_CACHE": str(tmp_path / name)} for name in ("alone", "many"))
+    tables = []
+    for done in (
+        run("mlx_lm.convert", *words, env=alone),
+        launch(2, "-m", "mlx_lm", "convert", *words, env=many, timeout=300),
+    ):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("[optiq] Nothing was converted") == 1
+        first, rest = done.stdout.split("[optiq] budget ")
+        assert "Measuring" in first
+        tables.append(rest.split("[optiq] Planned")[0])
+    assert tables[0] == tables[1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_kv_plan_is_that_of_one_process(launch, run, converted, short, tmp_path):
     words = ("--hf-path", converted, "--optiq-kv-only", "--optiq-kv-budget", "4.0")
     words = (*words, "--optiq-calibration", short)

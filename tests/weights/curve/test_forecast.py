@@ -88,7 +88,7 @@ def test_a_model_that_has_no_layers_at_hand_is_read_layer_by_layer(text, tmp_pat
     assert read.plans[0].kl == pytest.approx(whole.plans[0].kl, rel=0.05)
 
 
-def test_nothing_and_what_cannot_be_are_refused_before_anything_is_measured(toy, text):
+def test_nothing_and_what_cannot_be_are_refused_before_anything_is_measured(toy, text, monkeypatch):
     with pytest.raises(InputError, match="a forecast needs a budget"):
         forecast(str(toy), quiet(calibration=text), [])
     lines: list[str] = []
@@ -96,6 +96,9 @@ def test_nothing_and_what_cannot_be_are_refused_before_anything_is_measured(toy,
     for budgets in ([4.5, 1.0], [Budget.parse("1GB")]):
         with pytest.raises(BudgetError, match=r"too small|is more than the"):
             forecast(str(toy), request, budgets)
+    monkeypatch.setenv("MLX_OPTIQ_EXT_STREAM", "1")
+    with pytest.raises(InputError, match="distillation holds the whole model"):
+        forecast(str(toy), replace(request, effort="distill"), [4.5])
     assert lines == []
 
 

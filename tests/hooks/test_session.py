@@ -5,10 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from mlx_optiq_ext.planning import Budget
 from mlx_optiq_hooks.commands.convert.options import Options, Speed, speed
 from mlx_optiq_hooks.commands.table import COMMANDS
 from mlx_optiq_hooks.engine import session
 from mlx_optiq_hooks.engine.options import given, read, spelled
+
+BUDGET = (Budget(4.5),)
 
 
 @dataclass
@@ -47,9 +50,9 @@ def test_state_is_gone_after_the_command_and_kept_for_none():
 
 
 def test_options_that_were_not_given_have_their_defaults():
-    parsed = SimpleNamespace(budget=4.5, effort="refine", protect=None, example_bits=8)
+    parsed = SimpleNamespace(budget=BUDGET, effort="refine", protect=None, example_bits=8)
     options = read(Options, parsed)
-    assert options == Options(budget=4.5, effort="refine")
+    assert options == Options(budget=BUDGET, effort="refine")
     assert given(options) == ["budget", "effort"]
     assert spelled(["kv_only", "budget"]) == "--optiq-kv-only, --optiq-budget"
     with pytest.raises(FrozenInstanceError):
@@ -61,9 +64,9 @@ def test_options_that_were_not_given_have_their_defaults():
     [
         (Options(), False, False),
         (Options(kv_budget=4.5), False, False),
-        (Options(budget=4.5), True, True),
+        (Options(budget=BUDGET), True, True),
         (Options(min_tps=Speed(40)), True, True),
-        (Options(budget=4.5, keep_unused_modalities=True), True, False),
+        (Options(budget=BUDGET, keep_unused_modalities=True), True, False),
     ],
 )
 def test_what_a_conversion_was_asked_for(options, planned, text_only):

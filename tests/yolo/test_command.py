@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_optiq_ext.errors import OptiqError
+from mlx_optiq_ext.planning import Budget
 from mlx_optiq_hooks import builtin
 
 NAMES = [
@@ -46,7 +47,12 @@ def installed(monkeypatch):
 
 def check(folder, stock=None, **given):
     options = dict.fromkeys(NAMES)
-    options |= {"model_type": "yolo", "budget": 5.0, "calibration": folder / "images", **given}
+    options |= {
+        "model_type": "yolo",
+        "budget": (Budget(5.0),),
+        "calibration": folder / "images",
+        **given,
+    }
     args = {"hf_path": folder / "yolo26n.pt", "mlx_path": folder / "out", "quantize": False}
     args |= {"q_mode": "affine", **(stock or {})}
     return builtin.optiq_check_options(

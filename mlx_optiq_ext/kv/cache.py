@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..kernels import Platform, current
 from . import transform_file
-from .encoding import arrange, encode, packed_of, planes_of
+from .encoding import Rows, encode, layout_of, packed_of, planes_of
 from .first_keys import KEEPING, FirstKeys, found, joined
 from .packed_array import Packed
 from .plan import LayerFormat
@@ -30,6 +30,7 @@ class PackedKVCache:
         planes: mlx-lm caches with equal positions. If there are several, plane ``i`` holds part
             ``i`` of keys and values; a single one holds all parts, in 32-bit words.
         formats: Formats of keys and values, fitted to their dimensions once these are known.
+        layout: How parts lie in the planes, one of `encoding.LAYOUTS`.
         dims: Head dimensions of keys and values; None before there are any.
         dtype: Name of the unpacked dtype; None before there is one.
         dense: Whether attention gets plain arrays, for models that compute attention themselves.
@@ -50,19 +51,24 @@ class PackedKVCache:
         dense: bool = False,
         mergeable: bool = True,
         interleaved: bool | None = None,
+        stacked: bool = False,
         platform: Platform | None = None,
         layer: int | None = None,
     ):
         """Replace an empty mlx-lm cache.
 
         ``interleaved`` keeps all parts of a position in one row, if the formats allow it; None
-        decides by the platform.
+        decides by the platform. ``stacked`` keeps keys and values of equal dimensions and formats
+        in two arrays, where kernels of our own read them.
         """
         from copy import deepcopy
 
+        where = platform or current()
         if interleaved is None:
-            interleaved = (platform or current()).name == "cpu"
-        count = planes_of(formats, interleaved=interleaved)
+            interleaved = where.name == "cpu"
+        stacked = stacked and where.compile is not None
+        self.layout = layout_of(formats, interleaved=interleaved, stacked=stacked)
+        count = planes_of(formats, self.layout)
         self.planes: list[Any] = [cache, *(deepcopy(cache) for _ in range(count - 1))]
         self.formats = formats
         self.dims: tuple[int, int] | None = None
@@ -84,14 +90,13 @@ class PackedKVCache:
             dims = keys.shape[-1], values.shape[-1]
             self.formats = self.formats.fitted(*dims)
             self.dims, self.dtype = dims, str(keys.dtype).rpartition(".")[2]
-        sides = encode(keys, values, self.formats, self.platform or current())
+        rows = encode(keys, values, self.formats, self.platform or current(), self.layout)
         if not self.complete:
-            self._keep_first(keys, sides[0])
-        rows = arrange(*sides, self.formats, len(self.planes))
+            self._keep_first(keys, rows)
         pairs = zip(self.planes, rows, strict=True)
         return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs])
 
-    def _keep_first(self, keys: mx.array, parts: Sequence[mx.array]) -> None:
+    def _keep_first(self, keys: mx.array, rows: Rows) -> None:
         """Keep what the first keys of a row lost, if some are among those that come."""
         count, format = self.formats.sink_tokens, self.formats.keys
         if not count or format is None or type(self.planes[0]).__name__ not in KEEPING:
@@ -101,7 +106,9 @@ class PackedKVCache:
             least = offset if isinstance(offset, int) else int(offset.min())
             self.complete = least >= count
             if not self.complete:
-                self.residuals = found(self.residuals, keys, parts, format, offset, count)
+                packed = packed_of(rows, self.formats, self.dtype, self.layout)[0]
+                assert isinstance(packed, Packed)
+                self.residuals = found(self.residuals, keys, packed.parts, format, offset, count)
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """All keys and values, for attention."""
@@ -111,7 +118,7 @@ class PackedKVCache:
         first = None
         if self.residuals is not None:
             first = FirstKeys(self.residuals, getattr(self.planes[0], "left_padding", None))
-        keys, values = packed_of(rows, self.formats, self.dtype, first, self.platform)
+        keys, values = packed_of(rows, self.formats, self.dtype, self.layout, first, self.platform)
         if not self.dense:
             return keys, values
         return _plain(keys), _plain(values)
@@ -156,6 +163,12 @@ class PackedKVCache:
     def values(self) -> mx.array | None:
         """Codes of the values as stored."""
         return self.planes[0].values
+
+    @property
+    def heads(self) -> int:
+        """Heads of the keys; none before there are any."""
+        stored = 0 if self.keys is None else self.keys.shape[1]
+        return stored // 2 if self.layout == "stacked" else stored
 
     @property
     def nbytes(self) -> int:

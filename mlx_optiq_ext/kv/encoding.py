@@ -4,25 +4,49 @@ The cache keeps the rows in planes, each one of mlx-lm's caches: one plane for e
 formats, or a single plane of rows in which all parts lie side by side.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from ..kernels import Platform
 from .attention.kernels import pack_kernel
 from .first_keys import FirstKeys
-from .formats import Format, Interleaving
-from .packed_array import Packed
+from .formats import Affine, Format, Interleaving
+from .packed_array import Packed, Stack
 from .plan import LayerFormat
 
 Parts = tuple[mx.array, ...]
+#: What each plane gets for keys and for values.
+Rows = Sequence[tuple[mx.array, mx.array]]
+
+#: All parts of a position in one row; the codes of keys and values in one array, their scales and
+#: biases in another (see `Stack`); or an array for each part.
+LAYOUTS = ("interleaved", "stacked", "apart")
 
 
-def planes_of(formats: LayerFormat, *, interleaved: bool) -> int:
-    """Planes that a layer takes: one of interleaved rows, or one for each part."""
+def layout_of(formats: LayerFormat, *, interleaved: bool, stacked: bool = False) -> str:
+    """How a layer's parts lie, one of `LAYOUTS`: as asked, if the formats allow it."""
     sides = [format for format in (formats.keys, formats.values) if format is not None]
     if interleaved and all(isinstance(format, Interleaving) for format in sides):
+        return "interleaved"
+    return "stacked" if stacked and stackable(formats) else "apart"
+
+
+def stackable(formats: LayerFormat) -> bool:
+    """Whether packed keys and values look alike, if their head dimensions are the same."""
+    keys, values = formats.keys, formats.values
+    return (
+        isinstance(keys, Affine)
+        and isinstance(values, Affine)
+        and (keys.bits, keys.group_size) == (values.bits, values.group_size)
+    )
+
+
+def planes_of(formats: LayerFormat, layout: str) -> int:
+    """Planes that a layer takes."""
+    if layout != "apart":
         return 1
+    sides = [format for format in (formats.keys, formats.values) if format is not None]
     return max((len(format.parts) for format in sides), default=2)
 
 
@@ -31,19 +55,26 @@ def encode(
     values: mx.array,
     formats: LayerFormat,
     platform: Platform,
-) -> tuple[Parts, Parts]:
-    """Pack keys and values into their parts.
+    layout: str,
+) -> Rows:
+    """Pack keys and values into the rows of their planes.
 
     Args:
         keys: (batch, heads, length, dim).
         values: (batch, heads, length, value dim).
         formats: Fitted to the dimensions.
         platform: Where to pack.
+        layout: One of `LAYOUTS`.
     """
     if platform.compile is not None and pack_kernel.packs(keys, values, formats):
-        found = pack_kernel.pack(platform, keys, values, formats)
-        return tuple(found[:3]), tuple(found[3:])
-    return _parts(keys, formats.keys), _parts(values, formats.values)
+        stacked = layout == "stacked"
+        found = pack_kernel.pack(platform, keys, values, formats, stacked=stacked)
+        if stacked:
+            return [(found[0], found[1])]
+        sides = tuple(found[:3]), tuple(found[3:])
+    else:
+        sides = _parts(keys, formats.keys), _parts(values, formats.values)
+    return arrange(*sides, formats, layout)
 
 
 def _parts(array: mx.array, format: Format | None) -> Parts:
@@ -56,32 +87,33 @@ def _parts(array: mx.array, format: Format | None) -> Parts:
     return array.view(mx.uint32), array[..., :0]
 
 
-def arrange(
-    keys: Parts, values: Parts, formats: LayerFormat, planes: int
-) -> Iterable[tuple[mx.array, mx.array]]:
+def arrange(keys: Parts, values: Parts, formats: LayerFormat, layout: str) -> Rows:
     """The rows of keys and of values for each plane.
 
-    The side with fewer parts gets parts of zero width; two planes or more hold all parts of both.
+    Apart, the side with fewer parts gets parts of zero width.
     """
-    if planes == 1:
+    if layout == "interleaved":
         return [(_joined(keys, formats.keys), _joined(values, formats.values))]
-    return zip(_padded(keys, planes), _padded(values, planes), strict=True)
+    if layout == "stacked":
+        codes = mx.concatenate([keys[0], values[0]], axis=1)
+        words = [mx.concatenate(list(side[1:]), axis=-1).view(mx.uint32) for side in (keys, values)]
+        return [(codes, mx.concatenate(words, axis=1))]
+    planes = planes_of(formats, layout)
+    return list(zip(_padded(keys, planes), _padded(values, planes), strict=True))
 
 
-def rows_of(
-    dims: tuple[int, int], dtype: str, formats: LayerFormat, planes: int
-) -> Iterable[tuple[mx.array, mx.array]]:
+def rows_of(dims: tuple[int, int], dtype: str, formats: LayerFormat, layout: str) -> Rows:
     """The rows of keys and of values for each plane of a position that is all zeros.
 
     Args:
         dims: Dimensions of keys and of values.
         dtype: Name of theirs.
         formats: Fitted to the dimensions.
-        planes: How many there are.
+        layout: One of `LAYOUTS`.
     """
     stored: mx.Dtype = getattr(mx, dtype)
     keys, values = _zeros(dims[0], formats.keys, stored), _zeros(dims[1], formats.values, stored)
-    return arrange(keys, values, formats, planes)
+    return arrange(keys, values, formats, layout)
 
 
 def _zeros(dim: int, format: Format | None, dtype: mx.Dtype) -> Parts:
@@ -93,9 +125,10 @@ def _zeros(dim: int, format: Format | None, dtype: mx.Dtype) -> Parts:
 
 
 def packed_of(
-    rows: Sequence[tuple[mx.array, mx.array]],
+    rows: Rows,
     formats: LayerFormat,
     dtype: str | None,
+    layout: str,
     first: FirstKeys | None = None,
     platform: Platform | None = None,
 ) -> tuple[Packed | mx.array, Packed | mx.array]:
@@ -105,12 +138,21 @@ def packed_of(
         rows: Of keys and of values in each plane.
         formats: Fitted to the dimensions.
         dtype: Name of the unpacked dtype; None if nothing was packed yet.
+        layout: One of `LAYOUTS`.
         first: What the first keys differ by from what is packed; None for nothing.
         platform: Where attention reads them; None for where MLX's default device is.
     """
+    given = getattr(mx, dtype or "float32")
+    if layout == "stacked":
+        assert formats.keys is not None
+        assert formats.values is not None
+        stack = Stack(*rows[0], given)
+        return (
+            Packed.of_stack(stack, 0, formats.keys, first, platform),
+            Packed.of_stack(stack, 1, formats.values, None, platform),
+        )
     keys, values = zip(*rows, strict=True)
-    if len(rows) == 1:
-        given = getattr(mx, dtype or "float32")
+    if layout == "interleaved":
         keys = _split(keys[0], formats.keys, given)
         values = _split(values[0], formats.values, given)
     return (

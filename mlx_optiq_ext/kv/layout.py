@@ -32,12 +32,14 @@ class Mounted:
         owners: Slot -> the decoder layer that writes to it.
         dense: Whether the model's attention needs plain arrays.
         mergeable: Whether mlx-lm's batch engine may merge the caches.
+        alike: Slots whose keys and values have the same dimension and half precision.
     """
 
     formats: Mapping[Slot, LayerFormat]
     owners: Mapping[Slot, int]
     dense: bool
     mergeable: bool
+    alike: frozenset[Slot] = frozenset()
 
 
 def mounted_on(model: Any) -> Mounted | None:
@@ -65,6 +67,7 @@ def packed_caches(
             formats,
             dense=mounted.dense,
             mergeable=mounted.mergeable,
+            stacked=slot in mounted.alike,
             layer=mounted.owners[slot],
         )
         if member is None:

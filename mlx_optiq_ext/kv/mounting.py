@@ -84,7 +84,19 @@ def _mounted(model: nn.Module, plan: KVPlan, mergeable: bool) -> Mounted:
             mergeable = False
             note(f"{name} cannot batch packed keys and values: one request at a time", error)
     known = {slot: _fitting(f, caches, slot, plan) for slot, f in given.items()}
-    return Mounted(known, found, dense, mergeable)
+    alike = frozenset(slot for slot in known if _alike(_at(caches, slot)))
+    return Mounted(known, found, dense, mergeable, alike)
+
+
+def _at(caches: list[Any], slot: Slot) -> Any:
+    holder = caches[slot[0]]
+    return holder if slot[1] is None else holder.caches[slot[1]]
+
+
+def _alike(cache: Any) -> bool:
+    """Whether a cache's keys and values may share arrays, for kernels that read them."""
+    dims, dtype = cache.dims, cache.dtype
+    return dims is not None and dims[0] == dims[1] and dtype in ("bfloat16", "float16")
 
 
 def _untransformed(formats: LayerFormat) -> LayerFormat:
@@ -99,9 +111,8 @@ def _fitting(formats: LayerFormat, caches: list[Any], slot: Slot, plan: KVPlan) 
     keys = formats.keys
     if not isinstance(keys, Affine) or keys.transform is None:
         return formats
-    holder = caches[slot[0]]
-    cache = holder if slot[1] is None else holder.caches[slot[1]]
-    has, wants = (cache.keys.shape[1], cache.dims[0]), keys.transform.basis.shape[:2]
+    cache = _at(caches, slot)
+    has, wants = (cache.heads, cache.dims[0]), keys.transform.basis.shape[:2]
     if has == wants:
         return formats
     if (count := distributed.size()) > 1 and wants == (has[0] * count, has[1]):

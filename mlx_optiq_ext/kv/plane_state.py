@@ -10,7 +10,7 @@ import mlx.core as mx
 from .. import files
 from ..errors import InputError
 from . import transform_file
-from .encoding import planes_of, rows_of
+from .encoding import LAYOUTS, layout_of, planes_of, rows_of
 from .formats import Affine, KeyTransform, from_json, to_json
 from .plan import MOST_SINKS, LayerFormat
 
@@ -28,6 +28,7 @@ def described(cache: Any) -> str:
     return json.dumps(
         {
             "cache": type(cache.planes[0]).__name__,
+            "layout": cache.layout,
             **{side: format and to_json(format) for side, format in sides.items()},
             "dims": cache.dims,
             "dtype": cache.dtype,
@@ -88,14 +89,23 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
     else:
         cache.planes = [kind.from_state(*pair) for pair in zip(states, metas, strict=True)]
     count, rows = len(cache.planes), None
-    if count not in {planes_of(cache.formats, interleaved=each) for each in (False, True)}:
+    cache.layout = found.choice("layout", LAYOUTS)
+    wanted = layout_of(
+        cache.formats,
+        interleaved=cache.layout == "interleaved",
+        stacked=cache.layout == "stacked" and (cache.dims is None or len(set(cache.dims)) == 1),
+    )
+    if cache.layout != wanted or count != planes_of(cache.formats, cache.layout):
         raise found.refusal("keys", f"a format of {count} arrays a vector")
     if cache.dims is not None:
         dtype = found.choice("dtype", DTYPES)
-        rows = rows_of(cache.dims, dtype, cache.formats, count)
+        rows = rows_of(cache.dims, dtype, cache.formats, cache.layout)
     check_rows(cache.planes, rows)
+    heads = [array.shape[1] for array in (cache.keys, cache.values) if array is not None]
+    if cache.layout == "stacked" and any(each % 2 or each != heads[0] for each in heads):
+        raise InputError(f"a packed layer lacks the heads of its values: {_AGAIN}")
     if cache.residuals is not None:
-        rows = cache.keys.shape[:2] if cache.keys is not None else (0, 0)
+        rows = (cache.keys.shape[0], cache.heads) if cache.keys is not None else (0, 0)
         if cache.residuals.shape != (*rows, sinks, (cache.dims or (0, 0))[0]):
             raise InputError(f"a packed layer's first keys are of another shape: {_AGAIN}")
     turned = transformed(cache.formats)
@@ -103,7 +113,7 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
         raise InputError(f"a packed layer lacks the transform of its keys: {_AGAIN}")
     if turned is not None and turned.transform is not None and cache.keys is not None:
         has, wants = (
-            (cache.keys.shape[1], cache.dims and cache.dims[0]),
+            (cache.heads, cache.dims and cache.dims[0]),
             turned.transform.basis.shape,
         )
         if has != wants[:2]:

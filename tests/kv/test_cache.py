@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import cache as stock
 
-from mlx_optiq_ext.kv import LayerFormat, Packed, PackedKVCache
+from mlx_optiq_ext.kv import LayerFormat, Packed, PackedKVCache, Platform
 from mlx_optiq_ext.kv.formats import Affine, Format, TurboQuant
 
 HEADS, DIM = 2, 64
@@ -29,6 +29,21 @@ KINDS = {
 
 if not BATCHED:
     del KINDS["chunked"]  # before mlx-lm 0.32 it loses track after its front was dropped
+
+
+EQUAL = Affine(4, 32), Affine(4, 32, rotated=True)
+
+
+def refuse(**_: Any) -> Any:
+    raise AssertionError("float32 is packed without a kernel")
+
+
+#: How a cache is asked to hold the parts of its formats.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "interleaved": {"interleaved": True},
+    "stacked": {"stacked": True, "platform": Platform("cuda", refuse)},
+    "apart": {"interleaved": False},
+}
 
 
 def fake(array: mx.array, format: Format | None) -> mx.array:
@@ -50,10 +65,12 @@ class Pair:
         kind: str,
         seed: int = 0,
         formats: tuple = (KEYS, VALUES),
-        interleaved: bool | None = None,
+        **options: Any,
     ):
+        if options.get("stacked"):
+            formats = EQUAL
         self.formats = formats
-        self.packed = packed_cache(KINDS[kind](), formats, dense=True, interleaved=interleaved)
+        self.packed = packed_cache(KINDS[kind](), formats, dense=True, **options)
         self.plain = KINDS[kind]()
         self.key = mx.random.key(seed)
 
@@ -80,12 +97,13 @@ class Pair:
         assert expected is None or mx.array_equal(found, expected)
 
 
-@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "apart"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=25)
 @given(steps=st.lists(st.integers(-3, 12), min_size=1, max_size=8))
-def test_appending_and_trimming(kind, interleaved, steps):
-    pair = Pair(kind, interleaved=interleaved)
+def test_appending_and_trimming(kind, layout, steps):
+    pair = Pair(kind, **LAYOUTS[layout])
+    assert pair.packed.layout == layout
     for step in steps:
         if step > 0:
             if kind != "chunked":
@@ -130,19 +148,19 @@ def test_short_prompts_padded_to_long_ones_are_packed_as_alone(steps):
 
 
 @pytest.mark.skipif(not BATCHED, reason="mlx-lm before 0.32 rebuilds the caches of a batch")
-@pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "apart"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["plain", "sliding"])
 @settings(deadline=None, max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=2, max_size=4),
     data=st.data(),
 )
-def test_batches(kind, interleaved, lengths, data):
-    pairs = [Pair(kind, seed, interleaved=interleaved) for seed in range(len(lengths))]
+def test_batches(kind, layout, lengths, data):
+    pairs = [Pair(kind, seed, **LAYOUTS[layout]) for seed in range(len(lengths))]
     for pair, length in zip(pairs, lengths, strict=True):
         if length:
             pair.append(length)
-    batch = Pair(kind, interleaved=interleaved)
+    batch = Pair(kind, **LAYOUTS[layout])
     batch.packed = pairs[0].packed.merge([p.packed for p in pairs])
     batch.plain = pairs[0].plain.merge([p.plain for p in pairs])
     rows = len(lengths)
@@ -167,7 +185,7 @@ def test_batches(kind, interleaved, lengths, data):
                 cache.filter(keep)
             rows = len(keep)
         elif action == "extend":
-            others = [Pair(kind, 77, interleaved=interleaved) for _ in range(2)]
+            others = [Pair(kind, 77, **LAYOUTS[layout]) for _ in range(2)]
             for other in others:
                 other.append(3)
             for name in ("packed", "plain"):
@@ -228,17 +246,18 @@ SAVED = {
 }
 
 
-@pytest.mark.parametrize("interleaved", [None, False], ids=["as the device likes", "apart"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("formats", SAVED.values(), ids=list(SAVED))
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded(kind, formats, interleaved, tmp_path, monkeypatch):
+def test_saved_and_loaded(kind, formats, layout, tmp_path, monkeypatch):
     monkeypatch.setattr(stock, "PackedKVCache", PackedKVCache, raising=False)
-    pair = Pair(kind, formats=formats, interleaved=interleaved)
+    pair = Pair(kind, formats=formats, **LAYOUTS[layout])
     for tokens in (5, 6, 1):
         pair.append(tokens)
     stock.save_prompt_cache(str(tmp_path / "cache.safetensors"), [pair.packed])
     loaded: Any = stock.load_prompt_cache(str(tmp_path / "cache.safetensors"))[0]
-    assert loaded.formats == LayerFormat(*formats).fitted(DIM, DIM)
+    assert loaded.formats == LayerFormat(*pair.formats).fitted(DIM, DIM)
+    assert loaded.layout == pair.packed.layout
     pair.packed = loaded
     pair.append(1)
     pair.append(3)
@@ -260,20 +279,3 @@ def test_mlx_lm_sees_no_cache_that_it_could_quantize_or_merge_itself():
     assert not hasattr(packed_cache(stock.ChunkedKVCache(8)), "merge")
     assert packed_cache(stock.KVCache()).empty()
     assert mlx_lm.__version__
-
-
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("dim", [64, 96])
-def test_interleaved_rows_hold_the_very_same(dim, dtype):
-    rows = mx.random.normal((2, HEADS, 5, dim)).astype(dtype)
-    for formats in ((Affine(4, 32), Affine(5, 32)), (Affine(8, 32), None)):
-        one, other = (
-            packed_cache(stock.KVCache(), formats, dense=True, interleaved=interleaved)
-            for interleaved in (True, False)
-        )
-        assert (len(one.planes), len(other.planes)) == (1, 3)
-        found, expected = (cache.update_and_fetch(rows, rows) for cache in (one, other))
-        for a, b in zip(found, expected, strict=True):
-            assert a.dtype == dtype
-            assert mx.array_equal(a, b)
-        assert one.nbytes == other.nbytes

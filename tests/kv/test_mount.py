@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import mlx.core as mx
 import pytest
 from toy_models import build
 
@@ -49,6 +50,14 @@ def test_what_fails_for_want_of_memory_is_raised(failure):
         kv.mount(model, plan)
     assert raised.value is failure
     assert kv.mounted_on(model) is None
+
+
+def test_layers_whose_keys_and_values_may_share_arrays_are_known():
+    model = build("qwen3")
+    assert not kv.mount(model, PLAN).alike  # in float32 no kernel reads them
+    model.set_dtype(mx.bfloat16)
+    mounted = kv.mount(model, PLAN)
+    assert mounted.alike == mounted.formats.keys()
 
 
 def test_damaged_weights_are_named():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -74,7 +75,7 @@ def attend(
     if isinstance(keys, Packed):
         queries = kernels.turned(platform, queries, keys.format)
         sinks = None if sinks is None else keys.format.turn_sinks(sinks)
-    call = (queries, keys, values, scale, mask, sinks)
+    call: Any = (queries, keys, values, scale, mask, sinks)
     offered = (backend(*call) for backend in backends)
     output = next((found for found in offered if found is not None), None)
     if output is None:

@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,7 @@ class Table:
 def machine() -> str:
     """Where this runs."""
     device = mx.device_info() if hasattr(mx, "device_info") else {}
-    return f"{device.get('device_name', platform.machine())}, MLX {mx.__version__}"
+    return f"{device.get('device_name', platform.machine())}, MLX {version('mlx')}"
 
 
 def cell(value: Any) -> str:

@@ -38,12 +38,13 @@ def caches_of(model: Any, plan: str, layers: int, batch: int) -> list[Any]:
     from mlx_optiq_ext.kv import PackedKVCache, Platform
 
     gpu, rng = Platform("cuda", node_factory()), np.random.default_rng(0)
-    moved = KeyTransform(*(rng.random((8, n, 128), np.float32) for n in (1, 128)))
+    centre, basis = (rng.random((8, n, 128), np.float32) for n in (1, 128))
+    moved = KeyTransform(centre, basis)
     caches: list[Any] = [KVCache() for _ in range(layers)]
     for index, formats in enumerate(formats_of(plan, layers)):
         if isinstance(formats.keys, Affine) and formats.keys.transformed:
             formats = formats.with_transform(moved)
-        caches[index] = PackedKVCache(caches[index], formats, platform=gpu)
+        caches[index] = PackedKVCache(caches[index], formats, stacked=True, platform=gpu)
     if batch > 1:
         caches = [cache.merge([cache] * batch) for cache in caches]
     read(model, caches, mx.zeros((batch, PROMPT), mx.int32))

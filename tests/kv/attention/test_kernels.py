@@ -13,6 +13,7 @@ from mlx_optiq_ext.kernels import Platform, platform
 from mlx_optiq_ext.kv import Packed, attend
 from mlx_optiq_ext.kv.attention import dispatch, fused, kernels
 from mlx_optiq_ext.kv.formats import Affine, TurboQuant
+from mlx_optiq_ext.kv.packed_array import Stack
 
 pytestmark = pytest.mark.newest
 
@@ -25,6 +26,7 @@ CASES = {
     "5 and 6, a window": (Affine(5, 32), Affine(6, 32), (96, 96), 3, 3, 97, "window"),
     "6 and 2, two widths": (Affine(6, 64), Affine(2, 32), (256, 64), 5, 1, 45, "none"),
     "2 and 5, many rows": (Affine(2, 32), Affine(5, 64), (64, 256), 9, 8, 40, "added"),
+    "8 bits, padding": (Affine(8, 32), Affine(8, 32), (64, 64), 2, 2, 50, "padding"),
     "TurboQuant 4": (TurboQuant(4), TurboQuant(4), (128, 128), 4, 1, 130, "causal"),
     "TurboQuant 3 and 2": (TurboQuant(3), TurboQuant(2), (96, 96), 2, 1, 50, "none"),
     "TurboQuant 1, affine 4": (TurboQuant(1), Affine(4, 32), (64, 64), 2, 4, 16, "causal"),
@@ -105,6 +107,24 @@ def test_rows_with_gaps_between_them_are_read_too(gpu, tmp_path):
     apart = Platform(gpu.name, kernel_factory(gpu.name, tmp_path, gaps=True))
     straight, found = (kernels.attend(each, *call, blocks=BLOCKS) for each in (gpu, apart))
     assert mx.array_equal(found, straight)
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("name", ["4 bits", "8 bits, padding"])
+def test_a_stack_is_read_as_its_parts_are(name, gaps, gpu, tmp_path):
+    queries, keys, values, mask = problem(name)
+    codes = mx.concatenate([keys.parts[0], values.parts[0]], axis=1)
+    words = [mx.concatenate(side.parts[1:], axis=-1).view(mx.uint32) for side in (keys, values)]
+    stack = Stack(codes, mx.concatenate(words, axis=1), mx.bfloat16)
+    both: Any = [
+        Packed.of_stack(stack, side, each.format) for side, each in enumerate((keys, values))
+    ]
+    assert [each.shape for each in both] == [keys.shape, values.shape]
+    apart = Platform(gpu.name, kernel_factory(gpu.name, tmp_path, gaps=gaps))
+    found = kernels.attend(apart, queries, *both, 0.1, mask, None, blocks=BLOCKS)
+    assert mx.array_equal(
+        found, kernels.attend(gpu, queries, keys, values, 0.1, mask, None, blocks=BLOCKS)
+    )
 
 
 def test_a_row_that_may_look_nowhere_is_finite(gpu):

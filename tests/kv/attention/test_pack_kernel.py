@@ -1,5 +1,6 @@
 """The kernel that packs new keys and values, its own source run on the CPU."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx_optiq_ext.kernels import Platform, platform
 from mlx_optiq_ext.kv import LayerFormat, Packed, PackedKVCache
 from mlx_optiq_ext.kv.attention.kernels import pack_kernel
 from mlx_optiq_ext.kv.formats import Affine, KeyTransform, TurboQuant
+from mlx_optiq_ext.kv.packed_array import Stack
 
 pytestmark = pytest.mark.newest
 
@@ -64,6 +66,18 @@ def test_it_packs_as_well_as_a_prompt_is_packed(case, gpu):
         prompt = mx.repeat(array, 9, axis=2)  # long enough to be fitted
         expected = Packed([p[:, :, ::9] for p in format.pack(prompt)], format)
         assert error(packed, array) < 1.01 * error(expected, array)
+
+
+@pytest.mark.parametrize("case", ["4 bits", "transformed in the kernel"])
+def test_a_stack_holds_the_very_same(case, gpu):
+    keys, values = CASES[case][:2]
+    values = replace(values, bits=keys.bits, group_size=keys.group_size)
+    formats, given = LayerFormat(keys, values), arrays(case)
+    apart: Any = pack_kernel.pack(gpu, given[0], given[1], formats)
+    codes, words = pack_kernel.pack(gpu, given[0], given[1], formats, stacked=True)
+    stack = Stack(codes, words, mx.bfloat16)
+    for found, expected in zip((*stack.parts(0), *stack.parts(1)), apart, strict=True):
+        assert mx.array_equal(found, expected)
 
 
 def test_a_group_of_equal_elements_comes_back(gpu):

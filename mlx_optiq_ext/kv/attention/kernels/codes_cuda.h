@@ -84,6 +84,9 @@ INLINE void pairs_of(uint low, uint high, Levels levels, uint* out) {
   }
 }
 
+// Scales of a row, and biases behind them in a stack.
+constexpr int PITCH = STACKED ? 2 : 1;
+
 // A row's scales, in one load where their number allows.
 template <int N>
 struct alignas(N == 8 ? 16 : N == 4 ? 8 : N == 2 ? 4 : 2) Values {
@@ -100,10 +103,10 @@ struct Source {
 
   INLINE const uint* codes_of(long token) const { return codes + token * (DENSE ? WIDTH : row); }
   INLINE Values<GROUPS> scales_of(long token) const {
-    return *reinterpret_cast<const Values<GROUPS>*>(scales + token * (DENSE ? GROUPS : scale_row));
+    return *reinterpret_cast<const Values<GROUPS>*>(scales + token * (DENSE ? PITCH * GROUPS : scale_row));
   }
   INLINE Values<GROUPS> biases_of(long token) const {
-    return *reinterpret_cast<const Values<GROUPS>*>(biases + token * (DENSE ? GROUPS : bias_row));
+    return *reinterpret_cast<const Values<GROUPS>*>(biases + token * (DENSE ? PITCH * GROUPS : bias_row));
   }
 };
 

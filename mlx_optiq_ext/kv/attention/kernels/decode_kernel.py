@@ -10,7 +10,7 @@ import mlx.core as mx
 from ....kernels import Platform, name_of
 from ...formats import Affine, CodeLayout, Format
 from ...packed_array import Packed
-from .source import COMBINE, DECODE, WARPS, Family, combine, decode
+from .source import COMBINE, DECODE, STACKED, WARPS, Family, combine, decode
 
 #: Head dimensions, group sizes and types that the kernels are written for.
 DIMS, GROUP_SIZES, DTYPES = (64, 96, 128, 256), (32, 64, 128), (mx.bfloat16, mx.float16)
@@ -33,20 +33,19 @@ def supports(
     """Whether the kernels can compute this call."""
     if not (isinstance(keys, Packed) and isinstance(values, Packed)):
         return False
-    tokens, width = keys.parts[0].shape[2:]
+    tokens, dim = keys.shape[2:]
     return (
         tokens >= TILE
         and (mask is None or isinstance(mask, mx.array) or mask == "causal")
         and 0 < queries.shape[2] <= QUERIES
-        and _fits(keys.format, width, queries.dtype, keys.dtype)
-        and _fits(values.format, values.parts[0].shape[3], queries.dtype, values.dtype)
+        and _fits(keys.format, dim, queries.dtype, keys.dtype)
+        and _fits(values.format, values.shape[3], queries.dtype, values.dtype)
     )
 
 
 # A decoding step calls this once for each layer: one look-up finds all that does not change.
 @cache
-def _fits(format: Format, width: int, queries: mx.Dtype, stored: mx.Dtype) -> bool:
-    dim = format.head_dim(width)
+def _fits(format: Format, dim: int, queries: mx.Dtype, stored: mx.Dtype) -> bool:
     layout = format.code_layout(dim)
     return (
         layout is not None
@@ -85,21 +84,25 @@ def attend(
         turn_back: Whether the output is brought back from the basis of the values.
     """
     batch, query_heads, length, _ = queries.shape
-    _, heads, tokens, width = keys.parts[0].shape
+    _, heads, tokens, dim = keys.shape
+    value_dim = values.shape[3]
+    stack = keys.stack if keys.stack is values.stack else None
     out = dtype or queries.dtype
     kind, rows = _NO_MASK if mask is None else _mask(mask, (batch, query_heads, length, tokens))
-    rotated = turn_back and rotates(values.format, values.parts[0].shape[3])
+    rotated = turn_back and rotates(values.format, value_dim)
     call = _call(
-        platform, _layout(keys.format, width), _layout(values.format, values.parts[0].shape[3]),
+        platform, _layout(keys.format, dim), _layout(values.format, value_dim),
         query_heads // heads, length, scale, kind, sinks is not None,
         0 if keys.first is None else keys.first.count, queries.dtype, out, rotated,
+        stack is not None,
     )  # fmt: skip
     splits = blocks // (batch * heads * call.chunks)
     splits = max(1, min(splits, -(-tokens // (TILE * WARPS))))
     shape = (batch, heads, splits, call.rows)
     states, parts = call.decode(
         inputs=[
-            *(queries, *_parts(keys), *_parts(values), queries if rows is None else rows),
+            *(queries, *(stack[:2] if stack else (*_parts(keys), *_parts(values)))),
+            queries if rows is None else rows,
             *_firsts(queries, keys),
         ],
         grid=(splits * WARPS * 32, heads, batch * call.chunks),
@@ -176,9 +179,12 @@ def _call(
     dtype: mx.Dtype,
     out: mx.Dtype,
     rotated: bool,
+    stacked: bool,
 ) -> _Call:
-    names = (str(d).removeprefix("mlx.core.") for d in (dtype, out))
-    family = Family(keys, values, repeats, length, scale, mask, sinks, firsts, *names)
+    names = tuple(str(d).removeprefix("mlx.core.") for d in (dtype, out))
+    family = Family(
+        keys, values, repeats, length, scale, mask, sinks, firsts, names[0], names[1], stacked
+    )
     make = platform.compile
     assert make is not None
     kernels = [
@@ -191,7 +197,7 @@ def _call(
             ensure_row_contiguous=False,
         )
         for names, texts in (
-            (DECODE, decode(family, platform.name)),
+            (STACKED if stacked else DECODE, decode(family, platform.name)),
             (COMBINE, combine(family, platform.name, rotated=rotated)),
         )
     ]
@@ -199,15 +205,14 @@ def _call(
 
 
 @cache
-def rotates(format: Format, width: int) -> bool:
+def rotates(format: Format, dim: int) -> bool:
     """Whether the kernels rotate vectors of this format themselves."""
-    dim = format.head_dim(width)
     return isinstance(format, Affine) and bool(format.rotated) and dim & (dim - 1) == 0
 
 
 # Layers whose keys are transformed differ in their formats, and share kernels.
 @cache
-def _layout(format: Format, width: int) -> CodeLayout:
-    layout = format.code_layout(format.head_dim(width))
+def _layout(format: Format, dim: int) -> CodeLayout:
+    layout = format.code_layout(dim)
     assert layout is not None  # else `supports` is false
     return layout

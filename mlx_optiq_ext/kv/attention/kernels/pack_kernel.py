@@ -35,21 +35,30 @@ def packs(keys: mx.array, values: mx.array, formats: LayerFormat) -> bool:
 
 
 def pack(
-    platform: Platform, keys: mx.array, values: mx.array, formats: LayerFormat
+    platform: Platform,
+    keys: mx.array,
+    values: mx.array,
+    formats: LayerFormat,
+    *,
+    stacked: bool = False,
 ) -> list[mx.array]:
-    """Codes, scales and biases of the keys, then those of the values.
+    """Pack keys and values.
 
     Args:
         platform: One that compiles kernels.
         keys: (batch, heads, length, dim).
         values: (batch, heads, length, value dim).
         formats: Formats of both, such that `packs` is true, fitted to their dimensions.
+        stacked: Whether to write them as a `Stack`: keys and values must look alike then.
+
+    Returns:
+        Codes, scales and biases of the keys, then those of the values; or codes and words of both.
     """
     assert formats.keys is not None
     assert formats.values is not None
     sides = _sides(formats, keys.shape[3], values.shape[3], keys.shape[2] <= FEW)
     (_, key_turn), (_, value_turn) = sides
-    call, threads, widths = _call(platform, *sides, keys.dtype)
+    call, threads, widths = _call(platform, *sides, keys.dtype, stacked)
     if key_turn == ASIS:
         keys = formats.keys.turn(keys)
     if value_turn == ASIS:
@@ -60,12 +69,19 @@ def pack(
         assert formats.keys.transform is not None
         move = formats.keys.transform.matrices[:2]
     shape = keys.shape[:3]
+    if stacked:
+        groups = widths[1] * keys.dtype.size // 2
+        shapes = [(shape[0], 2 * shape[1], shape[2], width) for width in (widths[0], groups)]
+        dtypes = [mx.uint32, mx.uint32]
+    else:
+        shapes = [(*shape, width) for width in widths]
+        dtypes = [mx.uint32, keys.dtype, keys.dtype] * 2
     return call(
         inputs=[keys, values, *move],
         grid=(shape[0] * shape[1] * shape[2] * threads, 2, 1),
         threadgroup=(threads, 1, 1),
-        output_shapes=[(*shape, width) for width in widths],
-        output_dtypes=[mx.uint32, keys.dtype, keys.dtype] * 2,
+        output_shapes=shapes,
+        output_dtypes=dtypes,
     )
 
 
@@ -93,7 +109,7 @@ def _side(format: Format | None, dim: int, few: bool) -> Side:
 
 @cache
 def _call(
-    platform: Platform, keys: Side, values: Side, dtype: mx.Dtype
+    platform: Platform, keys: Side, values: Side, dtype: mx.Dtype, stacked: bool
 ) -> tuple[Callable[..., list[mx.array]], int, tuple[int, ...]]:
     """The kernel, its threads, and the widths of its outputs."""
     name = str(dtype).removeprefix("mlx.core.")
@@ -118,6 +134,7 @@ def _call(
         f"constexpr CONSTANT int PACK_THREADS = {threads};",
         f"constexpr CONSTANT int PACK_GROUP = {longest};",
         f"constexpr CONSTANT int PACK_DIM = {max(keys[0].dim, values[0].dim)};",
+        f"#define STACKED {int(stacked)}",
         f"constexpr CONSTANT int ROTATED = {ROTATED}, MOVED = {MOVED};",
     ]
     above = "\n".join([header(platform.name), *lines, source("turn.h"), source("pack.h")])
@@ -126,7 +143,7 @@ def _call(
     kernel = platform.compile(
         name=name_of(platform.name, above, body),
         input_names=list(INPUTS),
-        output_names=list(PARTS),
+        output_names=["codes", "words"] if stacked else list(PARTS),
         header=above,
         source=body,
         ensure_row_contiguous=False,

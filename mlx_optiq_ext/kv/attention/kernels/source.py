@@ -15,6 +15,7 @@ TILE = 8
 #: What a kernel reads and writes, in the order of its arguments.
 PARTS = ("k_codes", "k_scales", "k_biases", "v_codes", "v_scales", "v_biases")
 DECODE = (("queries", *PARTS, "mask", "residuals", "starts"), ("states", "parts"))
+STACKED = (("queries", "codes", "words", *DECODE[0][7:]), DECODE[1])
 COMBINE = (("states", "parts", "sinks"), ("out",))
 
 MASKS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
@@ -40,6 +41,7 @@ class Family:
         firsts: Keys at the beginning of a row of which something was kept.
         dtype: Dtype of the scales, a key of `TYPES`.
         out: Type of the output.
+        stacked: Whether keys and values lie in one stack, see `Stack`.
     """
 
     keys: CodeLayout
@@ -52,6 +54,7 @@ class Family:
     firsts: int
     dtype: str
     out: str
+    stacked: bool = False
 
     @property
     def rows(self) -> int:
@@ -106,6 +109,7 @@ def constants(family: Family, platform: str) -> str:
     }
     lines = [
         "namespace family {}",
+        f"#define STACKED {int(family.stacked)}",
         f"typedef {names[family.dtype]} T;",
         f"typedef {names[family.out]} OUT;",
     ]

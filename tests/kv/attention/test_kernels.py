@@ -120,11 +120,11 @@ def test_a_stack_is_read_as_its_parts_are(name, gaps, gpu, tmp_path):
         Packed.of_stack(stack, side, each.format) for side, each in enumerate((keys, values))
     ]
     assert [each.shape for each in both] == [keys.shape, values.shape]
-    apart = Platform(gpu.name, kernel_factory(gpu.name, tmp_path, gaps=gaps))
-    found = kernels.attend(apart, queries, *both, 0.1, mask, None, blocks=BLOCKS)
-    assert mx.array_equal(
-        found, kernels.attend(gpu, queries, keys, values, 0.1, mask, None, blocks=BLOCKS)
-    )
+    other = Platform(gpu.name, kernel_factory(gpu.name, tmp_path, gaps=gaps))
+    call: Any = (0.1, mask, None)
+    found = kernels.attend(other, queries, both[0], both[1], *call, blocks=BLOCKS)
+    straight = kernels.attend(gpu, queries, keys, values, *call, blocks=BLOCKS)
+    assert mx.array_equal(found, straight)
 
 
 def test_a_row_that_may_look_nowhere_is_finite(gpu):

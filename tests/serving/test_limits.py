@@ -1,6 +1,7 @@
 """Limits of time, size and number, on bare sockets; and clients that leave or never read."""
 
 import contextlib
+import signal
 import socket
 import struct
 import time
@@ -92,6 +93,20 @@ def test_more_connections_than_the_limit_are_turned_away(tiny, tmp_path):
                 break
             time.sleep(0.1)
         assert post(server, COMPLETIONS, chat())[0] == 200
+
+
+def test_many_connections_may_wait_for_a_busy_server(server):
+    assert get(server, "/health")[0] == 200
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        with contextlib.ExitStack() as held:
+            waiting = [held.enter_context(wire(server, timeout=5)) for _ in range(40)]
+            for connection in waiting:
+                connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            server.process.send_signal(signal.SIGCONT)
+            assert {status(received(connection)) for connection in waiting} == {b"200"}
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 def send(server, body) -> socket.socket:

@@ -42,6 +42,8 @@ def __init__(wrapped, instance, args, kwargs):
     guard = guarded.guard
     # http.server's own three arguments come last; it handles the whole connection in here.
     *rest, wire, client, server = args
+    # It lets five connections wait to be accepted, and the system resets those beyond.
+    server.socket.listen(guard.limits.connections)
     if not guard.slots.take():
         if guarded.metrics is not None:
             guarded.metrics.add("connections_refused_total")

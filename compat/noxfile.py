@@ -31,6 +31,7 @@ nox.options.sessions = [
     "signatures",
     *(f"tests({row['mlx_lm']})" for row in ROWS if row.get("ci")),
     "yolo",
+    *(["cuda"] if sys.platform == "linux" else []),
 ]
 
 
@@ -64,6 +65,21 @@ def yolo(session: nox.Session) -> None:
         ".[test,yolo]",
     )
     session.run("pytest", *(session.posargs or [*WORKERS, "tests/yolo"]), env=ONE_CORE)
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Compile the CUDA kernels that the tests run with CUDA's compiler, which needs no GPU."""
+    session.chdir(ROOT)
+    pins = CONSTRAINTS / f"mlx-lm-{ROWS[-1]['mlx_lm']}.txt"
+    compiler = ("nvidia-cuda-nvrtc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*")
+    session.install("-c", str(pins), "mlx[cpu]", "-e", ".[test]", "cuda-bindings==13.*", *compiler)
+    chosen = ("tests/kv/attention", "tests/weights/rounding/test_device.py", "-k", "cuda")
+    session.run(
+        "pytest",
+        *(session.posargs or [*WORKERS, *chosen]),
+        env={**ONE_CORE, "MLX_OPTIQ_NVRTC": "1"},
+    )
 
 
 @nox.session

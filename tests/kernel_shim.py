@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import nvrtc
 
 SHIM = Path(__file__).parent / "shim"
 TYPES = {
@@ -66,6 +67,10 @@ def kernel_factory(platform: str, folder: Path, *, gaps: bool = False) -> Callab
                 arguments += [f"auto {n} = get_{n}();" for n in PLACES if n in source]
             text = _program(platform, header, "\n".join(arguments), source)
             if text not in libraries:
+                if platform == "cuda" and nvrtc.wanted():
+                    named = zip(input_names, (array.dtype for array in inputs), strict=True)
+                    made = zip(output_names, output_dtypes, strict=True)
+                    nvrtc.check(header, source, list(named), list(made))
                 libraries[text] = _compiled(text, folder / f"{name}_{len(libraries)}")
             spread = gaps and not ensure_row_contiguous
             given = [_spread(array, spread, ensure_row_contiguous) for array in inputs]

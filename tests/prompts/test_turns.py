@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from mlx_lm.models.cache import LRUPromptCache
 
 from .conftest import ENDER, Toy, stored, tiered, toy
 
@@ -39,6 +38,8 @@ def conversation(own: Toy, cache: Any = None) -> tuple[list[list[int]], list[int
 
 @pytest.mark.parametrize("family", ["qwen3_5", "gemma3_text"])
 def test_turns_compute_what_is_new_where_stock_computes_nearly_all(family, tmp_path):
+    from mlx_lm.models.cache import LRUPromptCache
+
     own, at = toy(family), stored(tmp_path)
     expected, whole = conversation(own)
     by_stock, stock = conversation(own, LRUPromptCache())

@@ -11,6 +11,7 @@ from ...errors import InputError, UnsupportedError
 from ...files import shown
 from ...turboquant.hadamard import rotatable, rotate, rotate_back
 from .affine_ranges import pack
+from .compilation import compiled
 from .format import CodeLayout, Interleaving, Multiplying
 from .key_transform import KeyTransform
 
@@ -264,4 +265,4 @@ def _whole_codes(bits: int) -> Callable[[mx.array, mx.array, mx.array], mx.array
         scales, biases = (each[..., None].astype(mx.float32) for each in (scales, biases))
         return codes.astype(mx.float32) * scales + biases
 
-    return mx.compile(unpacked, shapeless=True)
+    return compiled(unpacked)

@@ -12,6 +12,8 @@ from functools import cache
 
 import mlx.core as mx
 
+from .compilation import compiled
+
 #: Bits -> best share of a group's range to cover, at a group size of 64; above 1 covers all.
 COVERED = {2: 0.65, 3: 0.85, 4: 0.95, 5: 1.05}
 #: Offsets around that share to start from, and least-squares fits from each start.
@@ -74,7 +76,7 @@ def _unbiased(group_size: int) -> Callable[[mx.array, mx.array], tuple[mx.array,
         scale = scale.astype(array.dtype)
         return scale, (mean - scale.astype(mx.float32) * middle).astype(array.dtype)
 
-    return mx.compile(unbiased, shapeless=True)
+    return compiled(unbiased)
 
 
 @cache
@@ -95,22 +97,20 @@ def _search(share: float, bits: int, group_size: int) -> Callable[[mx.array], Pa
         for _ in range(FITS):
             codes = mx.clip(mx.round((each - bias[..., None]) / scale[..., None]), 0, top)
             middle = codes.mean(axis=-1)
-            product = (codes * centred).sum(
-                axis=-1
-            )  # elements are centred, so codes do not have to be
+            # Elements are centred, so codes do not have to be.
+            product = (codes * centred).sum(axis=-1)
             square = mx.square(codes).sum(axis=-1) - group_size * mx.square(middle)
             square = mx.maximum(square, TINY)
             scale, explained = mx.maximum(product / square, TINY), mx.square(product) / square
             bias = mean - scale * middle
-        if (
-            len(starts) > 1
-        ):  # MLX before 0.31 confuses shapes when it selects from an axis of size one
+        # MLX before 0.31 confuses shapes when it selects from an axis of size one.
+        if len(starts) > 1:
             best = mx.argmax(explained, axis=-1, keepdims=True)
             scale, bias = (mx.take_along_axis(found, best, axis=-1) for found in (scale, bias))
         codes = mx.clip(mx.round((groups - bias) / mx.maximum(scale, TINY)), 0, top)
         return codes.astype(mx.uint32), *_unbiased(group_size)(array, codes)
 
-    return mx.compile(search, shapeless=True)
+    return compiled(search)
 
 
 def _words(codes: mx.array, bits: int) -> mx.array:

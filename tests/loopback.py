@@ -23,7 +23,8 @@ def launcher(ranks: int, *, whole: bool = False) -> list[str]:
     """
     program = ["mlx.launch"] if whole else [sys.executable, "-c", QUIET]
     port = str(free_ports(ranks))
-    return [*program, "-n", str(ranks), "--backend", "ring", "--starting-port", port, "--"]
+    words = ["-n", str(ranks), "--backend", "ring", "--starting-port", port, "--"]
+    return [*program, *words, sys.executable, str(Path(__file__).with_name("rank_start.py"))]
 
 
 def surroundings() -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import nvrtc
+from shim import nvrtc
 
 SHIM = Path(__file__).parent / "shim"
 TYPES = {

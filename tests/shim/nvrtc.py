@@ -4,6 +4,7 @@ The shim says what a kernel computes, not whether CUDA takes its source. The ses
 noxfile installs NVRTC and sets ``MLX_OPTIQ_NVRTC``.
 """
 
+import importlib
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -76,7 +77,7 @@ def check(
 
 @cache
 def _compile(text: str) -> None:
-    from cuda.bindings import nvrtc  # pyright: ignore[reportMissingImports]
+    nvrtc: Any = importlib.import_module("cuda.bindings.nvrtc")
 
     def done(found: tuple[Any, ...]) -> Any:
         code, *rest = found
@@ -95,8 +96,5 @@ def _compile(text: str) -> None:
 
 @cache
 def _headers() -> list[str]:
-    from cuda.pathfinder import (  # pyright: ignore[reportMissingImports]
-        find_nvidia_header_directory,
-    )
-
-    return [find_nvidia_header_directory(name) for name in ("cudart", "cccl")]
+    pathfinder: Any = importlib.import_module("cuda.pathfinder")
+    return [pathfinder.find_nvidia_header_directory(name) for name in ("cudart", "cccl")]

@@ -24,7 +24,7 @@ def launcher(ranks: int, *, whole: bool = False) -> list[str]:
     program = ["mlx.launch"] if whole else [sys.executable, "-c", QUIET]
     port = str(free_ports(ranks))
     words = ["-n", str(ranks), "--backend", "ring", "--starting-port", port, "--"]
-    return [*program, *words, sys.executable, str(Path(__file__).parent / "shim" / "rank_start.py")]
+    return [*program, *words, "python", str(Path(__file__).parent / "shim" / "rank_start.py")]
 
 
 def surroundings() -> dict[str, str]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from ... import files
-from ...errors import InputError
 from ...planning.budget import UNITS, size_text
 from ..report.axes import (
     BOTTOM,
@@ -24,6 +22,7 @@ from ..report.axes import (
     log_scale,
     titles,
 )
+from ..report.page import write_document
 from ..report.words import nats
 from ..request import PLAN
 from .labels import labels
@@ -69,10 +68,7 @@ def write(path: Path, curve: Curve) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    try:
-        files.write_text(path, drawn(curve))
-    except OSError as error:
-        raise InputError(f"cannot write the drawing {path}: {error.strerror or error}") from error
+    write_document(path, drawn(curve), "drawing")
 
 
 def drawn(curve: Curve) -> str:

@@ -54,10 +54,19 @@ def write(path: Path, evidence: Evidence) -> None:
     Raises:
         InputError: The file cannot be written.
     """
+    write_document(path, report(evidence), "report")
+
+
+def write_document(path: Path, text: str, what: str) -> None:
+    """Write a document, completely or not at all; ``what`` names it in the message.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     try:
-        files.write_text(path, report(evidence))
+        files.write_text(path, text)
     except OSError as error:
-        raise InputError(f"cannot write the report {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot write the {what} {path}: {error.strerror or error}") from error
 
 
 def report(evidence: Evidence) -> str:

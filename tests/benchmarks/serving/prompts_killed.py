@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2]))
 from live_server import Server, serve, write_exact
+from openai import OpenAIError
 
 from mlx_optiq_ext import prompts
 
@@ -73,7 +74,7 @@ class Clients:
             prompt = draw.choice(list(self.right))
             try:
                 answer, reused = ask(server, prompt)
-            except Exception:
+            except OpenAIError:  # the server was killed
                 self._count("failed")
                 time.sleep(0.1)
                 continue

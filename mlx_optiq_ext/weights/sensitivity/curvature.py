@@ -1,9 +1,12 @@
 """Second moments in a reduced form that predicts the KL of many candidates quickly."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
+
+from ..rounding import threads
 
 #: Number of leading directions of a moment that are kept.
 RANK = 32
@@ -110,7 +113,25 @@ def residual(moment: mx.array, damping: float = 0.02) -> Reduced:
         moment: (in, in), symmetric.
         damping: Share of the mean diagonal that is added to the diagonal.
     """
-    exact = np.array(moment)
-    exact[np.diag_indices(len(exact))] += damping * np.diagonal(exact).mean()
-    lower = np.linalg.cholesky(exact[::-1, ::-1])
-    return Reduced(mx.array(np.square(np.diagonal(lower))[::-1].copy()))
+    return Reduced(mx.array(_left(np.array(moment), damping)))
+
+
+def residuals(moments: Sequence[mx.array], damping: float = 0.02) -> list[Reduced]:
+    """What `residual` finds for each of several moments, side by side, and once for equal ones."""
+    exact = [np.array(moment) for moment in moments]
+    first = [
+        next(j for j in range(i + 1) if j == i or np.array_equal(exact[j], exact[i]))
+        for i in range(len(exact))
+    ]
+    different = sorted(set(first))
+    left = threads.each(lambda i: _left(exact[i], damping), different)
+    found = {i: Reduced(mx.array(one)) for i, one in zip(different, left, strict=True)}
+    return [found[i] for i in first]
+
+
+def _left(exact: np.ndarray, damping: float) -> np.ndarray:
+    """The diagonal of ``D``, (in,), of a moment of which nothing is changed."""
+    damped = exact[::-1, ::-1].copy()
+    damped[np.diag_indices(len(damped))] += damping * np.diagonal(exact).mean()
+    lower = np.linalg.cholesky(damped)
+    return np.square(np.diagonal(lower))[::-1].copy()

@@ -7,12 +7,14 @@ one layer it factors into the second moments of its inputs and of the gradients 
 diagonal of the latter, rounding uses it whole.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ...model.spill import Spill, Spilled
 from ...model.taps import Use
-from .curvature import Curvature, Reduced, leading, residual
+from .curvature import Curvature, Reduced, leading, residual, residuals
 
 
 @dataclass
@@ -68,14 +70,22 @@ class Factors:
         """The existing arrays, by name."""
         return {name: part for name, part in vars(self).items() if isinstance(part, mx.array)}
 
-    def curvature(self, *, feedback: bool = False) -> Curvature:
+    def curvature(
+        self, *, feedback: bool = False, reduced: Mapping[int, Reduced] | None = None
+    ) -> Curvature:
         """The curvature that predicts the KL of an error in the weight.
 
         Args:
             feedback: Predict the KL that remains after error feedback along both sides. For stacked
                 experts this is not available.
+            reduced: From `after_feedback`, which computes those of several tensors at once.
         """
-        reduce = residual if feedback else leading
+
+        def reduce(moment: mx.array) -> Reduced:
+            if not feedback:
+                return leading(moment)
+            return reduced[id(moment)] if reduced is not None else residual(moment)
+
         inputs, outputs = None, self.outputs
         if self.inputs is not None and outputs is not None:
             if self.uses is not None:
@@ -85,7 +95,7 @@ class Factors:
             else:
                 inputs = reduce(self.inputs)
                 if feedback and self.across is not None:
-                    outputs = residual(self.across).diagonal
+                    outputs = reduce(self.across).diagonal
         columns = None if self.columns is None else reduce(self.columns)
         return Curvature(inputs, outputs, columns, self.lookups, self.tokens)
 
@@ -117,6 +127,42 @@ class Factors:
             self.outputs = _plus(self.outputs, squares.sum(axis=0))
             if across:
                 self.across = _plus(self.across, gradients.T @ gradients)
+
+
+class SpilledFactors(Mapping[str, Factors]):
+    """Factors on disk; each look-up reads them again."""
+
+    def __init__(self, spill: Spill):
+        self._arrays, self._tokens = Spilled(spill), {}
+
+    def update(self, found: Mapping[str, Factors]) -> None:
+        """Write some factors."""
+        self._tokens.update({path: factor.tokens for path, factor in found.items()})
+        parts = {path: factor.arrays() for path, factor in found.items()}
+        self._arrays.add({path: part for path, part in parts.items() if part})
+
+    def __getitem__(self, path: str) -> Factors:
+        found = self._arrays.get(path, {})
+        return Factors(**found, tokens=self._tokens[path])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+
+def after_feedback(found: Iterable[Factors]) -> dict[int, Reduced]:
+    """What error feedback leaves of the moments of several tensors, by the ``id`` of each."""
+    moments: list[mx.array] = []
+    for factors in found:
+        if factors.inputs is not None and factors.outputs is not None and factors.uses is None:
+            moments += (
+                [factors.inputs] if factors.across is None else [factors.inputs, factors.across]
+            )
+        if factors.columns is not None:
+            moments.append(factors.columns)
+    return {id(m): r for m, r in zip(moments, residuals(moments), strict=True)}
 
 
 def _plus(total: mx.array | None, more: mx.array) -> mx.array:

@@ -10,16 +10,17 @@ from tqdm import tqdm
 
 from ... import distributed
 from ...model.layers import decoder_layers
-from ...model.spill import Spill, Spilled
 from ...planning.calibration import spread
 from ...planning.journal import Journal
 from ..candidates import Tensor
 from ..precision import Precision, dequantized, pieces
+from ..rounding import threads
 from .backward import GradientError
+from .curvature import Curvature
 from .fisher import factors
 from .kl import anchor, measured, probe
 from .method import Need
-from .moments import Factors
+from .moments import Factors, SpilledFactors, after_feedback
 from .problem import Problem, Sensitivity, journal_key, layer_batches
 from .remainder import ROWS, remainders
 
@@ -131,18 +132,24 @@ class _Ledger:
             own.setdefault(tensor.path, []).append(precision)
         rows = self.rows if problem.refine else 0
         left = remainders(problem.weights, tensors, found, rows)
+        reduced = None
+        if problem.refine:
+            with threads.single():
+                reduced = after_feedback(found[path] for path in own)
         for tensor in tensors:
             precisions, at = own.get(tensor.path, []), anchor(tensor)
             if not precisions:
                 continue
-            these = predictions(problem, tensor, found[tensor.path], precisions)
+            factors = found[tensor.path]
+            curvature = factors.curvature(feedback=problem.refine, reduced=reduced)
+            these = predictions(problem, tensor, curvature, precisions)
             by = left[tensor.path].correction
             self.predicted.add_all(
                 (journal_key(tensor.path, p), c * by(p.bits)) for p, c in these.items()
             )
             if at in precisions:
                 if problem.refine:
-                    these = predictions(problem, tensor, found[tensor.path], [at], feedback=False)
+                    these = predictions(problem, tensor, factors.curvature(), [at])
                 self.plain.add(journal_key(tensor.path, at), these[at])
         self.predicted.exchange()
         self.plain.exchange()
@@ -213,29 +220,6 @@ def _tried(
         yield {tensor.path: Factors() for tensor in problem.tensors}
 
 
-class SpilledFactors(Mapping[str, Factors]):
-    """Factors on disk; each look-up reads them again."""
-
-    def __init__(self, spill: Spill):
-        self._arrays, self._tokens = Spilled(spill), {}
-
-    def update(self, found: Mapping[str, Factors]) -> None:
-        """Write some factors."""
-        self._tokens.update({path: factor.tokens for path, factor in found.items()})
-        parts = {path: factor.arrays() for path, factor in found.items()}
-        self._arrays.add({path: part for path, part in parts.items() if part})
-
-    def __getitem__(self, path: str) -> Factors:
-        found = self._arrays.get(path, {})
-        return Factors(**found, tokens=self._tokens[path])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tokens)
-
-    def __len__(self) -> int:
-        return len(self._tokens)
-
-
 def widest(tensors: Iterable[Tensor]) -> set[str]:
     """Paths whose output moments fit into `ACROSS` together, the narrowest first.
 
@@ -251,24 +235,33 @@ def widest(tensors: Iterable[Tensor]) -> set[str]:
 
 
 def predictions(
-    problem: Problem,
-    tensor: Tensor,
-    found: Factors,
-    precisions: Iterable[Precision] | None = None,
-    *,
-    feedback: bool = True,
+    problem: Problem, tensor: Tensor, curvature: Curvature, precisions: Iterable[Precision]
 ) -> dict[Precision, float]:
-    """KL in nats per token of some candidates of one tensor, or of all; not yet scaled.
+    """KL in nats per token of some candidates of one tensor; not yet scaled.
 
-    With refinement, the KL that remains after error ``feedback``.
+    Args:
+        problem: Whose weights.
+        tensor: The tensor.
+        curvature: Its curvature, with error feedback or without.
+        precisions: Candidates.
     """
-    curvature = found.curvature(feedback=problem.refine and feedback)
-    expected = dict.fromkeys(precisions or tensor.precisions, 0.0)
+    expected = dict.fromkeys(precisions, 0.0)
+    begun: list[tuple[Precision, mx.array]] = []
+
+    def settle(most: int) -> None:
+        while len(begun) > most:
+            p, kl = begun.pop(0)
+            expected[p] += float(kl)
+
     for at, weight in pieces(problem.weights[tensor.path]):
         exact, own = weight.astype(mx.float32), curvature.part(at)
         for p in expected:
             if p.quantized:
-                expected[p] += own.kl(dequantized(weight, p, mx.float32) - exact)
+                kl = own.expected(dequantized(weight, p, mx.float32) - exact)
+                mx.async_eval(kl)
+                begun.append((p, kl))
+                settle(1)  # one ahead of the device, and no more
+    settle(0)
     return expected
 
 

@@ -67,8 +67,8 @@ def sweep(model: str, calibration: Path, method: str) -> None:
     def unknown(probes: Any, tensor: Any, precision: Any) -> bool:
         return probes.journal.get(journal_key(tensor.path, precision)) is None
 
-    def costed(problem: Any, tensor: Any, found: Any, precisions: Any = None, **_: Any) -> int:
-        return len(list(precisions or tensor.precisions))
+    def costed(problem: Any, tensor: Any, curvature: Any, precisions: Any) -> int:
+        return len(list(precisions))
 
     counting(fisher._Walk, "call", "windows", lambda *args: 1)
     counting(taylor, "predictions", "candidates", costed)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_optiq_ext.weights.precision import Precision, dequantized
-from mlx_optiq_ext.weights.sensitivity.curvature import leading, residual
+from mlx_optiq_ext.weights.sensitivity.curvature import leading, residual, residuals
 from mlx_optiq_ext.weights.sensitivity.moments import Factors
 
 
@@ -68,6 +68,22 @@ def test_costs_of_a_packing_are_the_exact_ones(bits):
     assert looked_up.kl(error) == pytest.approx(exact, rel=0.03)
     feedback = Factors(moment, shares, tokens=400).curvature(feedback=True)
     assert feedback.kl(error) < exact
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    order=st.lists(st.sampled_from([(8, 0), (8, 1), (12, 0)]), max_size=6),
+    damping=st.sampled_from([0.02, 0.5]),
+)
+def test_moments_are_factored_side_by_side_as_they_are_alone(order, damping):
+    moments = [second_moment(drawn(30, size, seed)) for size, seed in order]
+    before = [np.array(m) for m in moments]
+    found = residuals(moments, damping)
+    for moment, kept, one in zip(moments, before, found, strict=True):
+        alone = residual(moment, damping).diagonal
+        assert np.array_equal(np.array(one.diagonal), np.array(alone))
+        assert np.array_equal(np.array(moment), kept)
+    assert len({id(one) for one in found}) == len(set(order))
 
 
 def test_an_error_along_a_strong_direction_is_seen():

@@ -28,6 +28,7 @@ nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = [
     "lint",
     "types",
+    "docs",
     "signatures",
     *(f"tests({row['mlx_lm']})" for row in ROWS if row.get("ci")),
     "yolo",
@@ -107,6 +108,23 @@ def lint(session: nox.Session) -> None:
     session.install("ruff>=0.14")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation; a broken link ends it. After -- comes the folder to keep it in."""
+    session.chdir(ROOT)
+    session.install("mkdocs-material>=9.5")
+    site = session.posargs[0] if session.posargs else str(Path(session.create_tmp()) / "site")
+    session.run(
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(Path(site).resolve()),
+        env={"NO_MKDOCS_2_WARNING": "1"},
+    )
 
 
 @nox.session

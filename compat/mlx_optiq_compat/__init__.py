@@ -10,7 +10,7 @@ from __future__ import annotations
 TYPE_CHECKING = False  # what typing.TYPE_CHECKING is, without importing typing
 if TYPE_CHECKING:
     from .gate import FeatureState, Verdict, feature, verdict
-    from .matrix import Feature, Row, features, readme_table, rows
+    from .matrix import Feature, Row, features, markdown_table, rows
     from .signature import matching
     from .version import installed_mlx, installed_version
 
@@ -23,8 +23,8 @@ __all__ = [
     "features",
     "installed_mlx",
     "installed_version",
+    "markdown_table",
     "matching",
-    "readme_table",
     "rows",
     "verdict",
 ]
@@ -39,7 +39,7 @@ _HOME = {
     "installed_mlx": "version",
     "installed_version": "version",
     "matching": "signature",
-    "readme_table": "matrix",
+    "markdown_table": "matrix",
     "rows": "matrix",
     "verdict": "gate",
 }

@@ -45,7 +45,7 @@ class Feature:
 
     Attributes:
         name: The key, for example ``"kv_batched"``.
-        title: The heading of its README column.
+        title: The heading of its column in the table.
         since: The first mlx-lm release it works on.
         lacks: What older releases lack; empty when the feature is on in every row.
         below: What happens on older releases instead; empty when the feature is on in every row.
@@ -94,11 +94,11 @@ def supported() -> tuple[Row, ...]:
 
 @cache
 def features() -> tuple[Feature, ...]:
-    """Every feature of the matrix, planned ones included, in the order of the README's columns."""
+    """Every feature of the matrix, planned ones included, in the order of the table's columns."""
     return tuple(Feature(name=name, **fields) for name, fields in _data()["features"].items())
 
 
-def readme_table() -> str:
+def markdown_table() -> str:
     """The matrix as a Markdown table: one line a release, newest first.
 
     Returns:

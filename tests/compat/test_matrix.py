@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_optiq_compat import features, readme_table, rows
+from mlx_optiq_compat import features, markdown_table, rows
 from mlx_optiq_compat.matrix import supported
 from mlx_optiq_compat.version import release
 
@@ -88,20 +88,20 @@ def test_constraints_hold_no_file_without_a_row():
     assert names == {f"mlx-lm-{row.mlx_lm}.txt" for row in supported()}
 
 
-def test_readme_table_has_a_line_per_release_newest_first():
-    head, rule, *lines = readme_table().splitlines()
+def test_markdown_table_has_a_line_per_release_newest_first():
+    head, rule, *lines = markdown_table().splitlines()
     assert head.startswith("| mlx-lm | verdict | mlx | transformers | weights |")
     assert head.count("|") == rule.count("|") == 5 + sum(not each.planned for each in features())
     assert [line.split(" | ")[0] for line in lines] == [f"| {r.mlx_lm}" for r in reversed(rows())]
     assert all(line.count("|") == head.count("|") for line in lines)
 
 
-def test_readme_table_says_what_each_feature_does():
-    cells = {line.split(" | ")[0]: line for line in readme_table().splitlines()}
+def test_markdown_table_says_what_each_feature_does():
+    cells = {line.split(" | ")[0]: line for line in markdown_table().splitlines()}
     built = [each for each in features() if not each.planned]
     assert cells["| 0.32.2"].count("| yes") == len(built)
     assert "yes" not in cells["| 0.30.2"]
-    assert not any(each.title in readme_table() for each in features() if each.planned)
+    assert not any(each.title in markdown_table() for each in features() if each.planned)
 
 
 def test_yolo_mlx_is_tested_within_its_range():

@@ -1,4 +1,4 @@
-"""A share of tests/benchmarks/fuzz_readers.py: its table in the README tells of 20,000 each."""
+"""A share of tests/benchmarks/fuzz_readers.py: docs/benchmarks.md tells of 20,000 each."""
 
 import random
 import tempfile

@@ -52,6 +52,7 @@ def test_the_sdist_carries_the_sources_and_the_tests(distributions):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert source_files() <= names
     assert {f"hooks/{name}" for name in START_UP} <= names
+    assert {"docs/flags.md", "mkdocs.yml"} <= names
     assert {"README.md", "LICENSE", "CHANGELOG.md", "tests/packaging/conftest.py"} <= names
     assert not {name for name in names if name.split("/")[0] in (".git", ".venv", "shared")}
 

@@ -27,7 +27,7 @@ takes too long.
 ``--show`` prints the quality table: KL and its share of stock's, K- and I-quants at the budget's
 size on straight lines between sizes and logarithms of KL, the best of dwq's rates, and how ours
 compare with the better of these rivals; then every file. ``--into`` also puts the quality table
-between the marks of a page such as the README, whose first mark names the files of rows.
+between the marks of a page such as docs/benchmarks.md, whose first mark names the files of rows.
 """
 
 import argparse

@@ -1,0 +1,76 @@
+"""Write the generated parts of the documentation anew, between their marks.
+
+python docs/generate.py            # docs/flags.md and docs/compatibility.md
+python docs/generate.py --check    # only compare; exit 1 if a page is not current
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import mlx_optiq_compat as compat
+from mlx_optiq_hooks.commands.table import COMMANDS
+
+PAGES = Path(__file__).parent
+
+
+def flags() -> str:
+    """The options of all commands as tables; commands with the same options share one."""
+    commands: dict[str, list[str]] = {}
+    for name, command in COMMANDS.items():
+        group = argparse.ArgumentParser().add_argument_group()
+        command.add_arguments(group)
+        rows = "\n".join(map(_row, group._group_actions))
+        if rows:
+            commands.setdefault(rows, []).append(f"mlx_lm.{name}")
+    return "\n\n".join(
+        f"## {', '.join(names)}\n\n| flag | meaning |\n|---|---|\n{rows}"
+        for rows, names in commands.items()
+    )
+
+
+def _row(action: argparse.Action) -> str:
+    value = action.metavar
+    if value is None and action.choices:
+        value = "\\|".join(map(str, action.choices))
+    if value and action.nargs == "?":
+        value = f"[{value}]"
+    name = " ".join(filter(None, [action.option_strings[0], value if action.nargs != 0 else ""]))
+    meaning = (action.help or "").replace("%%", "%").replace("|", "\\|")
+    return f"| `{name}` | {meaning} |"
+
+
+#: Name of a page -> what stands between its marks.
+GENERATED: Mapping[str, Callable[[], str]] = {
+    "flags.md": flags,
+    "compatibility.md": compat.markdown_table,
+}
+
+
+def main() -> int:
+    """Write or compare the pages; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    stale = []
+    for name, generated in GENERATED.items():
+        page = PAGES / name
+        text = page.read_text(encoding="utf-8")
+        fresh = re.sub(
+            r"(?s)(?<=<!-- generated -->\n).*?(?=<!-- end -->)",
+            lambda _, generated=generated: f"\n{generated()}\n\n",
+            text,
+        )
+        if fresh != text:
+            stale.append(name)
+            if not check:
+                page.write_text(fresh, encoding="utf-8")
+    for name in stale:
+        print(f"docs/{name}: {'not current; run python docs/generate.py' if check else 'written'}")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

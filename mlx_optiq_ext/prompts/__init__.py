@@ -21,6 +21,7 @@ A server keeps them behind mlx-lm's cache in memory, so that a prompt is compute
     print(f"{known} of {len(tokens)} tokens were on disk")
 """
 
+from .agreement import divides
 from .inspection import clear, summary
 from .reuse import StoredPrompts
 from .segments import divided
@@ -40,6 +41,7 @@ __all__ = [
     "Writer",
     "clear",
     "divided",
+    "divides",
     "has_snapshots",
     "prefill",
     "space_of",

@@ -28,7 +28,7 @@ class StoredPrompts:
     writer: Writer = field(default_factory=Writer)
 
     def find(
-        self, space: Space, tokens: Sequence[int], known: int = 0
+        self, space: Space, tokens: Sequence[int], known: int = 0, most: int | None = None
     ) -> tuple[list[Any], int] | None:
         """Caches of a stored prefix, and its length.
 
@@ -38,11 +38,13 @@ class StoredPrompts:
             space: What the prompt is computed with.
             tokens: The prompt.
             known: Tokens that the caller has already; only longer prefixes count.
+            most: Tokens of the longest prefix that the caller can use; None for all but one.
         """
-        if len(tokens) - 1 <= known or not chain.keyable(tokens):
+        tokens = tokens[: len(tokens) - 1 if most is None else min(most, len(tokens) - 1)]
+        if len(tokens) <= known or not chain.keyable(tokens):
             return None
         caches = space.make()
-        keys = chain.keys(space.digest, tokens[:-1], self.block)
+        keys = chain.keys(space.digest, tokens, self.block)
         if has_snapshots(caches):
             return self._with_snapshot(space, tokens, keys, caches, known)
         return self._of_blocks(space, keys, caches, known)
@@ -106,7 +108,7 @@ class StoredPrompts:
                 return None
             for rest, key in self.store.snapshots(space.digest, parent):
                 length = start + rest
-                if not known < length < len(tokens):
+                if not known < length <= len(tokens):
                     continue
                 if chain.tail_key(parent, tokens[start:length]) != key:
                     continue

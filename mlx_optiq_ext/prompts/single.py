@@ -6,10 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import distributed
+from .agreement import divides, longest
 from .reuse import StoredPrompts
 from .segments import places
 from .space import Space
-from .splitting import has_snapshots
 
 
 def prefill(
@@ -23,7 +24,8 @@ def prefill(
 ) -> int:
     """Compute a prompt but its last token, and keep the state of its layers on the way.
 
-    Without a layer whose state belongs to one length of the prompt nothing is computed.
+    Without a layer whose state belongs to one length of the prompt, in this process or in another,
+    nothing is computed.
 
     Args:
         model: Called as mlx-lm's models are.
@@ -37,7 +39,7 @@ def prefill(
     Returns:
         How many tokens the caches hold.
     """
-    if not has_snapshots(caches):
+    if not divides(caches):
         return known
     last = len(tokens) - 1
     for place in sorted({*places(tokens, enders), last}):
@@ -93,9 +95,13 @@ class Sequences:
             yield from generate(prompt)
             return
         tokens, known = [*before, *prompt], len(before)
-        found = None if before else self._stored.find(space, prompt)
-        if found is not None:
-            caches[:], known = found
+        if not before:
+            found, known = longest(
+                lambda most: self._stored.find(space, prompt, most=most) or (caches, 0),
+                len(prompt) - 1,
+            )
+            caches[:] = found
+        if known > len(before) and distributed.leads():
             print(
                 f"[optiq] {known} of the prompt's {len(prompt)} tokens were on disk",
                 file=sys.stderr,

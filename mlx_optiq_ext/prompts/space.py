@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import distributed
 from ..kv import PackedKVCache
 from ..kv.plane_state import described, transformed
 from .splitting import leaves, planes
@@ -35,7 +36,7 @@ class Space:
 def space_of(
     make: Callable[[], list[Any]], model: str, adapters: Sequence[tuple[str, float]] = ()
 ) -> Space:
-    """The space of a model.
+    """The space of a model, or of the part of it that this process runs.
 
     Args:
         make: Makes the empty caches of one row, as the KV plan says.
@@ -46,7 +47,8 @@ def space_of(
 
     digest = hashlib.sha256()
     caches = [_layout(cache, digest) for cache in leaves(make())]
-    content = [LAYOUT, version("mlx-lm"), model, [list(each) for each in adapters], caches]
+    part = [distributed.rank(), distributed.size()]
+    content = [LAYOUT, version("mlx-lm"), model, [list(each) for each in adapters], part, caches]
     digest.update(json.dumps(content).encode())
     return Space(digest.hexdigest()[:16], make)
 

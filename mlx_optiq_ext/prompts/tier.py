@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .agreement import longest
 from .reuse import StoredPrompts
 from .space import Space
 from .splitting import align, covered, exact, has_snapshots
@@ -32,23 +33,34 @@ class TieredPromptCache:
         return len(self._memory)
 
     def fetch_nearest_cache(self, model: Any, tokens: Sequence[int]) -> Any:
-        """Like mlx-lm's, from memory or from disk; at least one token is left to compute."""
+        """Like mlx-lm's, from memory or from disk; at least one token is left to compute.
+
+        Processes that run parts of one model all go on from the same token.
+        """
         tokens = list(tokens)
-        caches, rest = self._memory.fetch_nearest_cache(model, tokens)
-        if caches is not None and not rest:
-            # mlx-lm cannot go on without a token.
-            caches, rest = self._memory.fetch_nearest_cache(model, tokens[:-1])
-            rest = [*rest, tokens[-1]]
-        known = len(tokens) - len(rest)
-        found, memory, disk = self._stored.find(self._space(model), tokens, known), known, 0
-        if found is not None:
-            caches, known = found
-            memory, disk, rest = 0, known, tokens[known:]
+
+        def find(most: int) -> tuple[tuple[list[Any] | None, int], int]:
+            caches, memory = self._remembered(model, tokens, most)
+            found = self._stored.find(self._space(model), tokens, memory, most)
+            return ((caches, memory), memory) if found is None else ((found[0], 0), found[1])
+
+        (caches, memory), known = longest(find, len(tokens) - 1)
         _log.info(
             "[optiq] prompt of %d tokens: %d from memory, %d from disk, %d computed",
-            *(len(tokens), memory, disk, len(tokens) - known),
+            *(len(tokens), memory, known - memory, len(tokens) - known),
         )
-        return caches, rest
+        return caches, tokens[known:]
+
+    def _remembered(self, model: Any, tokens: list[int], most: int) -> tuple[list[Any] | None, int]:
+        """Caches in memory of the longest prefix of at most so many tokens, and its length."""
+        if not most:
+            return None, 0
+        # mlx-lm leaves a token to compute where it can trim what it has.
+        caches, rest = self._memory.fetch_nearest_cache(model, tokens[: most + 1])
+        if caches is not None and not rest:
+            caches, rest = self._memory.fetch_nearest_cache(model, tokens[:most])
+            return caches, most - len(rest)
+        return caches, most + 1 - len(rest)
 
     def insert_cache(
         self, model: Any, tokens: Sequence[int], prompt_cache: list[Any], **kwargs: Any

@@ -22,7 +22,7 @@ ARROWS = {
     "weights": ("distributed", "kernels", "latency", "model", "planning"),
     "lora": ("distributed", "model", "planning"),
     "serving": (),
-    "prompts": ("kv", "model"),
+    "prompts": ("distributed", "kv", "model"),
     "adapters": ("distributed", "lora", "serving"),
     "modalities": ("model",),
     "yolo": ("model", "planning"),

@@ -46,6 +46,7 @@ class Run:
     source: tuple[str | None, str | None]
     max_kv_size: int | None = None
     _digests: dict[Any, str] = field(default_factory=dict)
+    _divides: dict[Any, bool] = field(default_factory=dict)
     _spaces: dict[Any, "Space"] = field(default_factory=dict)
 
     def space(
@@ -67,6 +68,14 @@ class Run:
         if known not in self._spaces:
             self._spaces[known] = space_of(make, self.digest(key), adapters)
         return self._spaces[known]
+
+    def divides(self, key: tuple[Any, ...], make: Callable[[], list[Any]]) -> bool:
+        """Whether prompts of a loaded model are computed in parts; all processes must ask first."""
+        from mlx_optiq_ext.prompts import divides
+
+        if key not in self._divides:
+            self._divides[key] = divides(make())
+        return self._divides[key]
 
     def digest(self, key: tuple[Any, ...]) -> str:
         """Digest of a model's files, with those of its adapter and its draft model."""
@@ -133,8 +142,6 @@ def check_with_kv(command, parsed, args) -> None:
 
 def check(command, parsed, args) -> None:
     """Refuse unusable options; open the folder for the running command."""
-    from mlx_optiq_ext import distributed
-
     from ..installation import gate
 
     options = read(Options, parsed)
@@ -148,8 +155,6 @@ def check(command, parsed, args) -> None:
         raise UnsupportedError(
             "--optiq-prompt-cache does not keep what --kv-bits quantizes: use --optiq-kv instead"
         )
-    if distributed.size() > 1:
-        raise UnsupportedError("--optiq-prompt-cache works in one process only: leave it out")
     if command != "server":
         if getattr(args, "draft_model", None) is not None:
             raise UnsupportedError(

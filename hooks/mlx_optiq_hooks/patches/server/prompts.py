@@ -16,7 +16,12 @@ from . import model as server
 def load(wrapped, instance, args, kwargs):
     result, run = wrapped(*args, **kwargs), session.state(Run)
     if run is not None and instance.model_key is not None:
-        run.digest(instance.model_key)  # now, and not while a request waits
+        from mlx_lm.models.cache import make_prompt_cache
+
+        # Now, and not while a request waits.
+        run.digest(instance.model_key)
+        # All processes load a model at the same time; in older releases only one tokenizes.
+        run.divides(instance.model_key, lambda: make_prompt_cache(instance.model))
     return result
 
 
@@ -56,10 +61,10 @@ def _tokenize(wrapped, instance, args, kwargs):
         return result
     from mlx_lm.models.cache import make_prompt_cache
 
-    from mlx_optiq_ext.prompts import divided, has_snapshots
+    from mlx_optiq_ext.prompts import divided
 
     provider = instance.model_provider
-    if not has_snapshots(make_prompt_cache(provider.model)):
+    if not run.divides(provider.model_key, lambda: make_prompt_cache(provider.model)):
         return result
     prompt, segments, kinds, *rest = result
     enders = provider.tokenizer.eos_token_ids

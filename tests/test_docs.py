@@ -1,10 +1,12 @@
 import argparse
+import ast
 import importlib
 import re
 from pathlib import Path
 
 import pytest
 from rivals import comparison, rows
+from sources import MODULES, parsed
 
 import mlx_optiq_compat as compat
 
@@ -119,3 +121,25 @@ def test_every_path_in_the_contributors_guide_exists():
     assert [path for path in paths if not (ROOT / path).exists()] == []
     hooks = importlib.import_module("mlx_optiq_hooks.engine.spec").__dict__
     assert [name for name in re.findall(r"`(optiq_\w+)`", guide) if name not in hooks] == []
+
+
+def literals():
+    """Every string of the sources; what is filled in stands as a null character."""
+    for module in MODULES:
+        for node in ast.walk(parsed(MODULES[module])):
+            if isinstance(node, ast.JoinedStr):
+                parts = (
+                    each.value if isinstance(each, ast.Constant) else "\0" for each in node.values
+                )
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_message_in_troubleshooting_is_one_that_we_print():
+    known = "\n".join(literals())
+    named = re.findall(r"^\| `(.+?)` \|", PAGES["troubleshooting.md"], re.MULTILINE)
+    assert len(named) > 40
+    stocks = "unrecognized arguments: --optiq-..."
+    parts = [part for message in named if message != stocks for part in message.split("...")]
+    assert [part for part in parts if part.strip() not in known] == []

@@ -33,12 +33,14 @@ class Calibration:
         source: A file's name, ``"mlx-lm"`` or `SAMPLED`.
         more: Further sequences of the same text, int32 (n, length), for refinement only.
         held_out_every: One in this many of ``tokens`` is held out.
+        further: Sequences of that length for distillation only, int32 (n, length).
     """
 
     tokens: np.ndarray
     source: str
     more: np.ndarray | None = None
     held_out_every: int = DEFAULT.held_out_every
+    further: np.ndarray | None = None
 
     @property
     def digest(self) -> str:
@@ -48,8 +50,8 @@ class Calibration:
     @property
     def whole_digest(self) -> str:
         """Hash of all sequences."""
-        more = b"" if self.more is None else self.more.tobytes()
-        return hashlib.sha256(self.tokens.tobytes() + more).hexdigest()
+        parts = [part for part in (self.tokens, self.more, self.further) if part is not None]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
     @property
     def measured(self) -> np.ndarray:
@@ -64,6 +66,13 @@ class Calibration:
         if self.more is None:
             return self.measured
         return np.concatenate([self.measured, self.more])
+
+    @property
+    def distilling(self) -> np.ndarray:
+        """Sequences to distill on, (n, length): those to refine on, and further ones."""
+        if self.further is None:
+            return self.refining
+        return np.concatenate([self.refining, self.further])
 
     @property
     def held_out(self) -> np.ndarray:
@@ -129,6 +138,7 @@ def sampled(
     *,
     seed: int = 0,
     refining: bool = False,
+    distilling: bool = False,
 ) -> Calibration:
     """Text sampled from the model itself, if there is no other text; of every kind one is held out.
 
@@ -140,12 +150,14 @@ def sampled(
         sampling: Length and number of the sequences.
         seed: Of the draws.
         refining: Whether to draw more of them, to refine on.
+        distilling: Whether to draw more still, to distill on.
     """
     every, length = sampling.held_out_every, sampling.length // (2 if on_cpu() else 1)
     count = max(sampling.count, sampling.most if refining else 0)
     tokens = generated(model, tokenizer, count, length, each=every, seed=seed, kinds=sampling.kinds)
     planned, more = tokens[: sampling.count], tokens[sampling.count :]
-    return Calibration(planned, SAMPLED, more if len(more) else None, every)
+    further = _further(model, tokenizer, length, sampling) if distilling else None
+    return Calibration(planned, SAMPLED, more if len(more) else None, every, further)
 
 
 def load_calibration(
@@ -156,6 +168,7 @@ def load_calibration(
     sampling: Sampling = DEFAULT,
     *,
     refining: bool = False,
+    distilling: bool = False,
 ) -> Calibration:
     """Calibration sequences from a file, else mlx-lm's own text, else drawn from the model.
 
@@ -168,6 +181,7 @@ def load_calibration(
         say: Receives one-line messages.
         sampling: Length and number of the sequences.
         refining: Whether the weights will be refined, for which more text is drawn.
+        distilling: Whether they will be distilled, for which still more is drawn.
 
     Raises:
         InputError: The file cannot be used or has fewer than `LEAST` tokens, its tokens are not
@@ -176,7 +190,8 @@ def load_calibration(
     check_tokenizer(tokenizer)
     found = _texts(path, say)
     if found is None:
-        data = distributed.first(lambda: sampled(model, tokenizer, sampling, refining=refining))
+        wanted = {"refining": refining, "distilling": distilling}
+        data = distributed.first(lambda: sampled(model, tokenizer, sampling, **wanted))
     else:
         tokens = tokenized(found[0], tokenizer)
         check_tokens(model, tokens)
@@ -185,6 +200,10 @@ def load_calibration(
         data = sequences_of(tokens, found[1], replace(sampling, refining=sampling.most - drawn))
         if drawn:
             data = distributed.first(lambda: _beside(model, tokenizer, data, drawn, sampling))
+        if distilling:
+            length = data.tokens.shape[1]
+            more = distributed.first(lambda: _further(model, tokenizer, length, sampling))
+            data = replace(data, further=more)
     if not data.holds_out:
         raise InputError(
             f"{len(data.tokens)} calibration sequences, one in {data.held_out_every} of which is "
@@ -200,6 +219,15 @@ def _beside(
     length = data.tokens.shape[1]
     found = generated(model, tokenizer, count, length, seed=1, kinds=sampling.kinds)
     return replace(data, more=found if data.more is None else np.concatenate([data.more, found]))
+
+
+def _further(
+    model: nn.Module, tokenizer: Any, length: int, sampling: Sampling
+) -> np.ndarray | None:
+    """Sequences that are sampled from the model for distillation only."""
+    if not sampling.distilled:
+        return None
+    return generated(model, tokenizer, sampling.distilled, length, seed=2, kinds=sampling.kinds)
 
 
 def load_tokens(

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
+from ..model.layers import arrays
 from ..model.vocabulary import embedding_rows
 from .documents import Document, documents, ends
 from .kinds import KINDS, Kind
@@ -27,6 +28,11 @@ from .kinds import KINDS, Kind
 STRIDE = 4
 #: Documents of a sequence, where their beginnings are short and none ends by itself.
 DOCUMENTS = 2
+#: Bytes that the sequences drawn at once may take. It does not follow the machine's memory, since
+#: what is drawn depends on it.
+HELD = 1 << 30
+#: Arrays (sequences, vocabulary) in float32 that a draw holds at once.
+DRAWS = 5
 
 #: What a document takes next: a token, or None to let the model draw at this temperature.
 Step = tuple[int | None, float]
@@ -70,6 +76,7 @@ def generated(
     seed: int = 0,
     kinds: Sequence[Kind] = KINDS,
     least: int = DOCUMENTS,
+    held: int = HELD,
 ) -> np.ndarray:
     """Sequences drawn from the model.
 
@@ -82,6 +89,7 @@ def generated(
         seed: Of all draws.
         kinds: Kinds of text. One that the tokenizer cannot write is left out.
         least: Documents of a sequence, where their beginnings are short.
+        held: Bytes that the sequences drawn at once may take; one is always drawn.
 
     Returns:
         int32 (count, length).
@@ -100,11 +108,18 @@ def generated(
     decks = [(kind, _shuffled(found, rng)) for kind, found in begun if found]
     if not decks:
         decks = [(kind, _blindly(blind)) for kind in kinds]
-    most = -(-length // least)
+    share = -(-length // least)
     scripts = [
-        _script(_in_turn(decks, index // each), last, most, surprise) for index in range(count)
+        _script(_in_turn(decks, index // each), last, share, surprise) for index in range(count)
     ]
-    return np.stack(list(islice(_generate(model, scripts, seed), length)), axis=1)
+    most = max(1, min(count, held // _bytes(model, length)))
+    starts, key = range(0, count, most), mx.random.key(seed)
+    keys = mx.random.split(key, len(starts)) if len(starts) > 1 else [key]
+    drawn = [
+        np.stack(list(islice(_generate(model, scripts[i : i + most], own), length)), axis=1)
+        for i, own in zip(starts, keys, strict=True)
+    ]
+    return np.concatenate(drawn)
 
 
 def _shuffled(found: list[Document], rng: np.random.Generator) -> Iterator[Document]:
@@ -158,19 +173,31 @@ def _script(
                 break
 
 
+def _bytes(model: Any, length: int) -> int:
+    """Bytes that a sequence of so many tokens takes while it is drawn."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, sizes = make_prompt_cache(model), []
+    for _ in range(2):
+        logits = model(mx.array([[0]]), cache=cache)
+        sizes.append(sum(array.nbytes for array in arrays([one.state for one in cache])))
+    grows = sizes[1] - sizes[0]
+    return sizes[0] + grows * (length - 1) + DRAWS * 4 * logits.shape[-1]
+
+
 def _generate(
-    model: Any, scripts: Sequence[Generator[Step, int, None]], seed: int
+    model: Any, scripts: Sequence[Generator[Step, int, None]], key: mx.array
 ) -> Iterator[np.ndarray]:
     """One token of every sequence at a time, int32 (count,), without end.
 
     Args:
         model: An mlx-lm model.
         scripts: What each sequence takes; of the first step a token.
-        seed: Of the model's draws.
+        key: Of the model's draws.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
-    cache, key = make_prompt_cache(model), mx.random.key(seed)
+    cache = make_prompt_cache(model)
     taken = np.array([next(script)[0] for script in scripts], np.int32)
     while True:
         yield taken

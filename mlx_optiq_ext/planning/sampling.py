@@ -20,6 +20,8 @@ class Sampling:
         kinds: Kinds of text that the model is asked to write where there is no other text.
         beside: How many of ``refining`` are sampled from the model where there is a text, which is
             of one kind while a model is used for many; None for what the device draws in seconds.
+        further: Sequences that are sampled from the model to distill on, beside all others; None
+            for what the device draws in seconds.
     """
 
     length: int = 256
@@ -28,6 +30,7 @@ class Sampling:
     refining: int | None = None
     kinds: tuple[Kind, ...] = KINDS
     beside: int | None = None
+    further: int | None = None
 
     @property
     def most(self) -> int:
@@ -42,11 +45,18 @@ class Sampling:
             wanted = int((CPU_BESIDE if on_cpu() else GPU_BESIDE) * self.most)
         return max(0, min(wanted, self.most - self.count))
 
+    @property
+    def distilled(self) -> int:
+        """Sequences to sample from the model for distillation only."""
+        return self.further if self.further is not None else 0 if on_cpu() else GPU_FURTHER
+
 
 #: Most sequences to refine on, if nothing else is asked for.
 CPU_MOST, GPU_MOST = 64, 256
 #: Share of them that is sampled from the model; a CPU draws slowly.
 CPU_BESIDE, GPU_BESIDE = 0.25, 0.5
+#: Sequences that are sampled for distillation, which sees each many times.
+GPU_FURTHER = 768
 
 
 def on_cpu() -> bool:

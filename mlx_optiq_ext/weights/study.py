@@ -176,6 +176,7 @@ def calibrated(
         request.say,
         sampling,
         refining=request.refine,
+        distilling=request.distill,
     )
     distributed.compare(**{"model": digest, "calibration data": data.whole_digest})
     if stream is None:  # otherwise this would read the whole model again

@@ -182,3 +182,27 @@ def test_text_of_the_models_own_stands_beside_a_file_to_refine_on(loaded, tmp_pa
     assert unrefined.digest == both.digest
     assert unrefined.more is not None
     assert len(unrefined.more) == 16
+
+
+@pytest.mark.parametrize("from_file", [True, False])
+def test_further_text_of_the_models_own_is_for_distillation_only(loaded, tmp_path, from_file):
+    path = tmp_path / "text.txt"
+    path.write_text("The cat sat on the mat and looked at the moon over the hills. " * 200)
+    model, tokenizer = loaded[:2]
+
+    def read(**asked):
+        sampling = Sampling(length=16, count=8, refining=12, beside=2, further=5)
+        file = path if from_file else None
+        return load_calibration(model, tokenizer, file, lambda line: None, sampling, **asked)
+
+    refined, distilled = read(refining=True), read(refining=True, distilling=True)
+    assert refined.further is None
+    assert np.array_equal(refined.distilling, refined.refining)
+    assert np.array_equal(distilled.refining, refined.refining)
+    assert np.array_equal(distilled.distilling[:-5], refined.refining)
+    assert distilled.further is not None
+    assert distilled.further.shape == (5, refined.tokens.shape[1])
+    known = {row.tobytes() for row in refined.refining}
+    assert any(row.tobytes() not in known for row in distilled.further)
+    assert distilled.digest == refined.digest
+    assert distilled.whole_digest != refined.whole_digest

@@ -117,6 +117,19 @@ def test_a_cold_kind_is_drawn_greedily(loaded):
         assert row[fed:] == expected[fed - 1 : -1]
 
 
+def test_sequences_are_drawn_a_few_at_a_time_where_they_are_many(loaded):
+    model, tokenizer = loaded
+    cold = replace(NAMED["prose"], temperature=1e-4, surprises=0.0)
+    peaks, rows = [], []
+    for held in (1, 1 << 30):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        rows.append(generated(model, tokenizer, 48, 40, kinds=[cold], least=1, held=held))
+        peaks.append(mx.get_peak_memory() - before)
+    assert (rows[0] == rows[1]).all()
+    assert peaks[0] < peaks[1] / 4
+
+
 def test_a_chat_goes_through_the_template():
     chat = Kind("chat", ("one", "two"), chat=True)
     rows = generated(Writes(2), Letters(1, 2, rendered), 2, 40, kinds=[chat], least=1)

@@ -3,7 +3,8 @@
     python tests/benchmarks/weights/efforts.py MODEL --texts FOLDER [--calibration FILE]
         [--budgets 4.5 3.5] [--sequences N] [--length N] [--refine blocks=8,sweeps=2 ...]
         [--distill steps=400,rate=0.003 ...] [--tokens N] [--report FILE.jsonl]
-        [--beside N] [--kinds NAME ...] [--temperature T] [--surprises SHARE] [--rows N]
+        [--beside N] [--further N] [--kinds NAME ...] [--temperature T] [--surprises SHARE]
+        [--rows N]
 
 Plans each budget, refines it, and distills it if asked. After each step a JSON line has the seconds
 that it took and the KL from the original on four kinds of text (see kinds.py). Several ``--refine``
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--report", type=Path)
     parser.add_argument("--beside", type=int, help="of --sequences, sampled beside --calibration")
+    parser.add_argument("--further", type=int, help="sequences sampled to distill on")
     parser.add_argument("--kinds", nargs="+", choices=[kind.name for kind in KINDS])
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--surprises", type=float)
@@ -86,13 +88,17 @@ def main() -> None:
         replace(kind, **changes) for kind in KINDS if not args.kinds or kind.name in args.kinds
     )
     sampling = Sampling(
-        length=args.length, refining=args.sequences, kinds=kinds, beside=args.beside
+        length=args.length,
+        refining=args.sequences,
+        kinds=kinds,
+        beside=args.beside,
+        further=args.further,
     )
     request = Request(
         budget=min(args.budgets),
         calibration=args.calibration,
         sampling=sampling,
-        effort="refine",
+        effort="distill" if args.distill else "refine",
         method=Taylor(rows=args.rows),
     )
     started = time.perf_counter()

@@ -18,7 +18,7 @@ def divided(calibration: Calibration, settings: Settings) -> tuple[np.ndarray, n
     Returns:
         Two arrays int32 (n, length). Of few sequences, all are trained and judged on.
     """
-    training, judged = calibration.refining, calibration.held_out
+    training, judged = calibration.distilling, calibration.held_out
     # Every so many sequences, so that each source of text is among them.
     wanted = min(settings.held_out, len(training) // 2) - len(judged)
     if wanted > 0 and calibration.holds_out:

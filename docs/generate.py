@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx_optiq_compat as compat
 from mlx_optiq_hooks.commands.table import COMMANDS
+from mlx_optiq_hooks.engine.command import grouped
 
 PAGES = Path(__file__).parent
 
@@ -22,22 +23,22 @@ def flags() -> str:
     for name, command in COMMANDS.items():
         group = argparse.ArgumentParser().add_argument_group()
         command.add_arguments(group)
-        rows = "\n".join(map(_row, group._group_actions))
-        if rows:
-            commands.setdefault(rows, []).append(f"mlx_lm.{name}")
-    return "\n\n".join(
-        f"## {', '.join(names)}\n\n| flag | meaning |\n|---|---|\n{rows}"
-        for rows, names in commands.items()
-    )
+        tables = "\n\n".join(
+            f"**{title[0].upper()}{title[1:]}**\n\n| flag | meaning |\n|---|---|\n"
+            + "\n".join(map(_row, actions))
+            for title, actions in grouped(group._group_actions, command.groups).items()
+        )
+        if tables:
+            commands.setdefault(tables, []).append(f"mlx_lm.{name}")
+    return "\n\n".join(f"## {', '.join(names)}\n\n{tables}" for tables, names in commands.items())
 
 
 def _row(action: argparse.Action) -> str:
-    value = action.metavar
+    name, value = action.option_strings[0], action.metavar
     if value is None and action.choices:
         value = "\\|".join(map(str, action.choices))
-    if value and action.nargs == "?":
-        value = f"[{value}]"
-    name = " ".join(filter(None, [action.option_strings[0], value if action.nargs != 0 else ""]))
+    if value and action.nargs != 0:
+        name += f" [{value}]" if action.nargs == "?" else f" {value}"
     meaning = (action.help or "").replace("%%", "%").replace("|", "\\|")
     return f"| `{name}` | {meaning} |"
 
@@ -51,7 +52,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
 
 def main() -> int:
     """Write or compare the pages; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Write the generated pages.")
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
     stale = []

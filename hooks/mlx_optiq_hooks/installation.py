@@ -1,5 +1,6 @@
 """What is active in this process: the patches, the verdict on mlx-lm, the plugins."""
 
+import argparse
 import functools
 import sys
 from collections.abc import Callable
@@ -88,6 +89,19 @@ def plugin_manager() -> pluggy.PluginManager:
             f"{', '.join(map(repr, unknown))}; features are {', '.join(FEATURES)}"
         )
     return manager
+
+
+def option_names() -> dict[str, list[str]]:
+    """Command -> the names of our options and of the plugins'."""
+    from .commands.table import COMMANDS
+
+    found = {}
+    for command in COMMANDS:
+        parser = argparse.ArgumentParser(add_help=False)
+        group = parser.add_argument_group()
+        plugin_manager().hook.optiq_add_arguments(command=command, group=group)
+        found[command] = [name for each in parser._actions for name in each.option_strings]
+    return found
 
 
 @functools.cache

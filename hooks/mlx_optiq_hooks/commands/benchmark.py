@@ -5,9 +5,12 @@ from pathlib import Path
 
 from mlx_optiq_ext.errors import InputError
 
-from ..engine.flags import Run
+from ..engine.command import Run
 from ..engine.options import read
 from . import kv
+
+#: Title of a group in the help -> its options.
+GROUPS = {"prediction": ("predict", "predict_plot", "calibrate_chip")}
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from mlx_optiq_ext.errors import InputError
 
-from ..engine.flags import Run
+from ..engine.command import Run
 from ..engine.options import given, read, spelled
 from . import kv
 
+#: Title of a group in the help -> its options.
+GROUPS = {"task": ("task", "baseline", "data", "context")}
 #: Stock requires ``--tasks``; with ``--optiq-task`` it is not needed.
 REPLACED = {"tasks": "--optiq-task"}
 

@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING, Any
 from mlx_optiq_ext.errors import InputError
 
 from ..engine import session
-from ..engine.flags import Run as Instead
+from ..engine.command import Run as Instead
 from ..engine.options import given, read, spelled
 from ..engine.session import Session
 
 if TYPE_CHECKING:
     from mlx_optiq_ext.lora import Checkpoint, Request
 
+#: Title of a group in the help -> its options.
+GROUPS = {
+    "training": ("rank_scaling", "init", "original", "no_compile"),
+    "adapter files": ("info", "export_peft"),
+}
 #: Options of a training run.
 TRAINING = ("rank_scaling", "init", "original", "no_compile")
 #: Options that read an adapter instead of training one.

@@ -16,6 +16,18 @@ from . import kv, prompts, serving
 if TYPE_CHECKING:
     from mlx_optiq_ext.adapters import Catalogue
 
+#: Title of a group in the help -> its options.
+GROUPS = {
+    "adapters": (
+        "adapter",
+        "max_adapters",
+        "max_adapter_rank",
+        "max_adapter_bytes",
+        "allow_adapter_updates",
+        "adapter_dir",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class Options:

@@ -12,6 +12,10 @@ from ..engine import session
 if TYPE_CHECKING:
     from mlx_optiq_ext.serving import Guard, Metrics
 
+#: Title of a group in the help -> its options.
+GROUPS = {
+    "keys and limits": ("api_key", "max_connections", "max_body", "client_timeout", "metrics"),
+}
 #: Gives the key where the command line does not.
 KEY_VARIABLE = "MLX_OPTIQ_EXT_API_KEY"
 

@@ -2,61 +2,33 @@
 
 Every stock command says ``import argparse`` and builds its parser itself, the server inside
 ``main``. So each command module gets its own view of argparse. The ``ArgumentParser`` there adds
-one group before parsing and takes our values out of the namespace after it.
+our groups before parsing and takes our values out of the namespace after it.
 """
 
 import argparse
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, ModuleType, SimpleNamespace
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from mlx_optiq_ext._version import __version__
 from mlx_optiq_ext.errors import InputError, OptiqError
 
 from . import hub, interruption, session
+from .command import PREFIX, Command, Run, grouped
 from .patch import Patch
-
-PREFIX = "optiq_"
-
-#: What runs in place of a stock command.
-Run: TypeAlias = Callable[[], None]
-
-
-def _nothing(*arguments: Any) -> None:
-    """Default of `Command`: adds no options and checks nothing."""
-
-
-@dataclass(frozen=True)
-class Command:
-    """Our additions to one stock command.
-
-    Attributes:
-        add_arguments: Adds our options to an argparse group.
-        check: Called with ``(command, options, args)``, like the hook ``optiq_check_options``.
-        replaced: Destination of a required stock option -> the option of ours that replaces it.
-        interrupted: Gives the text that follows "interrupted" after Ctrl-C; None leaves Ctrl-C to
-            stock.
-        environment: Destination of an option of ours that may be given many times -> environment
-            variable that gives it where the command line does not.
-    """
-
-    add_arguments: Callable[[Any], None] = _nothing
-    check: Callable[[str, SimpleNamespace, argparse.Namespace], Run | None] = _nothing
-    replaced: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    interrupted: Callable[[], str] | None = str
-    environment: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+from .suggestion import START, suggestion
 
 
 class Parser(argparse.ArgumentParser):
-    """A stock command's parser with our option group."""
+    """A stock command's parser with our option groups."""
 
     optiq_command: str = ""
     optiq_replaced: Mapping[str, str] = MappingProxyType({})
     optiq_environment: Mapping[str, str] = MappingProxyType({})
+    optiq_groups: Mapping[str, Sequence[str]] = MappingProxyType({})
     _optiq_added = False
 
     def _add_optiq_arguments(self) -> None:
@@ -65,20 +37,23 @@ class Parser(argparse.ArgumentParser):
         self._optiq_added = True
         from ..installation import plugin_manager
 
-        group = self.add_argument_group(f"optiq (mlx-optiq-ext {__version__})")
+        added = argparse._ArgumentGroup(self)
         try:
             add = plugin_manager().hook.optiq_add_arguments
-            add(command=self.optiq_command, group=group)
+            add(command=self.optiq_command, group=added)
         except argparse.ArgumentError as error:
             raise OptiqError(
                 f"A plugin adds an option that mlx_lm.{self.optiq_command} has already: {error}"
             ) from error
-        for action in group._group_actions:
+        for action in added._group_actions:
             if not action.dest.startswith(PREFIX) or action.default is not None:
                 raise OptiqError(
                     f"A plugin adds {'/'.join(action.option_strings)} to mlx_lm."
                     f"{self.optiq_command}: options must start with --optiq- and default to None."
                 )
+        for title, actions in grouped(added._group_actions, self.optiq_groups).items():
+            group = self.add_argument_group(f"optiq {title} (mlx-optiq-ext {__version__})")
+            group._group_actions.extend(actions)
 
     def _relax(self, words) -> None:
         """Make stock options optional where one of ours on the command line replaces them."""
@@ -88,12 +63,29 @@ class Parser(argparse.ArgumentParser):
                 action.required = False
 
     def format_help(self) -> str:
-        """Help text with our group."""
+        """Help text with our groups."""
         self._add_optiq_arguments()
         return super().format_help()
 
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore
+        """Parse, and refuse what no option takes before any value of ours is looked at."""
+        namespace, values, rest = self._parsed(args, namespace)
+        if rest:
+            from ..installation import option_names
+
+            said = suggestion(self.optiq_command, rest, option_names())
+            self.error(said or f"unrecognized arguments: {' '.join(rest)}")
+        self._use(values, namespace)
+        return namespace
+
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore
         """Parse, then move our values from the namespace to the session."""
+        namespace, values, rest = self._parsed(args, namespace)
+        self._use(values, namespace)
+        return namespace, rest
+
+    def _parsed(self, args, namespace) -> tuple[argparse.Namespace, dict[str, Any], list[str]]:
+        """The stock namespace, our values, and what no option takes."""
         try:
             self._add_optiq_arguments()
         except OptiqError as error:
@@ -109,39 +101,46 @@ class Parser(argparse.ArgumentParser):
         for name, variable in self.optiq_environment.items():
             if values.get(name) is None and (text := os.environ.get(variable)) is not None:
                 values[name] = [text]
-        if any(value is not None for value in values.values()):
-            running = session.running()
-            if running is None or running.command != self.optiq_command:
-                self.error("--optiq-* options need the command's own main()")
-            options = SimpleNamespace(**values)
-            try:
-                instead = _checked(running, options, namespace)
-            except OptiqError as error:
-                self._refuse(error)
-            running.options = options
-            if instead is not None:
-                raise Instead(instead)
-        return namespace, rest
+        return namespace, values, rest
 
-    def _refuse(self, error: OptiqError) -> NoReturn:
+    def _use(self, values: Mapping[str, Any], namespace: argparse.Namespace) -> None:
+        """Check our values, if there are any, and keep them for the running command."""
+        if all(value is None for value in values.values()):
+            return
+        running = session.running()
+        if running is None or running.command != self.optiq_command:
+            self.error("--optiq-* options need the command's own main()")
+        options = SimpleNamespace(**values)
+        try:
+            instead = _checked(running, options, namespace)
+        except OptiqError as error:
+            self._refuse(error)
+        running.options = options
+        if instead is not None:
+            raise Instead(instead)
+
+    def _refuse(self, error: OptiqError, *, usage: bool = False) -> NoReturn:
         """End the command; of several processes one prints the error."""
         from mlx_optiq_ext import distributed
 
         if distributed.told(error):
             raise SystemExit(2) from error
-        super().error(str(error))
+        if usage:
+            super().error(str(error))
+        self.exit(2, f"mlx_lm.{self.optiq_command}: error: {error}\n")
 
     def error(self, message: str) -> NoReturn:
-        """End the command as stock does; with our options, in all processes with one message."""
+        """End the command as stock does; in one line, and all processes alike, where it is ours."""
         from mlx_optiq_ext import distributed
 
-        if any(word.startswith("--optiq-") for word in sys.argv[1:]):
+        ours = START in message
+        if ours or any(word.startswith(START) for word in sys.argv[1:]):
             try:
                 distributed.size()
                 with distributed.together():
                     raise InputError(message)
             except OptiqError as error:
-                self._refuse(error)
+                self._refuse(error, usage=not ours)
         super().error(message)
 
 
@@ -194,6 +193,7 @@ class _View(ModuleType):
             "optiq_command": name,
             "optiq_replaced": command.replaced,
             "optiq_environment": command.environment,
+            "optiq_groups": command.groups,
         }
         self.ArgumentParser = type("ArgumentParser", (Parser,), own)
 

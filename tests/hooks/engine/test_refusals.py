@@ -50,7 +50,7 @@ def check_refusals(outcomes, feature, command):
     raising, replaced, reloaded = outcomes[:1], outcomes[1:end], outcomes[end:]
     for _, status, errors in outcomes:
         assert status == 2
-        assert f"\nmlx_lm.{command}: error: " in errors
+        assert f"\nmlx_lm.{command}: error: " in f"\n{errors}"
         assert "Traceback" not in errors
     for target, _, errors in raising:
         assert errors.endswith(

@@ -6,7 +6,7 @@ from mlx_optiq_ext import files, plugins
 from mlx_optiq_ext.errors import InputError
 
 from ...engine import session
-from ...engine.flags import Run as Instead
+from ...engine.command import Run as Instead
 from ...engine.options import given, read, spelled
 from . import yolo
 from .options import Options

@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from mlx_optiq_ext.planning import Budget
     from mlx_optiq_ext.weights import Pin
 
+#: Title of a group in the help -> its options.
+GROUPS = {
+    "budget": ("budget", "min_tps", "dry_run", "plan", "bits", "group_sizes", "pin", "protect"),
+    "calibration": ("calibration", "sensitivity"),
+    "effort": ("effort",),
+    "KV cache": ("kv_budget", "kv_only"),
+}
+
 
 class Speed(NamedTuple):
     """What ``--optiq-min-tps`` asks for: tokens per second on a chip."""

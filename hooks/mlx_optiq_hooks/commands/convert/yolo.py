@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlx_optiq_ext.errors import InputError
 
-from ...engine.flags import Run
+from ...engine.command import Run
 from ...engine.options import given, spelled
 from .options import Options
 

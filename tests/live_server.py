@@ -88,3 +88,15 @@ def await_answer(server: Server) -> None:
             return
         time.sleep(0.1)
     raise RuntimeError(f"the server does not answer: {server.log.read_text()[-2000:]}")
+
+
+def settled(folder: Path, blocks: int = 2) -> None:
+    """Wait until blocks of prompts are written, and no more come."""
+    before = 0
+    for _ in range(50):
+        files = len(list(folder.rglob("*.safetensors")))
+        if files == before >= blocks:
+            return
+        before = files
+        time.sleep(0.3)
+    raise AssertionError("no blocks were written")

@@ -30,8 +30,8 @@ def summary(folder: Path) -> list[str]:
         counts[snapshot] += 1
         counts[2] += size
         total += size
-    for space, (blocks, snapshots, size) in sorted(spaces.items()):
-        lines.append(f"  {space}: {blocks} blocks, {snapshots} snapshots, {size / 1e9:.2f} GB")
+    for space, (blocks, ends, size) in sorted(spaces.items()):
+        lines.append(f"  {space}: {blocks} blocks, {ends} snapshots and ends, {size / 1e9:.2f} GB")
     verdict = "all verify" if not damaged else f"{damaged} damaged, which are never used"
     return [f"prompt cache {folder}: {total / 1e9:.2f} GB, {verdict}", *lines]
 

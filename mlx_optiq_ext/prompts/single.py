@@ -107,6 +107,8 @@ class Sequences:
                 file=sys.stderr,
             )
 
+        asked = len(tokens)
+
         def keep(held: list[int]) -> None:
             self._stored.keep(space, held, caches)
 
@@ -117,9 +119,9 @@ class Sequences:
                 tokens.append(int(token))
                 yield token, logprobs
         except GeneratorExit:
-            self._keep(space, tokens, caches)
+            self._keep(space, tokens, caches, asked)
             raise
-        self._keep(space, tokens, caches)
+        self._keep(space, tokens, caches, asked)
 
     def _tokens(self, caches: list[Any]) -> list[int] | None:
         """The tokens that caches hold; None if that is not known."""
@@ -128,6 +130,6 @@ class Sequences:
         latest = self._latest
         return latest[1] if latest is not None and latest[0] is caches else None
 
-    def _keep(self, space: Space, tokens: list[int], caches: list[Any]) -> None:
+    def _keep(self, space: Space, tokens: list[int], caches: list[Any], asked: int) -> None:
         self._latest = caches, tokens
-        self._stored.keep(space, tokens, caches)
+        self._stored.keep(space, tokens, caches, [asked, len(tokens)])

@@ -118,10 +118,16 @@ def cut(key: str, caches: Sequence[Any], start: int, stop: int, *, snapshot: boo
 def join(caches: Sequence[Any], pieces: Sequence[Piece], length: int) -> None:
     """Fill new caches with consecutive blocks; the last piece holds the snapshots, if any.
 
+    Args:
+        caches: One row's caches.
+        pieces: The blocks; the last one may go on behind the tokens that are taken.
+        length: How many tokens to take.
+
     Raises:
         InputError: The pieces do not fit each other.
     """
-    if sum(piece.notes["tokens"] for piece in pieces) != length:
+    total = sum(piece.notes["tokens"] for piece in pieces)
+    if total < length:
         raise InputError(f"{_MISFIT}: they do not have {length} tokens")
     last = pieces[-1]
     for number, cache in enumerate(leaves(caches)):
@@ -129,12 +135,13 @@ def join(caches: Sequence[Any], pieces: Sequence[Piece], length: int) -> None:
             _describe(cache, number, pieces)
         if per_token(cache):
             for place, plane in enumerate(planes(cache)):
-                keys = _along(pieces, f"{number}.{place}.keys", length)
-                values = _along(pieces, f"{number}.{place}.values", length)
+                keys = _along(pieces, f"{number}.{place}.keys", total)
+                values = _along(pieces, f"{number}.{place}.values", total)
                 if (keys is None) is not (values is None):
                     raise InputError(f"{_MISFIT}: one lacks values")
-                if keys is not None:
-                    plane.keys, plane.values, plane.offset = keys, values, length
+                if keys is not None and values is not None:
+                    plane.keys, plane.values = keys[:, :, :length], values[:, :, :length]
+                    plane.offset = length
         elif f"{number}.states" in last.notes:
             for plane, state in zip(planes(cache), last.notes[f"{number}.states"], strict=True):
                 plane.state = _unpacked(state, last)

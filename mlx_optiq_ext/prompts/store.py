@@ -1,8 +1,8 @@
 """A folder of blocks that several processes may share.
 
 The files are the index: ``SPACE/KEY.safetensors`` is a block, and ``SPACE/PARENT/LENGTH-KEY...`` a
-snapshot that lies so many tokens behind the block ``PARENT``. Their times of change say when they
-were used last.
+snapshot, or the end of a prompt, so many tokens behind the block ``PARENT``. Their times of change
+say when they were used last.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,21 +97,26 @@ class BlockStore:
         """Write a block unless it is there."""
         self._write(self._block(space, piece.key), piece)
 
-    def write_snapshot(self, space: str, parent: str, length: int, piece: Piece) -> None:
-        """Write a snapshot unless it is there."""
-        self._write(self._snapshot(space, parent, length, piece.key), piece)
+    def write_snapshot(
+        self, space: str, parent: str, length: int, piece: Piece, *, replace: bool = False
+    ) -> None:
+        """Write a snapshot; one that is there stays unless it is to be replaced."""
+        self._write(self._snapshot(space, parent, length, piece.key), piece, replace=replace)
+
+    def drop_snapshot(self, space: str, parent: str, length: int, key: str) -> None:
+        """Remove a snapshot."""
+        self._remove(self._snapshot(space, parent, length, key))
 
     def used(
-        self, space: str, keys: list[str], snapshot: tuple[str, int, str] | None = None
+        self, space: str, keys: Sequence[str], snapshots: Sequence[tuple[str, int, str]] = ()
     ) -> None:
-        """Note that a chain of blocks was used, and a snapshot behind it.
+        """Note that a chain of blocks was used, and snapshots behind it.
 
         The first block counts as the last one used: without it the others are of no use.
         """
         now = time.time_ns()
         paths: list[Path] = [self._block(space, key) for key in keys]
-        if snapshot is not None:
-            paths.append(self._snapshot(space, *snapshot))
+        paths += [self._snapshot(space, *each) for each in snapshots]
         for place, path in enumerate(paths):
             with suppress(OSError):
                 os.utime(path, ns=(now, now - place * 1000))
@@ -141,8 +146,8 @@ class BlockStore:
         for path in walk(self.folder):
             self._remove(path)
 
-    def _write(self, path: Path, piece: Piece) -> None:
-        if not self.writable or path.exists():
+    def _write(self, path: Path, piece: Piece, *, replace: bool = False) -> None:
+        if not self.writable or (path.exists() and not replace):
             return
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The prompt cache of a server: mlx-lm's own in memory, and a store behind it."""
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,11 @@ from .space import Space
 from .splitting import align, covered, exact, has_snapshots
 
 _log = logging.getLogger(__name__)
+
+#: Ends of prompts that are remembered while these are computed.
+ENDS = 64
+#: What mlx-lm calls a sequence with its answer.
+ANSWER = "assistant"
 
 
 class TieredPromptCache:
@@ -25,6 +31,8 @@ class TieredPromptCache:
         self._memory = memory
         self._stored = stored
         self._space = space
+        # Prompts that are being computed, and parts of them that end where others may go on.
+        self._ends: deque[tuple[Any, list[int]]] = deque(maxlen=ENDS)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._memory, name)
@@ -38,6 +46,7 @@ class TieredPromptCache:
         Processes that run parts of one model all go on from the same token.
         """
         tokens = list(tokens)
+        self._ends.append((model, tokens))
 
         def find(most: int) -> tuple[tuple[list[Any] | None, int], int]:
             caches, memory = self._remembered(model, tokens, most)
@@ -76,4 +85,18 @@ class TieredPromptCache:
             return
         tokens = list(tokens[:length])
         self._memory.insert_cache(model, tokens, prompt_cache, **kwargs)
-        self._stored.keep(self._space(model), tokens, prompt_cache)
+        if kwargs.get("cache_type", ANSWER) == ANSWER:
+            ends = [*self._ended(model, tokens), len(tokens)]
+        else:
+            self._ends.append((model, tokens))
+            ends = []
+        self._stored.keep(self._space(model), tokens, prompt_cache, ends)
+
+    def _ended(self, model: Any, tokens: list[int]) -> list[int]:
+        """The ends that lie in a finished sequence; they are not looked for again."""
+        found = [
+            each for each in self._ends if each[0] == model and tokens[: len(each[1])] == each[1]
+        ]
+        for each in found:
+            self._ends.remove(each)
+        return [len(each) for _, each in found]

@@ -35,7 +35,9 @@ def test_a_chat_goes_on_from_disk(exact, tmp_path, kv):
     plain, first, again = chat(exact, *kv), chat(exact, *cached), chat(exact, *cached)
     assert said(plain) == said(first) == said(again)
     assert "were on disk" not in first.stderr
-    assert again.stderr.count("[optiq] 512 of the prompt's ") == 1  # the chat's first turn
+    assert (
+        again.stderr.count("[optiq] 680 of the prompt's 681 tokens") == 1
+    )  # the chat's first turn
 
 
 def test_a_conversation_is_kept_whole(exact, tmp_path):
@@ -55,7 +57,7 @@ def test_a_prompt_that_is_cached_comes_from_disk(exact, run, tmp_path):
     first = run(*command, *cached, "--prompt-cache-file", saved[1], check=True)
     again = run(*command, *cached, "--prompt-cache-file", saved[2], check=True)
     assert "were on disk" not in first.stderr
-    assert "[optiq] 512 of the prompt's " in again.stderr
+    assert "[optiq] 674 of the prompt's 675 tokens" in again.stderr
     plain, *others = (load_file(path).keys() for path in saved)
     assert [plain] * 2 == others
     asked = ("mlx_lm.generate", "--model", exact, "--prompt", QUESTIONS[0], "--max-tokens", "8")
@@ -66,7 +68,7 @@ def test_a_prompt_that_is_cached_comes_from_disk(exact, run, tmp_path):
     assert len(answers) == 1
     # What cache_prompt kept, generate finds.
     done = run("mlx_lm.generate", "--model", exact, "--prompt", STORY, *cached, check=True)
-    assert "[optiq] 512 of the prompt's " in done.stderr
+    assert "[optiq] 675 of the prompt's 678 tokens" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["generate", "cache_prompt"])

@@ -6,9 +6,11 @@ import threading
 from pathlib import Path
 
 import mlx.core as mx
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_optiq_ext.prompts import block_file, chain
 from mlx_optiq_ext.prompts.block_file import Piece
 
 from .conftest import ENDER, Toy, states, stored, tiered, toy
@@ -118,8 +120,47 @@ def test_ten_prompts_behind_one_store_it_once(tmp_path):
     for number in range(10):
         own.answer([*system, number + 1, 2], 2, cache)
         assert at.writer.flush()
-    files = list(tmp_path.rglob("*.safetensors"))
-    assert len(files) == 80 // 4 + 10
+    assert len(holding(tmp_path)) == 80 // 4 + 10
+
+
+@pytest.mark.parametrize("spec", ["16", "4g32"])
+def test_the_same_prompt_computes_one_token_after_a_restart(tmp_path, spec):
+    own = toy("qwen3", spec)
+    for length in range(2, 14):
+        at, prompt = stored(tmp_path / str(length)), [(5 * i) % 29 for i in range(length)]
+        cache = tiered(own, at)
+        answers = [own.answer(prompt, count, cache) for count in (1, 3, 6)]
+        longer = own.answer([*prompt, *answers[0], 7], 4, cache)
+        assert at.writer.flush()
+        again = tiered(own, stored(tmp_path / str(length)))
+        own.seen = 0
+        assert [own.answer(prompt, count, again) for count in (1, 3, 6)] == answers
+        assert own.answer([*prompt, *answers[0], 7], 4, again) == longer
+        assert own.seen == 4
+
+
+def test_a_conversation_is_stored_once(tmp_path):
+    own, at = toy("qwen3"), stored(tmp_path, block=16)
+    cache, history = tiered(own, at), [3, 5]
+    for turn in range(12):
+        history.append(turn + 1)
+        history += own.answer(history, 3 + turn % 5, cache)
+        assert at.writer.flush()
+        held = sum(block_file.read(path, _key(path)).notes["tokens"] for path in holding(tmp_path))
+        assert len(history) - held in (0, 1)  # one token alone is computed anyway
+
+
+def test_an_end_whose_holder_is_gone_is_forgotten(tmp_path):
+    own, at, prompt = toy("qwen3"), stored(tmp_path), [(5 * i) % 29 for i in range(11)]
+    answer = own.answer(prompt, 4, tiered(own, at))
+    assert at.writer.flush()
+    third = chain.keys(own.space.digest, [*prompt, *answer], at.block)[3]
+    next(tmp_path.rglob(f"{third}.safetensors")).unlink()
+    for computed in (3, 1):
+        own.seen, again = 0, stored(tmp_path)
+        assert own.answer(prompt, 4, tiered(own, again)) == answer
+        assert again.writer.flush()
+        assert own.seen == computed
 
 
 def test_what_waits_to_be_written_stays_as_it_was(own, tmp_path):
@@ -144,3 +185,13 @@ def test_what_waits_to_be_written_stays_as_it_was(own, tmp_path):
 
 def _wait(gate: threading.Event) -> None:
     assert gate.wait(10)
+
+
+def holding(folder: Path) -> list[Path]:
+    """The files that hold keys and values, and do not refer to others."""
+    files = folder.rglob("*.safetensors")
+    return [path for path in files if block_file.read(path, _key(path)).arrays]
+
+
+def _key(path: Path) -> str:
+    return path.stem.rpartition("-")[2]

@@ -40,6 +40,7 @@ def _row(action: argparse.Action) -> str:
     if value and action.nargs != 0:
         name += f" [{value}]" if action.nargs == "?" else f" {value}"
     meaning = (action.help or "").replace("%%", "%").replace("|", "\\|")
+    meaning = re.sub(r"(?<!\S)--[a-z][a-z-]*", lambda found: f"`{found[0]}`", meaning)
     return f"| `{name}` | {meaning} |"
 
 

@@ -13,12 +13,16 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
 from loopback import launcher, surroundings
 
 from mlx_optiq_compat import installed_version, rows
 from mlx_optiq_compat.version import release
 
 TESTS = Path(__file__).resolve().parent
+# --hypothesis-profile thorough: ten times as many examples, where a test does not say how many.
+settings.register_profile("thorough", max_examples=1000)
+
 SHARED = Path(os.environ.get("MLX_OPTIQ_SHARED") or TESTS.parent.parent / "shared")
 
 #: What no release of mlx-lm or of the MLX beside it changes: runs as if marked ``newest``.

@@ -1,13 +1,14 @@
 """Time to the first token of a long prompt from disk, and what writing prompts costs a server.
 
-    python tests/benchmarks/serving/prompts.py MODEL TEXT [--float32] [--tokens 6000] [--runs 3]
-        [--clients 4] [--requests 8] [--request-tokens 600] [--max-tokens 32]
+    python tests/benchmarks/serving/prompts.py MODEL TEXT [--float32] [--tokens 6000] [--restarts 3]
+        [--runs 3] [--clients 4] [--requests 8] [--request-tokens 600] [--max-tokens 32]
         [--options "--optiq-kv 4"] [--out FILE.jsonl]
 
-First each run asks a server with an empty folder for a prompt of ``--tokens`` tokens from another
-place of TEXT, starts it anew, and asks again. Then two servers, with and without a folder, answer
-the same prompts in turns, of which no two begin alike: after a round to warm up, medians of
-``--runs`` rounds, by the clock and by the server's processor time (Linux). ``--float32`` serves a
+First a server with an empty folder is asked for a prompt of ``--tokens`` tokens, started anew, and
+asked again, ``--restarts`` times with other places of TEXT. Then two servers, with and without a
+folder, answer the same prompts in turns, of which no two begin alike: after a round to warm up,
+``--runs`` rounds, and the medians of what the folder costs in each, by the clock and in the
+server's processor time (Linux). ``--float32`` serves a
 copy of the model in float32, which is faster on most CPUs.
 """
 
@@ -82,6 +83,7 @@ def rates(
         "with": ["--optiq-prompt-cache", str(scratch / "prompts")],
     }
     served: dict[str, Served] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     try:
         for name, own in sides.items():
             options = [*args.options.split(), *own]
@@ -93,7 +95,10 @@ def rates(
             for name in names:
                 if number == 1:  # what came before was the warm-up
                     served[name] = Served(served[name].process, served[name].client)
+                before = served[name].seconds
                 served[name].load(asked, args.clients, args.max_tokens)
+                if number:
+                    seconds[name].append(served[name].seconds - before)
     finally:
         for one in served.values():
             one.process.kill()
@@ -101,7 +106,9 @@ def rates(
     found: dict[str, Any] = {name: one.rates for name, one in served.items()}
     pairs = zip(found["with"], found["without"], strict=True)
     found["cost"] = 1 - statistics.median(one / other for one, other in pairs)
-    found["processor_seconds"] = {name: one.seconds for name, one in served.items()}
+    pairs = zip(seconds["with"], seconds["without"], strict=True)
+    found["processor_cost"] = statistics.median(one / other for one, other in pairs) - 1
+    found["processor_seconds"] = seconds
     return found
 
 
@@ -112,6 +119,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--tokens", type=int, default=6000)
+    parser.add_argument("--restarts", type=int, default=3)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--requests", type=int, default=8)
@@ -139,7 +147,7 @@ def main() -> None:
             model = str(write_exact(Path(args.model), scratch / "model"))
         text = args.text.read_text()
         long = list(texts(model, text, args.tokens))
-        for number in range(args.runs):
+        for number in range(args.restarts):
             with tempfile.TemporaryDirectory(dir=scratch) as own:
                 options = args.options.split()
                 tell("first token", first_tokens(model, options, long[number], Path(own)))

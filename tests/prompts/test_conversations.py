@@ -31,7 +31,7 @@ STEP = st.one_of(
 
 # 306 of them, 34 of each model and plan, with --hypothesis-profile thorough.
 @settings(
-    max_examples=max(8, settings.default.max_examples // 29),
+    max_examples=max(8, settings().max_examples // 29),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

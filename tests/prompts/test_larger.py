@@ -23,7 +23,7 @@ def test_ref_24m_answers_as_without_a_cache(shared, tmp_path, spec):
     model, tokenizer = mlx_lm.load(str(shared / "models" / "ref-24m"))[:2]
     model.set_dtype(mx.float32)
     if spec != "16":
-        kv.mount(model, kv.parse_spec(spec))
+        kv.mount(model, kv.parse_spec(spec))  # pyright: ignore[reportArgumentType]
     own = Toy(model, f"ref-24m {spec}")
     rows = [json.loads(line)["question"] for line in TEXTS.read_text().splitlines()]
     tokens = tokenizer.encode(" ".join(rows))

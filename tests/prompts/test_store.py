@@ -55,7 +55,7 @@ def written(tmp_path_factory):
 
 
 # 2,000 of them with --hypothesis-profile thorough.
-@settings(max_examples=2 * settings.default.max_examples, deadline=None)
+@settings(max_examples=2 * settings().max_examples, deadline=None)
 @given(data=st.data())
 def test_no_mutated_block_is_used(written, data):
     store, contents = written

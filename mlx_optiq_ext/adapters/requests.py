@@ -99,7 +99,8 @@ def select(offered: Iterable[Offer], base: str, wanted: Wanted) -> Selected | No
     offers = {offer.name: offer for offer in offered}
     sources = {offer.source: offer.name for offer in offers.values()}
     texts: dict[str, str] = {}
-    if wanted.model not in base_names(base):
+    known = base_names(base)
+    if wanted.model not in known:
         texts["model"] = wanted.model
     if wanted.adapters is not None:
         texts["adapters"] = sources.get(wanted.adapters, wanted.adapters)
@@ -107,6 +108,9 @@ def select(offered: Iterable[Offer], base: str, wanted: Wanted) -> Selected | No
         texts[HEADER] = wanted.header.strip()
     named: dict[str, dict[str, float]] = {}
     for field, text in texts.items():
+        if text in known:
+            named[field] = {}
+            continue
         names = [text] if text in offers else text.split("+", MOST)
         if not all(name in offers for name in names):
             raise _not_served(f"{field} {shortened(text)}", field, base, offers)

@@ -18,9 +18,11 @@ Nothing here knows mlx-lm's server; a guard works on headers::
 from .answers import Answers, Waiting, at_end, once
 from .audit import described, record
 from .body import check_text, read_object
+from .bounds import check_bounds
 from .connection import Connection, Slots, drain, gone, turn_away
 from .guard import COMPLETIONS, HEALTH, MODELS, Guard, Limits, is_loopback, known_origins, warning
 from .keys import Keys
+from .logprobs import finite
 from .metrics import METRICS, Metrics, Row
 from .refusal import Refusal, without_folders
 from .sampling import check, check_prompt, vocabulary_of
@@ -42,10 +44,12 @@ __all__ = [
     "Waiting",
     "at_end",
     "check",
+    "check_bounds",
     "check_prompt",
     "check_text",
     "described",
     "drain",
+    "finite",
     "gone",
     "is_loopback",
     "known_origins",

@@ -5,13 +5,19 @@ from typing import Any
 
 from .refusal import Refusal
 
+#: Lists and objects of a request. Python takes a second for so many, in which nothing else runs.
+CONTAINERS = 1_000_000
+
 
 def read_object(content: bytes) -> dict[str, Any]:
     """The JSON object that a request carries.
 
     Raises:
-        Refusal: 400, it is no JSON object.
+        Refusal: 400, it is no JSON object, or one of very many parts.
     """
+    # Brackets in texts count as well: a text of so many is rarer than an attack.
+    if content.count(b"[") + content.count(b"{") > CONTAINERS:
+        raise _refused(f"the request has more than {CONTAINERS:,} lists and objects")
     try:
         body = json.loads(content.decode())
     except UnicodeDecodeError as error:

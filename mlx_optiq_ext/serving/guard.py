@@ -16,7 +16,7 @@ HEALTH, MODELS = "/health", "/v1/models"
 COMPLETIONS = ("/v1/completions", "/v1/chat/completions", "/chat/completions")
 
 #: Headers of proxies: a client is not on this host only because its proxy is.
-FORWARDED = ("Forwarded", "X-Forwarded-For", "X-Real-IP")
+FORWARDED = ("Forwarded", "Via", "X-Forwarded-For", "X-Forwarded-Host", "X-Real-IP")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,25 @@ class Guard:
         if self.keys is not None and path != HEALTH:
             self.keys.check(headers.get("Authorization"))
 
+    def check_host(self, path: str, headers: Message) -> None:
+        """Refuse a request for another host, which a web page can send by DNS rebinding.
+
+        Not asked for are hosts of a server with keys, which pages do not have, of one whose answers
+        every page may read, and of one that listens at all addresses, whose names nobody knows.
+
+        Args:
+            path: What is asked for; the server's health is for all.
+            headers: The request's; clients without ``Host`` are no browsers.
+
+        Raises:
+            Refusal: 403.
+        """
+        every_page = "*" in self.origins and not self.own_pages
+        if self.keys is not None or every_page or path == HEALTH or _is_everywhere(self.host):
+            return
+        if not all(map(self.serves, headers.get_all("Host") or [])):
+            raise _another_host()
+
     def check_length(self, headers: Message) -> int:
         """Bytes of a request's body, unless it is too large or does not say how large it is.
 
@@ -98,7 +117,7 @@ class Guard:
             raise Refusal(415, message, "unsupported_media_type")
         hosts = headers.get_all("Host") or []
         if len(hosts) != 1 or not self.serves(hosts[0]):
-            raise Refusal(403, "the header Host names another server", "forbidden_host")
+            raise _another_host()
         # "*" lets every page ask, and no page change anything.
         if any(each not in self.origins or each == "*" for each in headers.get_all("Origin") or []):
             message = "this Origin may not change the server: name it in --allowed-origins"
@@ -124,19 +143,45 @@ class Guard:
         return found.scheme in ("http", "https") and is_loopback(name)
 
     def serves(self, host: str) -> bool:
-        """Whether a header ``Host`` names this server: its name here, or any address.
+        """Whether a header ``Host`` names this server.
 
-        A page whose own name was made to point here (DNS rebinding) sends that name.
+        Its names are those of this host and of `origins`, and any address. A page whose own name
+        was made to point here (DNS rebinding) sends that name.
         """
         try:
             name = (urlsplit(f"//{host.strip()}").hostname or "").lower()
         except ValueError:
             return False
-        return name in {"localhost", self.host.lower(), _own_name()} or _address(name) is not None
+        known = {"localhost", self.host.lower(), *_own_names(), *map(_host_of, self.origins)}
+        return _address(name) is not None or (name != "" and name in known)
 
 
-def _own_name() -> str:
-    return socket.gethostname().lower()
+def _another_host() -> Refusal:
+    message = (
+        "the header Host names another server: a proxy's name is to be in --allowed-origins, as "
+        "https://NAME"
+    )
+    return Refusal(403, message, "forbidden_host")
+
+
+def _own_names() -> tuple[str, ...]:
+    """Names of this host in its network."""
+    whole = socket.gethostname().lower()
+    first = whole.partition(".")[0]
+    return whole, first, f"{first}.local"
+
+
+def _host_of(origin: str) -> str:
+    try:
+        return urlsplit(origin).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _is_everywhere(host: str) -> bool:
+    """Whether a server at this address listens at every address of its host."""
+    found = _address(host)
+    return host == "" or (found is not None and found.is_unspecified)
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

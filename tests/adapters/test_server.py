@@ -43,13 +43,15 @@ def test_an_unknown_model_is_not_found_and_never_the_base(server, name):
     assert ask(server, "11") == "11"
 
 
-@pytest.mark.parametrize("value", [b"\xff\xfe", b"1\t1", b"11, 22", b"%311"])
+@pytest.mark.parametrize(
+    "value", [b"\xff\xfe", b"1\t1", b"11, 22", b"%311", b"11\r\nX-OptIQ-Adapter: 22"]
+)
 def test_a_header_with_odd_bytes_is_not_found(server, value):
     body = json.dumps(chat()).encode()
     where = urllib.parse.urlsplit(server.url)
     with socket.create_connection((where.hostname or "", where.port or 0), timeout=30) as wire:
         wire.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-OptIQ-Adapter: "
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-OptIQ-Adapter: "
             + value
             + b"\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
             + body

@@ -234,3 +234,12 @@ def test_an_adapter_whose_own_name_has_a_plus_comes_before_a_sum(tmp_path):
     assert (dict(found.scales), found.field) == ({"a+b": 0.5}, "lora")
     with pytest.raises(Refusal, match="not served"):
         requests.select(offers, "base", Wanted(model="a+b+d"))
+
+
+@pytest.mark.parametrize("name", ["default_model", "base"])
+def test_every_field_takes_the_name_of_the_base(tmp_path, name):
+    offers = [Offer("a", "a", tmp_path)]
+    for wanted in (Wanted(model=name), Wanted(adapters=name), Wanted(header=f" {name}")):
+        assert requests.select(offers, "base", wanted) is None
+    with pytest.raises(Refusal, match="two adapters"):
+        requests.select(offers, "base", Wanted(model="a", header=name))

@@ -82,7 +82,8 @@ def validate_model_parameters(wrapped, instance, args, kwargs):
         wanted = Wanted(
             model=instance.requested_model,
             adapters=instance.adapter,
-            header=instance.headers.get(requests.HEADER),
+            # Of a header that is there twice, both are meant.
+            header=", ".join(instance.headers.get_all(requests.HEADER) or []),
             draft_model=instance.requested_draft_model,
             lora=instance.body.get("lora"),
         )

@@ -63,6 +63,15 @@ def handle_completion(wrapped, instance, args, kwargs):
     return wrapped(*args, **kwargs)
 
 
+def generate_response(wrapped, instance, args, kwargs):
+    response = wrapped(*args, **kwargs)
+    if session.state(Guarded) is None:
+        return response
+    from mlx_optiq_ext.serving import finite
+
+    return finite(response)
+
+
 def handle_health_check(wrapped, instance, args, kwargs):
     waiting = getattr(instance.response_generator, "optiq_waiting", None)
     if waiting is None or not waiting.dead:
@@ -209,6 +218,7 @@ PATCHES = (
         handle_completion,
         "refuses unusable stream_options first",
     ),
+    _patch("APIHandler.generate_response", generate_response, "answers in strict JSON"),
     _patch("APIHandler.handle_health_check", handle_health_check, "says so after that thread died"),
     _patch("ResponseGenerator.__init__", __init__, "knows the requests that wait"),
     _patch("ResponseGenerator._generate", _generate, "ends them when their thread dies"),

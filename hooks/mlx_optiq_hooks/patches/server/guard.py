@@ -72,6 +72,7 @@ def do_GET(wrapped, instance, args, kwargs):
 
     def get():
         path = instance.path.partition("?")[0]
+        guarded.guard.check_host(path, instance.headers)
         guarded.guard.check_key(path, instance.headers)
         if path == METRICS and guarded.metrics is not None:
             return metrics.send(instance)
@@ -85,7 +86,13 @@ def do_GET(wrapped, instance, args, kwargs):
 
 
 def do_POST(wrapped, instance, args, kwargs):
-    from mlx_optiq_ext.serving import COMPLETIONS, Refusal, check_text, read_object
+    from mlx_optiq_ext.serving import (
+        COMPLETIONS,
+        Refusal,
+        check_bounds,
+        check_text,
+        read_object,
+    )
 
     guarded = session.state(Guarded)
     if guarded is None:
@@ -95,6 +102,7 @@ def do_POST(wrapped, instance, args, kwargs):
             return _answer(instance, refusal)
 
     def post():
+        guarded.guard.check_host(instance.path, instance.headers)
         guarded.guard.check_key(instance.path, instance.headers)
         if instance.path not in (*COMPLETIONS, *changing()):
             raise Refusal(404, "there is nothing at this path", "not_found")
@@ -107,7 +115,9 @@ def do_POST(wrapped, instance, args, kwargs):
         if len(content) < length:
             raise Refusal(400, "the request is shorter than its Content-Length", "invalid_request")
         if instance.path in COMPLETIONS:
-            check_text(instance.path, read_object(content))
+            body = read_object(content)
+            check_text(instance.path, body)
+            check_bounds(body)
         instance.rfile = io.BytesIO(content)
         return wrapped(*args, **kwargs)
 

@@ -43,9 +43,9 @@ def uneven(stages, tmp_path_factory) -> Path:
 
 
 def asked(server: Server) -> list[str]:
-    """Answers to three conversations, each of which goes on."""
+    """Answers to three conversations, each of which goes on, and to one that is not batched."""
     found = []
-    for story in STORIES:
+    for story, seed in (*((story, None) for story in STORIES), (STORIES[0] + "?", 1)):
         messages = [{"role": "user", "content": story}]
         for _ in range(2):
             done = server.client().chat.completions.create(
@@ -53,6 +53,7 @@ def asked(server: Server) -> list[str]:
                 messages=messages,  # pyright: ignore[reportArgumentType]
                 temperature=0,
                 max_tokens=6,
+                seed=seed,
             )
             found.append(done.choices[0].message.content or "")
             messages += [
@@ -94,6 +95,8 @@ def test_ranks_go_on_from_what_all_of_them_have(exact, uneven, tmp_path, how):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with serve_ranks(2, tmp_path, *own, code=APART + SERVE) as server:
         assert asked(server) == expected
-    first, _, second, _, third, _ = taken(tmp_path)
+    first, _, second, _, third, _, alone, more = taken(tmp_path)
+    assert alone > 512
+    assert more > 512
     # All but the last token; what the second lacks, the first story has in memory.
     assert (first, second < 256, third) == (256 if how == "tensor" else 0, True, 678)

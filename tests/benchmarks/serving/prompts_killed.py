@@ -1,12 +1,13 @@
 """Servers with prompts on disk that are killed at random moments, and two that share a folder.
 
-    python tests/benchmarks/serving/prompts_killed.py MODEL [--kills 50] [--seconds 180]
-        [--clients 4] [--size 20MB] [--options "--optiq-kv 4"] [--out FILE.json]
+    python tests/benchmarks/serving/prompts_killed.py MODEL [--kills 50] [--longest 4]
+        [--seconds 180] [--clients 4] [--size 20MB] [--options "--optiq-kv 4"] [--out FILE.json]
 
 Serves a copy of MODEL in float32. What it answers without a folder is right. Then a server on one
-folder, which is too small for all prompts, is asked by many clients and killed with SIGKILL, again
-and again; and two servers on another folder are asked for ``--seconds``. Prints the answers that
-were read and those that were wrong, the blocks that were found damaged, and what the folders hold.
+folder, which is too small for all prompts, is asked by many clients and killed with SIGKILL within
+``--longest`` seconds, again and again; and two servers on another folder are asked for
+``--seconds``. Prints the answers that were read and those that were wrong, the blocks that were
+found damaged, and what the folders hold.
 """
 
 import argparse
@@ -119,7 +120,7 @@ def killed(
     for number in range(args.kills):
         log = scratch / "killed.log"
         with serve(log, *cached) as server:  # leaving the block kills it
-            clients.rush([server], draw.uniform(0.1, 4), args.clients, number)
+            clients.rush([server], draw.uniform(0.1, args.longest), args.clients, number)
         left_out += log.read_text().count("is left out")
     parts = len(list(folder.rglob("*.part")))
     return {**_report(clients, [folder]), "left_out": left_out, "unfinished_files": parts}
@@ -149,6 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--longest", type=float, default=4)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--size", default="20MB")

@@ -18,17 +18,27 @@ from ..errors import InputError
 from ..model.loading import cast, half_dtype, load_unquantized, reload
 from ..model.memory import block_bytes, streams
 from ..model.source import SourceFiles, misread
+from ..planning.calibration import DEFAULT
 from .candidates import Size
 from .plan import Plan
 from .plan_file import read_plan
 from .plan_search import Study, search
-from .precision import AFFINE
+from .precision import AFFINE, Precision
 from .request import Request
 from .rounding.distillation import Settings, distill, placed
 from .rounding.refinement import Refined, judge, refine
 from .sensitivity.problem import Problem
-from .speed import search_speed, target
 from .study import Load, calibrated, study_model
+from .targets import (
+    CERTIFIED,
+    Certificate,
+    certified,
+    check_sequences,
+    sampled_beside,
+    search_quality,
+    search_speed,
+    target,
+)
 
 
 @dataclass(frozen=True)
@@ -180,9 +190,13 @@ def _measured(source: Source, request: Request) -> Conversion:
         aim = partial(target, source.path, source.model, request.min_tps, request.chip or "auto")
         wanted = distributed.first(aim)
         wanted.check(request.candidates(source.model))
+    if request.max_kl is not None and request.sampling == DEFAULT:
+        request = replace(request, sampling=CERTIFIED)
     study = study_model(
         source.model, source.tokenizer, request, digest=source.digest, load=source.load
     )
+    if request.max_kl is not None:
+        return _certified(study, source, request, alone)
     if wanted is not None:
         plan = search_speed(study, wanted, protect=request.protect, say=request.say)
     else:
@@ -190,6 +204,31 @@ def _measured(source: Source, request: Request) -> Conversion:
         plan = search(study, request.budget, protect=request.protect)
     done = _finished(Conversion(plan, study=study), study.problem, request)
     return replace(done, plan=done.plan.beside(alone))
+
+
+def _certified(
+    study: Study, source: Source, request: Request, alone: dict[str, Precision]
+) -> Conversion:
+    """The smallest finished conversion that is near enough to the original."""
+    assert request.max_kl is not None
+    problem = study.problem
+    check_sequences(problem.calibration.held_out)
+    others = distributed.first(partial(sampled_beside, problem, source.tokenizer))
+
+    def finish(plan: Plan) -> Conversion:
+        return _finished(Conversion(plan, study=study), problem, request)
+
+    def certify(done: Conversion) -> Certificate:
+        return distributed.first(
+            lambda: certified(problem, done.plan.precisions, done.refined, done.parameters, others)
+        )
+
+    done, found = search_quality(
+        study, request.max_kl, finish, certify, protect=request.protect, say=request.say
+    )
+    request.say(found.summary())
+    plan = replace(done.plan.beside(alone), certificate=found.entry())
+    return replace(done, plan=plan)
 
 
 def _check_room(request: Request, needed: float) -> None:

@@ -53,6 +53,8 @@ class Plan:
         notes: What could not be done as asked, one line each.
         budget: The budget as it was asked for, if that is not in bits per weight.
         limit: Bytes that the weight files may take, if the budget is a size.
+        certificate: How far the finished model is from the original, with a bound, if one was asked
+            for; see `targets.Certificate.entry`.
     """
 
     precisions: dict[str, Precision]
@@ -69,6 +71,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     budget: str = ""
     limit: int | None = None
+    certificate: dict[str, Any] | None = None
 
     def beside(self, alone: dict[str, Precision]) -> "Plan":
         """The plan with tensors that were left alone, by path, among its precisions."""
@@ -180,6 +183,7 @@ class Plan:
                 "calibration": self.calibration,
                 "versions": self.versions,
                 "post_processing": list(post_processing),
+                **({"certificate": self.certificate} if self.certificate else {}),
                 **({"notes": list(self.notes)} if self.notes else {}),
             },
         )

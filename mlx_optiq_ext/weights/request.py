@@ -24,13 +24,15 @@ EFFORTS = PLAN, REFINE, DISTILL = "plan", "refine", "distill"
 class Request:
     """Settings of a conversion, from the options of the command to the last step.
 
-    A plan is chosen by one of ``budget``, ``min_tps`` and ``plan_file``.
+    A plan is chosen by one of ``budget``, ``min_tps``, ``max_kl`` and ``plan_file``.
 
     Attributes:
         budget: Bits per weight as mlx-lm prints them (all stored bits over all parameters), or a
             `Budget`, which may be a size of the weight files.
         min_tps: Least predicted tokens per second of the converted model.
         chip: The chip of that prediction, for `latency.find_chip`.
+        max_kl: Most KL from the original in nats per token; the smallest model that is within it
+            with 95 % confidence is made.
         plan_file: A plan to apply instead of measuring one.
         bits: Widths to choose from; None for all, with "leave unquantized" among the candidates.
         group_sizes: Group sizes to choose from; None for all.
@@ -48,12 +50,13 @@ class Request:
         say: Receives one-line messages.
 
     Raises:
-        InputError: There is no such effort.
+        InputError: There is no such effort, or ``max_kl`` is not above 0.
     """
 
     budget: float | Budget | None = None
     min_tps: float | None = None
     chip: str | None = None
+    max_kl: float | None = None
     plan_file: Path | None = None
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
@@ -71,6 +74,10 @@ class Request:
     def __post_init__(self) -> None:
         if self.effort not in EFFORTS:
             raise InputError(f"there is no effort {self.effort!r}: give {', '.join(EFFORTS)}")
+        if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+            raise InputError(
+                f"a KL of {self.max_kl:g} nats per token cannot be met: give one above 0"
+            )
 
     @property
     def refine(self) -> bool:

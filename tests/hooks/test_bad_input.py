@@ -32,6 +32,20 @@ CASES = {
         ["--optiq-budget", "4,5", "--optiq-min-tps", "40"],
         "--optiq-budget and --optiq-min-tps both decide the size",
     ),
+    "budget-and-distance": (
+        ["--optiq-budget", "4.5", "--optiq-max-kl", "0.1"],
+        "--optiq-budget and --optiq-max-kl both decide the size",
+    ),
+    "distance-and-speed": (
+        ["--optiq-min-tps", "40", "--optiq-max-kl", "0.1"],
+        "--optiq-min-tps and --optiq-max-kl both decide the size",
+    ),
+    "distance-of-nothing": (["--optiq-max-kl", "0"], "'0' is not a KL divergence in nats per"),
+    "distance-in-words": (["--optiq-max-kl", "near"], "'near' is not a KL divergence in nats per"),
+    "distance-and-dry-run": (
+        ["--optiq-max-kl", "0.1", "--optiq-dry-run"],
+        "--optiq-dry-run needs --optiq-budget",
+    ),
     "budgets-and-page": (
         ["--optiq-budget", "4,5", "--optiq-report", "plan.html"],
         "name a file that ends in .svg",

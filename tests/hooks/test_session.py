@@ -66,6 +66,7 @@ def test_options_that_were_not_given_have_their_defaults():
         (Options(kv_budget=4.5), False, False),
         (Options(budget=BUDGET), True, True),
         (Options(min_tps=Speed(40)), True, True),
+        (Options(max_kl=0.1), True, True),
         (Options(budget=BUDGET, keep_unused_modalities=True), True, False),
     ],
 )

@@ -20,6 +20,7 @@ NAMES = [
     "kv_budget",
     "kv_only",
     "min_tps",
+    "max_kl",
     "refine",
     "distill",
     "group_sizes",

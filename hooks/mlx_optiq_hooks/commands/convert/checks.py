@@ -13,13 +13,13 @@ from .options import Options
 from .run import Run
 
 #: Options that say how to choose a plan; one of them at most.
-CHOOSING = ("budget", "min_tps", "plan")
+CHOOSING = ("budget", "min_tps", "max_kl", "plan")
 
 #: Options for planning the KV cache.
 KV = ("kv_budget", "kv_only", "calibration")
 
 #: Options that do not go with a saved plan, which has decided them.
-DECIDED = ("budget", "min_tps", "bits", "group_sizes", "pin", "sensitivity", "protect")
+DECIDED = ("budget", "min_tps", "max_kl", "bits", "group_sizes", "pin", "sensitivity", "protect")
 
 
 def check(command, parsed, args) -> Instead | None:
@@ -85,16 +85,16 @@ def _check_weights(options: Options, args) -> None:
         if names:
             raise InputError(
                 f"{spelled(names)} needs --optiq-budget, such as --optiq-budget 4.5, "
-                "--optiq-min-tps or --optiq-plan"
+                "--optiq-min-tps, --optiq-max-kl or --optiq-plan"
             )
         return  # only options of plugins were given
     if options.forecast:
         _check_forecast(options, args)
+    sizes = [name for name in CHOOSING if name in names and name != "plan"]
+    if len(sizes) > 1:
+        two = " and ".join(spelled([name]) for name in sizes[:2])
+        raise InputError(f"{two} both decide the size: leave one of them out")
     if options.min_tps is not None:
-        if options.budget is not None:
-            raise InputError(
-                "--optiq-budget and --optiq-min-tps both decide the size: leave one of them out"
-            )
         from mlx_optiq_ext.latency import find_chip
 
         gate().require("latency")

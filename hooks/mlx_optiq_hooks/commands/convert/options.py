@@ -13,7 +13,17 @@ if TYPE_CHECKING:
 
 #: Title of a group in the help -> its options.
 GROUPS = {
-    "budget": ("budget", "min_tps", "dry_run", "plan", "bits", "group_sizes", "pin", "protect"),
+    "budget": (
+        "budget",
+        "min_tps",
+        "max_kl",
+        "dry_run",
+        "plan",
+        "bits",
+        "group_sizes",
+        "pin",
+        "protect",
+    ),
     "calibration": ("calibration", "sensitivity"),
     "effort": ("effort",),
     "KV cache": ("kv_budget", "kv_only"),
@@ -37,6 +47,7 @@ class Options:
     budget: "tuple[Budget, ...] | None" = None
     dry_run: bool = False
     min_tps: Speed | None = None
+    max_kl: float | None = None
     plan: Path | None = None
     bits: tuple[int, ...] | None = None
     group_sizes: tuple[int, ...] | None = None
@@ -54,7 +65,7 @@ class Options:
     @property
     def planned(self) -> bool:
         """Whether the weights are quantized by plan."""
-        return any(each is not None for each in (self.budget, self.min_tps, self.plan))
+        return any(each is not None for each in (self.budget, self.min_tps, self.max_kl, self.plan))
 
     @property
     def forecast(self) -> bool:
@@ -120,6 +131,16 @@ def speed(text: str) -> Speed:
     return Speed(tps, chip) if chip else Speed(tps)
 
 
+def divergence(text: str) -> float:
+    """A parser for a KL divergence in nats per token."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a KL divergence in nats per token above 0, such as 0.05"
+        )
+    return value
+
+
 def choices(allowed: tuple[int, ...], what: str):
     """A parser for a comma-separated list of allowed numbers."""
 
@@ -174,6 +195,14 @@ def add_arguments(group):
         type=speed,
         help="In place of a budget: the largest one whose model is predicted to generate this many "
         "tokens per second on a chip (mlx_lm.benchmark --optiq-predict list; default: this one).",
+    )
+    group.add_argument(
+        "--optiq-max-kl",
+        metavar="NATS",
+        type=divergence,
+        help="In place of a budget: the smallest model whose KL divergence from the original is at "
+        "most this many nats per token, with 95 %% confidence on held-out calibration text. "
+        "Converts a few times to find it.",
     )
     group.add_argument(
         "--optiq-effort",

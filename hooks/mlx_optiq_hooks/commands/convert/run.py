@@ -199,6 +199,7 @@ def _request(options: Options, scratch: Path | None) -> "Request":
         budget=None if options.budget is None else options.budget[0],
         min_tps=None if speed is None else speed.tps,
         chip=None if speed is None else speed.chip,
+        max_kl=options.max_kl,
         plan_file=options.plan,
         bits=options.bits,
         group_sizes=options.group_sizes,

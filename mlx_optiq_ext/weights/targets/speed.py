@@ -9,14 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .. import files
-from ..errors import BudgetError
-from ..latency import Chip, Header, Workload, find_chip, layout_of, predict
-from ..model.hub import CONFIG, cached_folder
-from .candidates import Tensor
-from .plan import Plan
-from .plan_search import Precisions, Study, search, stored, variants
-from .precision import MODES, Precision
+from ... import files
+from ...errors import BudgetError
+from ...latency import Chip, Header, Workload, find_chip, layout_of, predict
+from ...model.hub import CONFIG, cached_folder
+from ..candidates import Tensor
+from ..plan import Plan
+from ..plan_search import Precisions, Study, search, stored, variants
+from ..precision import MODES, Precision
 
 #: Precision of the search for the largest budget, in bits per weight.
 STEP = 0.005

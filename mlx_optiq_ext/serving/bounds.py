@@ -68,7 +68,7 @@ def _images(messages: Any) -> Iterator[str]:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
             if not isinstance(part, dict):
-                continue
+                raise _refused("messages", "may have lists of objects as content only")
             for name in ("image_url", "image"):
                 found = part.get(name)
                 found = found.get("url") if isinstance(found, dict) else found

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +36,15 @@ class Keys:
         """
         keys: list[str] = []
         for text in texts:
-            found = _lines(Path(text[1:]), name) if text.startswith("@") else [text]
-            for key in found:
+            found = _lines(Path(text[1:])) if text.startswith("@") else [(0, text)]
+            for line, key in found:
                 if not 0 < len(key) <= LONGEST or not all("!" <= c <= "~" for c in key):
+                    where = f" {text}, line {line}" if line else ""
                     raise InputError(
-                        f"{name}: a key is 1 to {LONGEST} visible ASCII characters without spaces"
+                        f"{name}{where}: a key is 1 to {LONGEST} visible ASCII characters without "
+                        "spaces"
                     )
-            keys += found
+                keys.append(key)
         if not keys or len(keys) > MOST:
             raise InputError(f"{name} gives {len(keys)} keys: give 1 to {MOST}")
         return cls(tuple(_digest(key.encode()) for key in dict.fromkeys(keys)))
@@ -87,12 +90,12 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _lines(path: Path, name: str) -> list[str]:
-    try:
-        lines = [line.strip() for line in files.read_text(path).splitlines()]
-    except OSError as error:
-        raise InputError(f"{name} @{path} cannot be read ({error.strerror})") from error
-    return [line for line in lines if line and not line.startswith("#")]
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Keys of a file, with the numbers of their lines from 1 on."""
+    text = files.read_text(path).removeprefix("\ufeff")
+    # Not splitlines: what it also takes for an end would cut a key into shorter ones.
+    lines = enumerate(map(str.strip, re.split(r"\r\n|\r|\n", text)), 1)
+    return [(number, line) for number, line in lines if line and not line.startswith("#")]
 
 
 def _refused(message: str) -> Refusal:

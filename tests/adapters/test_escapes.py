@@ -87,6 +87,21 @@ def test_files_that_change_while_they_are_read_are_refused(adapter):
         Reader(Caps()).read(offer, fit)
 
 
+def test_a_folder_that_makes_way_for_a_link_while_it_is_read_is_refused(adapter):
+    offer = Offer("a", "a", adapter("A"), closed=True)
+    aside, elsewhere = offer.folder.with_name("aside"), adapter("B")
+
+    def fit(found):
+        offer.folder.rename(aside)
+        offer.folder.symlink_to(elsewhere)
+        offer.folder.unlink()
+        aside.rename(offer.folder)
+        return found
+
+    with pytest.raises(InputError, match="changed while they were read"):
+        Reader(Caps()).read(offer, fit)
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "optiq_lora_config.json"])
 def test_a_linked_file_in_a_folder_of_clients_is_not_read(server, folder, tmp_path, name):
     secret = tmp_path / "secret"

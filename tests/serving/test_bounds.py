@@ -89,6 +89,13 @@ def test_images_are_data(url):
             check_bounds(body)
 
 
+@pytest.mark.newest
+@pytest.mark.parametrize("content", [[5], [None], ["text"], [[]]])
+def test_content_of_other_parts_is_refused_in_openais_form(server, content):
+    status, body = post(server, COMPLETIONS, {"messages": [{"role": "user", "content": content}]})
+    assert (status, body["error"]["param"]) == (400, "messages")
+
+
 def test_a_body_of_very_many_parts_is_not_parsed():
     assert read_object(b'{"x": [' + b"[]," * 1000 + b"1]}")["x"][-1] == 1
     with pytest.raises(Refusal, match="lists and objects"):

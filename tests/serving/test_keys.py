@@ -128,3 +128,19 @@ def test_keys_are_compared_as_bytes_and_never_shown():
             keys.check(wrong)
     with pytest.raises(InputError):
         Keys.read([])
+
+
+@pytest.mark.parametrize("content", ["one\r\n\r\ntwo\r\n", "\ufeffone\n# three\ntwo", "one\rtwo\r"])
+def test_lines_end_as_editors_write_them(tmp_path, content):
+    (tmp_path / "keys").write_bytes(content.encode())
+    keys = Keys.read([f"@{tmp_path / 'keys'}"])
+    assert len(keys) == 2
+    assert [keys.number(f"Bearer {key}") for key in ("one", "two")] == [1, 2]
+
+
+@pytest.mark.parametrize("mark", ["\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\0"])
+def test_no_odd_character_cuts_a_key_in_two(tmp_path, mark):
+    (tmp_path / "keys").write_text(f"good\none{mark}two\n")
+    with pytest.raises(InputError, match="keys, line 2: a key is") as raised:
+        Keys.read([f"@{tmp_path / 'keys'}"])
+    assert "two" not in str(raised.value)

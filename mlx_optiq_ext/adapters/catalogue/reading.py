@@ -40,7 +40,7 @@ class Pin:
 
     Attributes:
         folder: Device and inode of its folder.
-        files: Device, inode, size and times of its files.
+        files: Device, inode, size and times of its files, and when a closed folder was changed.
         version: Digest of its tensors.
     """
 
@@ -177,7 +177,9 @@ def _look(offer: Offer) -> Pin:
             f"adapter {offer.name!r}: its folder is gone or cannot be read: put it back, or unload "
             "the adapter"
         ) from error
-    return Pin((folder.st_dev, folder.st_ino), files)
+    # A folder that made way for a link and came back has the same files, but was changed.
+    changed = (folder.st_ctime_ns,) if offer.closed else None
+    return Pin((folder.st_dev, folder.st_ino), (*files, changed))
 
 
 def _file(offer: Offer, name: str) -> tuple[int, ...] | None:

@@ -1,9 +1,10 @@
 """A finished choice of precisions, and the file that records it."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import files
@@ -129,7 +130,8 @@ class Plan:
         lines = [f"[optiq] {self.achieved_bpw:.3f} bits per weight{aim}: {parts} ({made})"]
         if self.kl is not None:
             lines.append(
-                f"[optiq] KL to the unquantized model on {self._text}: {self.kl:.4g} nats per token"
+                f"[optiq] KL to the unquantized model on {self.judged_on}: {self.kl:.4g} nats per "
+                "token"
             )
             for side, other in (("below", self.below), ("above", self.above)):
                 if other is not None and other.kl > 0:
@@ -141,20 +143,28 @@ class Plan:
         return "\n".join(lines)
 
     @property
-    def _text(self) -> str:
+    def judged_on(self) -> str:
+        """The text that ``kl`` was measured on."""
         source = self.calibration.get("source")
         return f"held-out text {on(source)}" if source else "held-out calibration text"
 
-    def save(self, folder: Path, post_processing: Sequence[dict[str, Any]] = ()) -> None:
+    def save(
+        self,
+        folder: Path,
+        post_processing: Sequence[dict[str, Any]] = (),
+        origin: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         """Write ``optiq_metadata.json`` into a model folder.
 
         Args:
             folder: The model folder.
             post_processing: What else was done to the model, one entry per operation.
+            origin: Entries that say what was converted, and by which command.
         """
         files.write_json(
             folder / FILE,
             {
+                **origin,
                 "method": self.method,
                 "target_bpw": self.target_bpw,
                 **({"budget": self.budget} if self.budget else {}),

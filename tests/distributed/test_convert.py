@@ -99,8 +99,8 @@ def test_a_model_read_layer_by_layer_is_planned_the_same(launch, words, alone, t
 
 
 def test_the_command_writes_the_same_files(launch, tiny, short, converted, tmp_path):
-    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", "--dtype", "float32")
-    words = (*words, *PLAIN, "--optiq-budget", "3.5", "--optiq-calibration", short)
+    words = ("--hf-path", tiny, "--mlx-path", tmp_path / "out", *PLAIN, "--optiq-budget", "3.5")
+    words = (*words, "--optiq-calibration", short, "--dtype", "float32")
     report = ("--optiq-report", tmp_path / "page.html")
     cache = {"MLX_OPTIQ_EXT_CACHE": str(tmp_path / "cache")}
     done = launch(2, "-m", "mlx_lm", "convert", *words, *report, env=cache)

@@ -45,7 +45,12 @@ def test_every_form_of_the_command_writes_a_model_for_bare_mlx_lm(
     assert printed <= 3.5
     loaded = run("python", "-c", LOAD, out, env={"MLX_OPTIQ_EXT": "0"}, check=True)
     assert float(loaded.stdout) == pytest.approx(printed, abs=5e-4)
-    assert json.loads((out / "optiq_metadata.json").read_text())["target_bpw"] == 3.5
+    metadata = json.loads((out / "optiq_metadata.json").read_text())
+    assert metadata["target_bpw"] == 3.5
+    assert metadata["base_model"] == toy.name
+    made = f"mlx_lm.convert --hf-path {toy.name} --optiq-calibration {text.name} "
+    assert metadata["command"].startswith(made)
+    assert metadata["command"] in (out / "README.md").read_text()
     assert "peak memory" in done.stdout
     assert "stock uniform" in done.stdout
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

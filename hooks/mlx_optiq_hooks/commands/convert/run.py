@@ -1,5 +1,6 @@
 """Runs ``mlx_lm.convert`` with our options."""
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from .options import Options
 if TYPE_CHECKING:
     from mlx_optiq_ext.modalities import Report
     from mlx_optiq_ext.weights import Conversion, Request
+    from mlx_optiq_ext.weights.report.card import Origin
 
 
 @dataclass
@@ -66,10 +68,9 @@ def interrupted() -> str:
 
 def _by_plan(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
     """Convert by plan. Every process plans, and the first one writes."""
-    from mlx_lm.utils import upload_to_hub
-
     from mlx_optiq_ext import distributed, files, weights
     from mlx_optiq_ext.weights import report
+    from mlx_optiq_ext.weights.report import card
 
     from ...installation import gate
 
@@ -92,6 +93,7 @@ def _by_plan(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
         if folder is not None:
             with distributed.alone():
                 _write(run, conversion, stock, call, folder)
+                card.write(folder, plan, _origin(call), upload or target.name)
                 if conversion.source is not None:
                     conversion.source.check()
     if not distributed.leads():
@@ -103,7 +105,14 @@ def _by_plan(run: Run, stock: Callable[..., Any], call: dict[str, Any]) -> None:
         report.write(page, evidence)
         print(f"[optiq] Report: {page}")
     if upload is not None:
-        upload_to_hub(str(target), upload)
+        card.upload(target, upload)
+
+
+def _origin(call: dict[str, Any]) -> "Origin":
+    """What is converted, and by which command line."""
+    from mlx_optiq_ext.weights.report.card import Origin
+
+    return Origin.of(call["hf_path"], sys.argv[1:])
 
 
 def _write(
@@ -132,7 +141,11 @@ def _write(
     if stripped is not None:
         modalities.remove_processor_files(folder)
     done = [stripped.entry()] if stripped is not None else []
-    plan.save(folder, post_processing=[*done, *conversion.post_processing])
+    plan.save(
+        folder,
+        post_processing=[*done, *conversion.post_processing],
+        origin=_origin(call).entries(),
+    )
     weights.check_written(folder, plan)
     if run.options.kv_budget is not None:
         _plan_kv(run.options, folder, call["hf_path"])

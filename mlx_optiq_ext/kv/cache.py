@@ -7,6 +7,7 @@ cache of interleaved rows on a CPU, where each operation on an array takes longe
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,10 @@ from .first_keys import KEEPING, FirstKeys, found, joined
 from .packed_array import Packed
 from .plan import LayerFormat
 from .plane_state import described, restore, storable, transformed
+from .recent import LastTokens, Recent, together
+
+#: What queries see of the last keys and values.
+Seen = Sequence[Recent | None]
 
 #: Attributes of a cache that models and mlx-lm read, taken from the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
@@ -41,6 +46,8 @@ class PackedKVCache:
         residuals: What the first keys of each row differ by from what is packed, see `FirstKeys`;
             None before there are any, or if none are kept.
         complete: Whether all of them are known to be there.
+        last: The last keys and values of each row as they were computed; None if they are not kept,
+            or must be found in what is packed.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class PackedKVCache:
         self.layer = layer
         self.residuals: mx.array | None = None
         self.complete = False
+        self.last: LastTokens | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append keys and values (batch, heads, length, dim); returns all keys and values.
@@ -93,8 +101,32 @@ class PackedKVCache:
         rows = encode(keys, values, self.formats, self.platform or current(), self.layout)
         if not self.complete:
             self._keep_first(keys, rows)
+        seen = self._keep_last(keys, values)
         pairs = zip(self.planes, rows, strict=True)
-        return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs])
+        return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs], seen)
+
+    def _keep_last(self, keys: mx.array, values: mx.array) -> Seen:
+        """Keep the last tokens; returns what the new queries see of them."""
+        count = self.formats.recent_tokens
+        if not count or self.dense or type(self.planes[0]).__name__ not in KEEPING:
+            return (None, None)
+        formats = (self.formats.keys, self.formats.values)
+        last = self.last or LastTokens(count)
+        self.last, seen = last.updated((keys, values), formats, self._packed_last)
+        return seen
+
+    def _found_last(self, count: int) -> LastTokens:
+        """The last tokens as they are packed."""
+        sides = [self._packed_last(side) for side in range(2)]
+        whole = [side is not None and side.shape[2] == count for side in sides]
+        return LastTokens(count, tuple(s if w else None for s, w in zip(sides, whole, strict=True)))
+
+    def _packed_last(self, side: int) -> mx.array | None:
+        """The last keys (0) or values (1) as far as they are packed, in the stored basis."""
+        if self.empty():
+            return None
+        packed = self.keys_and_values()[side]
+        return packed[:, :, -self.formats.recent_tokens :].stored() if packed.shape[2] else None
 
     def _keep_first(self, keys: mx.array, rows: Rows) -> None:
         """Keep what the first keys of a row lost, if some are among those that come."""
@@ -114,11 +146,16 @@ class PackedKVCache:
         """All keys and values, for attention."""
         return self._views([plane.keys_and_values() for plane in self.planes])
 
-    def _views(self, rows: list[tuple[mx.array, mx.array]]) -> tuple[Any, Any]:
+    def _views(
+        self, rows: list[tuple[mx.array, mx.array]], seen: Seen = (None, None)
+    ) -> tuple[Any, Any]:
         first = None
         if self.residuals is not None:
             first = FirstKeys(self.residuals, getattr(self.planes[0], "left_padding", None))
         keys, values = packed_of(rows, self.formats, self.dtype, self.layout, first, self.platform)
+        for side, recent in zip((keys, values), seen, strict=True):
+            if isinstance(side, Packed):
+                side.recent = recent
         if not self.dense:
             return keys, values
         return _plain(keys), _plain(values)
@@ -140,6 +177,8 @@ class PackedKVCache:
         """Remove the last ``n`` tokens; returns the number removed."""
         taken = [plane.trim(n) for plane in self.planes]
         self.complete = False
+        if taken[0]:
+            self.last = None
         return taken[0]
 
     def size(self) -> int:
@@ -174,7 +213,8 @@ class PackedKVCache:
     def nbytes(self) -> int:
         """Stored bytes, including allocated but unused room."""
         arrays = [array for plane in self.planes for array in (plane.keys, plane.values)]
-        return sum(array.nbytes for array in (*arrays, self.residuals) if array is not None)
+        arrays += [self.residuals, *(self.last.arrays if self.last else ())]
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows of the batch."""
@@ -182,10 +222,12 @@ class PackedKVCache:
             plane.filter(batch_indices)
         if self.residuals is not None:
             self.residuals = self.residuals[mx.array(batch_indices)]
+        self.last = self.last and self.last.rows(mx.array(batch_indices))
 
     def extend(self, other: "PackedKVCache") -> None:
         """Append another batch's rows."""
         self.residuals = joined([(each.residuals, each._rows) for each in (self, other)])
+        self.last = _together((self, other))
         self.complete = self.complete and other.complete
         for plane, others in zip(self.planes, other.planes, strict=True):
             plane.extend(others)
@@ -196,10 +238,14 @@ class PackedKVCache:
         row = self._with([plane.extract(index) for plane in self.planes])
         if self.residuals is not None:
             row.residuals = self.residuals[index : index + 1]
+        row.last = self.last and self.last.rows(slice(index, index + 1))
         return row
 
     def prepare(self, **kwargs: Any) -> None:
         """Prepare for a padded prompt, as mlx-lm's batch caches do."""
+        if self.formats.recent_tokens and max(kwargs.get("right_padding") or [0]) > 0:
+            last = self.last or LastTokens(self.formats.recent_tokens)
+            self.last = replace(last, ahead=tuple(kwargs["lengths"]))
         for plane in self.planes:
             plane.prepare(**kwargs)
 
@@ -207,6 +253,7 @@ class PackedKVCache:
         """Finish a padded prompt, as mlx-lm's batch caches do."""
         for plane in self.planes:
             plane.finalize()
+        self.last = self.last and replace(self.last, ahead=None)
         self.complete = False  # what was padding may be followed by first tokens
 
     def _merge(self, caches: Sequence["PackedKVCache"]) -> "PackedKVCache":
@@ -216,6 +263,7 @@ class PackedKVCache:
         for cache in caches:
             merged._learn(cache)
         merged.residuals = joined([(cache.residuals, cache._rows) for cache in caches])
+        merged.last = _together(caches)
         merged.complete = all(cache.complete for cache in caches)
         return merged
 
@@ -257,6 +305,8 @@ class PackedKVCache:
             states.append(transform_file.stored(keys.transform))
         if self.residuals is not None:
             states.append([self.residuals])
+        if self.last is not None and self.last.arrays:
+            states.append(self.last.arrays)
         if symbols.cache_has_meta_state(self.planes[0]):
             return states
         return [states, described(self)]
@@ -281,6 +331,14 @@ class PackedKVCache:
             description, metas = meta_state
             restore(cache, state, metas, description)
         return cache
+
+
+def _together(caches: Sequence[PackedKVCache]) -> LastTokens | None:
+    """The last tokens of several caches, one behind the other; None if none keeps any."""
+    count = max(cache.formats.recent_tokens for cache in caches)
+    if not count or all(cache.last is None for cache in caches):
+        return None
+    return together([(cache.last or cache._found_last(count), cache._rows) for cache in caches])
 
 
 def _plain(array: Packed | mx.array) -> mx.array:

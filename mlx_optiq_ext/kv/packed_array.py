@@ -8,6 +8,7 @@ import mlx.core as mx
 from ..kernels import Platform
 from .first_keys import FirstKeys
 from .formats import Format
+from .recent import Recent
 
 
 class Stack(NamedTuple):
@@ -39,9 +40,10 @@ class Packed:
         format: The format, fitted to the head dimension.
         first: What the first keys differ by from what is packed; None for nothing.
         platform: Where attention reads it; None for where MLX's default device is.
+        recent: The last tokens as they were computed; None for nothing.
     """
 
-    __slots__ = ("_parts", "_side", "first", "format", "platform", "stack")
+    __slots__ = ("_parts", "_side", "first", "format", "platform", "recent", "stack")
 
     def __init__(
         self,
@@ -55,6 +57,7 @@ class Packed:
         self.first = first
         self.platform = platform
         self.stack: Stack | None = None
+        self.recent: Recent | None = None
         self._side = 0
 
     @classmethod

@@ -18,6 +18,8 @@ FILE = "kv_config.json"
 UNPACKED = 16
 #: First tokens of a sequence whose keys stay as they are where keys are transformed, and the most.
 SINK_TOKENS, MOST_SINKS = 1, 64
+#: Last tokens of a sequence that stay as they are where keys are transformed, and the most.
+RECENT_TOKENS, MOST_RECENT = 4, 64
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class LayerFormat:
         keys: Of its keys.
         values: Of its values.
         sink_tokens: Tokens at the beginning of a sequence whose keys stay as they are computed.
+        recent_tokens: Tokens at the end of it that stay so, counted from each query back.
     """
 
     keys: Format | None
     values: Format | None
     sink_tokens: int = 0
+    recent_tokens: int = 0
 
     @cache  # noqa: B019 - formats and dimensions are few
     def fitted(self, key_dim: int, value_dim: int) -> "LayerFormat":
@@ -55,7 +59,8 @@ class LayerFormat:
 
     def __str__(self) -> str:
         sinks = f"s{self.sink_tokens}" if self.sink_tokens else ""
-        return f"k{self.keys or UNPACKED}v{self.values or UNPACKED}{sinks}"
+        recent = f"n{self.recent_tokens}" if self.recent_tokens else ""
+        return f"k{self.keys or UNPACKED}v{self.values or UNPACKED}{sinks}{recent}"
 
 
 @dataclass(frozen=True)
@@ -120,12 +125,17 @@ def parse_spec(text: str) -> KVPlan | None:
         keys = keys.for_keys()
     if values is not None and not widths[-1][1]:
         values = values.for_values()
-    return KVPlan(text, everywhere=LayerFormat(keys, values, sinks_of(keys)))
+    return KVPlan(text, everywhere=LayerFormat(keys, values, sinks_of(keys), recent_of(keys)))
 
 
 def sinks_of(keys: Format | None) -> int:
     """First tokens of a sequence that are worth their bytes beside keys of a format."""
     return SINK_TOKENS if isinstance(keys, Affine) and keys.transformed else 0
+
+
+def recent_of(keys: Format | None) -> int:
+    """Last tokens of a sequence that are worth their bytes beside keys of a format."""
+    return RECENT_TOKENS if isinstance(keys, Affine) and keys.transformed else 0
 
 
 def read_plan(path: Path) -> KVPlan:

@@ -12,7 +12,8 @@ from ..errors import InputError
 from . import transform_file
 from .encoding import LAYOUTS, layout_of, planes_of, rows_of
 from .formats import Affine, KeyTransform, from_json, to_json
-from .plan import MOST_SINKS, LayerFormat
+from .plan import MOST_RECENT, MOST_SINKS, LayerFormat
+from .recent import LastTokens
 
 _AGAIN = "save the prompt cache again"
 
@@ -36,6 +37,8 @@ def described(cache: Any) -> str:
             "mergeable": cache.mergeable,
             "layer": cache.layer,
             "sink_tokens": cache.formats.sink_tokens,
+            "recent_tokens": cache.formats.recent_tokens,
+            "recent": None if cache.last is None else [s is not None for s in cache.last.sides],
             "transform": keys is not None and keys.transform is not None,
             "residuals": cache.residuals is not None,
         }
@@ -65,7 +68,8 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
     sides = (found.table(side, None) for side in ("keys", "values"))
     keys, values = (side and from_json(side.entry, side.where) for side in sides)
     sinks = found.integer("sink_tokens", 0, MOST_SINKS, default=0)
-    cache.formats = LayerFormat(keys, values, sinks)
+    near = found.integer("recent_tokens", 0, MOST_RECENT, default=0)
+    cache.formats = LayerFormat(keys, values, sinks, near)
     cache.dims, cache.dtype = None, found.choice("dtype", (*DTYPES, None))
     if (dims := found.items("dims", None)) is not None:
         pair = files.Fields(dict(zip(("keys", "values"), dims, strict=False)), f"{where}: dims")
@@ -74,7 +78,10 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
         cache.formats = cache.formats.fitted(*cache.dims)
     cache.dense, cache.mergeable = found.flag("dense"), found.flag("mergeable")
     cache.platform, cache.layer = None, found.integer("layer", default=None)
-    cache.residuals, cache.complete = None, False
+    cache.residuals, cache.complete, cache.last = None, False, None
+    if any(kept := found.entry.get("recent") or ()):
+        states, arrays = states[:-1], iter(states[-1])
+        cache.last = LastTokens(near, tuple(next(arrays) if has else None for has in kept))
     if found.flag("residuals", default=False):
         states, arrays = states[:-1], states[-1]
         cache.residuals = _residuals(arrays)

@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from ..formats import Multiplying
 from ..packed_array import Packed
+from ..recent import outputs_with
 from .composed import product
-from .scores import grouped, probabilities, rows_of, with_first
+from .scores import grouped, mended, probabilities, rows_of
 
 #: Queries of a block.
 BLOCK = 256
@@ -39,13 +40,15 @@ def attend(
     length, (heads, tokens) = queries.shape[2], keys.shape[1:3]
     rows = queries.shape[1] // heads * min(length, block)
     score, weigh = _scores(keys, rows, tile), _outputs(values, rows, tile)
+    recent = values.recent if isinstance(values, Packed) else None
     outputs = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         scaled = queries[:, :, start:stop].astype(mx.float32) * scale
-        scores = with_first(score(grouped(scaled, heads)), scaled, keys)
+        scores = mended(score(grouped(scaled, heads)), scaled, keys, start)
         weights = probabilities(scores, rows_of(mask, start, stop, length, tokens), sinks)
-        outputs.append(weigh(weights).flatten(1, 2).astype(queries.dtype))
+        output = outputs_with(weigh, weights, recent, start)
+        outputs.append(output.flatten(1, 2).astype(queries.dtype))
         if length > block:
             mx.eval(
                 outputs

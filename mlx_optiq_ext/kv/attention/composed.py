@@ -4,7 +4,8 @@ import mlx.core as mx
 
 from ..formats import Multiplying
 from ..packed_array import Packed
-from .scores import grouped, probabilities, rows_of, with_first
+from ..recent import outputs_with
+from .scores import grouped, mended, probabilities, rows_of
 
 
 def supports(*sides: Packed | mx.array) -> bool:
@@ -28,9 +29,10 @@ def attend(
     batch, query_heads, length, _ = queries.shape
     heads, tokens = keys.shape[1:3]
     scores = product(grouped(queries * scale, heads), keys, transpose=True)
-    scores = with_first(scores, queries * scale, keys)
+    scores = mended(scores, queries * scale, keys)
     weights = probabilities(scores, rows_of(mask, 0, length, length, tokens), sinks)
-    output = product(weights, values, transpose=False)
+    recent = values.recent if isinstance(values, Packed) else None
+    output = outputs_with(lambda own: product(own, values, transpose=False), weights, recent, 0)
     return output.reshape(batch, query_heads, length, output.shape[-1])
 
 

@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from ..packed_array import Packed
+from ..recent import scores_with
 
 
 def grouped(queries: mx.array, heads: int) -> mx.array:
@@ -51,15 +52,20 @@ def probabilities(
     return mx.softmax(mx.concatenate([column, scores], axis=-1), axis=-1, precise=True)[..., 1:]
 
 
-def with_first(scores: mx.array, queries: mx.array, keys: Packed | mx.array) -> mx.array:
-    """Scores with what the first keys lost when they were packed.
+def mended(
+    scores: mx.array, queries: mx.array, keys: Packed | mx.array, start: int = 0
+) -> mx.array:
+    """Scores in which the first and the last keys are as they were computed.
 
     Args:
         scores: (batch, heads, repeats, length, tokens).
         queries: (batch, query heads, length, dim), scaled, in the stored basis.
         keys: Those that the scores are of.
+        start: Number of the first query among the new tokens.
     """
-    if not isinstance(keys, Packed) or keys.first is None:
+    if not isinstance(keys, Packed):
         return scores
-    own = mx.unflatten(keys.first.scores(queries), 1, scores.shape[1:3])
-    return keys.first.added(scores, own, 4)
+    if keys.first is not None:
+        own = mx.unflatten(keys.first.scores(queries), 1, scores.shape[1:3])
+        scores = keys.first.added(scores, own, 4)
+    return scores_with(scores, queries, keys.recent, start)

@@ -34,6 +34,8 @@ def supports(
     if not (isinstance(keys, Packed) and isinstance(values, Packed)):
         return False
     tokens, dim = keys.shape[2:]
+    if keys.recent is not None and tokens < queries.shape[2] + keys.recent.count:
+        return False
     return (
         tokens >= TILE
         and (mask is None or isinstance(mask, mx.array) or mask == "causal")
@@ -94,7 +96,7 @@ def attend(
         platform, _layout(keys.format, dim), _layout(values.format, value_dim),
         query_heads // heads, length, scale, kind, sinks is not None,
         0 if keys.first is None else keys.first.count, queries.dtype, out, rotated,
-        stack is not None,
+        stack is not None, 0 if keys.recent is None else keys.recent.count,
     )  # fmt: skip
     splits = blocks // (batch * heads * call.chunks)
     splits = max(1, min(splits, -(-tokens // (TILE * WARPS))))
@@ -111,7 +113,14 @@ def attend(
         output_dtypes=_FLOATS,
     )
     output = call.combine(
-        inputs=[states, parts, queries if sinks is None else sinks.astype(mx.float32)],
+        inputs=[
+            states,
+            parts,
+            queries if sinks is None else sinks.astype(mx.float32),
+            queries,
+            queries if rows is None else rows,
+            *_near(queries, keys, values),
+        ],
         grid=(call.joiners * call.dim, heads * call.rows, batch),
         threadgroup=(call.joiners * call.dim, 1, 1),
         output_shapes=[(batch, query_heads, length, call.dim)],
@@ -137,6 +146,13 @@ def _firsts(queries: mx.array, keys: Packed) -> tuple[mx.array, mx.array]:
     starts = keys.first.starts
     starts = _zeros(queries.shape[0]) if starts is None else starts
     return keys.first.residuals.astype(queries.dtype), starts.astype(mx.int32)
+
+
+def _near(queries: mx.array, keys: Packed, values: Packed) -> tuple[mx.array, mx.array]:
+    """The last keys and values as they were computed, in the queries' dtype."""
+    if keys.recent is None or values.recent is None:
+        return queries, queries
+    return keys.recent.exact.astype(queries.dtype), values.recent.exact.astype(queries.dtype)
 
 
 @cache
@@ -180,10 +196,22 @@ def _call(
     out: mx.Dtype,
     rotated: bool,
     stacked: bool,
+    recent: int,
 ) -> _Call:
     names = tuple(str(d).removeprefix("mlx.core.") for d in (dtype, out))
     family = Family(
-        keys, values, repeats, length, scale, mask, sinks, firsts, names[0], names[1], stacked
+        keys,
+        values,
+        repeats,
+        length,
+        scale,
+        mask,
+        sinks,
+        firsts,
+        names[0],
+        names[1],
+        stacked,
+        recent,
     )
     make = platform.compile
     assert make is not None

@@ -65,11 +65,13 @@ struct Softmax {
 };
 
 // A score in powers of two under the mask. `row` counts the queries of a head, `mask` points at the
-// first token of its row.
+// first token of its row. The last tokens before a query are left to the kernel that joins the splits.
 template <int MASK, typename M>
 INLINE float masked(
     float score, GLOBAL const M* mask, long stride, int row, int length, int token, int tokens) {
-  if (MASK == MASK_CAUSAL) return token <= tokens - length + row ? score : LOWEST;
+  const int own = tokens - length + row;
+  if (RECENT && token > own - RECENT && token <= own) return LOWEST;
+  if (MASK == MASK_CAUSAL) return token <= own ? score : LOWEST;
   if (MASK == MASK_BOOL) return float(mask[token * stride]) != 0.0f ? score : LOWEST;
   if (MASK == MASK_ADDED) {
     float sum = score + LOG2E * float(mask[token * stride]);

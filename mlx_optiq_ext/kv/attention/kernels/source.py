@@ -16,7 +16,8 @@ TILE = 8
 PARTS = ("k_codes", "k_scales", "k_biases", "v_codes", "v_scales", "v_biases")
 DECODE = (("queries", *PARTS, "mask", "residuals", "starts"), ("states", "parts"))
 STACKED = (("queries", "codes", "words", *DECODE[0][7:]), DECODE[1])
-COMBINE = (("states", "parts", "sinks"), ("out",))
+NEAR = ("queries", "mask", "near_keys", "near_values")
+COMBINE = (("states", "parts", "sinks", *NEAR), ("out",))
 
 MASKS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
 #: Source files of the decode kernel's header, in this order, behind the platform's and constants.
@@ -39,6 +40,7 @@ class Family:
         mask: A key of `MASKS`.
         sinks: Whether each head has an attention sink.
         firsts: Keys at the beginning of a row of which something was kept.
+        recent: Tokens before each query, its own among them, that it sees as they were computed.
         dtype: Dtype of the scales, a key of `TYPES`.
         out: Type of the output.
         stacked: Whether keys and values lie in one stack, see `Stack`.
@@ -55,6 +57,7 @@ class Family:
     dtype: str
     out: str
     stacked: bool = False
+    recent: int = 0
 
     @property
     def rows(self) -> int:
@@ -89,6 +92,7 @@ def combine(family: Family, platform: str, *, rotated: bool) -> tuple[str, str]:
     """Header and body of the kernel that joins the splits; of rotated values it rotates back."""
     parts = [header(platform), constants(family, platform), source("shared.h")]
     parts += [f"#define V_ROTATED {int(rotated)}", root("V", family.values.dim), source("turn.h")]
+    parts.append(f"#define NEAR {int(family.recent > 0)}")
     return "\n".join(parts), PLACES[platform] + source("combine.body")
 
 
@@ -106,6 +110,7 @@ def constants(family: Family, platform: str) -> str:
         "JOINERS": family.joiners,
         "SINKS": int(family.sinks),
         "FIRSTS": family.firsts,
+        "RECENT": family.recent,
     }
     lines = [
         "namespace family {}",

@@ -125,7 +125,7 @@ def row(windows: Windows, name: str, plan: KVPlan, prepared: float = 0.0) -> Row
     mounted = mount(windows.model, plan)
     prepared += time.perf_counter() - started
     unmount(windows.model)
-    dense = replace(mounted, dense=True)
+    dense = mounted
     held = packed_caches(stock_caches(windows.model), dense)
     mx.eval(windows.model(mx.zeros((1, 2), mx.int32), cache=held))
     bits = bits_of(mounted, held)

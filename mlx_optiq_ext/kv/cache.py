@@ -14,15 +14,14 @@ import mlx.core as mx
 
 from ..kernels import Platform, current
 from . import transform_file
-from .encoding import Rows, encode, layout_of, packed_of, planes_of
-from .first_keys import KEEPING, FirstKeys, found, joined
+from .encoding import encode, layout_of, packed_of, planes_of
+from .kept import tokens as kept_tokens
+from .kept.first_keys import FirstKeys
+from .kept.last_tokens import LastTokens, Marks
+from .kept.tokens import Seen
 from .packed_array import Packed
 from .plan import LayerFormat
 from .plane_state import described, restore, storable, transformed
-from .recent import LastTokens, Recent, together
-
-#: What queries see of the last keys and values.
-Seen = Sequence[Recent | None]
 
 #: Attributes of a cache that models and mlx-lm read, taken from the first plane.
 _READ = ("offset", "left_padding", "max_size", "keep", "chunk_size", "start_position", "_idx")
@@ -48,6 +47,7 @@ class PackedKVCache:
         complete: Whether all of them are known to be there.
         last: The last keys and values of each row as they were computed; None if they are not kept,
             or must be found in what is packed.
+        marks: The same at the ends of blocks; None if none are kept there.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class PackedKVCache:
         self.residuals: mx.array | None = None
         self.complete = False
         self.last: LastTokens | None = None
+        self.marks: Marks | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append keys and values (batch, heads, length, dim); returns all keys and values.
@@ -100,47 +101,11 @@ class PackedKVCache:
             self.dims, self.dtype = dims, str(keys.dtype).rpartition(".")[2]
         rows = encode(keys, values, self.formats, self.platform or current(), self.layout)
         if not self.complete:
-            self._keep_first(keys, rows)
-        seen = self._keep_last(keys, values)
+            kept_tokens.keep_first(self, keys, rows)
+        whole = kept_tokens.keep_last(self, keys, values)
         pairs = zip(self.planes, rows, strict=True)
-        return self._views([plane.update_and_fetch(*pair) for plane, pair in pairs], seen)
-
-    def _keep_last(self, keys: mx.array, values: mx.array) -> Seen:
-        """Keep the last tokens; returns what the new queries see of them."""
-        count = self.formats.recent_tokens
-        if not count or self.dense or type(self.planes[0]).__name__ not in KEEPING:
-            return (None, None)
-        formats = (self.formats.keys, self.formats.values)
-        last = self.last or LastTokens(count)
-        self.last, seen = last.updated((keys, values), formats, self._packed_last)
-        return seen
-
-    def _found_last(self, count: int) -> LastTokens:
-        """The last tokens as they are packed."""
-        sides = [self._packed_last(side) for side in range(2)]
-        whole = [side is not None and side.shape[2] == count for side in sides]
-        return LastTokens(count, tuple(s if w else None for s, w in zip(sides, whole, strict=True)))
-
-    def _packed_last(self, side: int) -> mx.array | None:
-        """The last keys (0) or values (1) as far as they are packed, in the stored basis."""
-        if self.empty():
-            return None
-        packed = self.keys_and_values()[side]
-        return packed[:, :, -self.formats.recent_tokens :].stored() if packed.shape[2] else None
-
-    def _keep_first(self, keys: mx.array, rows: Rows) -> None:
-        """Keep what the first keys of a row lost, if some are among those that come."""
-        count, format = self.formats.sink_tokens, self.formats.keys
-        if not count or format is None or type(self.planes[0]).__name__ not in KEEPING:
-            self.complete = True
-        elif keys.shape[2]:
-            offset = self.planes[0].offset
-            least = offset if isinstance(offset, int) else int(offset.min())
-            self.complete = least >= count
-            if not self.complete:
-                packed = packed_of(rows, self.formats, self.dtype, self.layout)[0]
-                assert isinstance(packed, Packed)
-                self.residuals = found(self.residuals, keys, packed.parts, format, offset, count)
+        held = [plane.update_and_fetch(*pair) for plane, pair in pairs]
+        return self._views(held, kept_tokens.seen_of(self, whole))
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """All keys and values, for attention."""
@@ -178,7 +143,7 @@ class PackedKVCache:
         taken = [plane.trim(n) for plane in self.planes]
         self.complete = False
         if taken[0]:
-            self.last = None
+            kept_tokens.trimmed(self, taken[0])
         return taken[0]
 
     def size(self) -> int:
@@ -213,22 +178,19 @@ class PackedKVCache:
     def nbytes(self) -> int:
         """Stored bytes, including allocated but unused room."""
         arrays = [array for plane in self.planes for array in (plane.keys, plane.values)]
-        arrays += [self.residuals, *(self.last.arrays if self.last else ())]
+        arrays += [self.residuals, *(self.last.sides.arrays if self.last else ())]
+        arrays += self.marks.arrays if self.marks else ()
         return sum(array.nbytes for array in arrays if array is not None)
 
     def filter(self, batch_indices: Any) -> None:
         """Keep these rows of the batch."""
         for plane in self.planes:
             plane.filter(batch_indices)
-        if self.residuals is not None:
-            self.residuals = self.residuals[mx.array(batch_indices)]
-        self.last = self.last and self.last.rows(mx.array(batch_indices))
+        kept_tokens.take_rows(self, self, [int(each) for each in batch_indices])
 
     def extend(self, other: "PackedKVCache") -> None:
         """Append another batch's rows."""
-        self.residuals = joined([(each.residuals, each._rows) for each in (self, other)])
-        self.last = _together((self, other))
-        self.complete = self.complete and other.complete
+        kept_tokens.unite(self, (self, other))
         for plane, others in zip(self.planes, other.planes, strict=True):
             plane.extend(others)
         self._learn(other)
@@ -236,16 +198,13 @@ class PackedKVCache:
     def extract(self, index: int) -> "PackedKVCache":
         """One row of the batch as a cache of its own."""
         row = self._with([plane.extract(index) for plane in self.planes])
-        if self.residuals is not None:
-            row.residuals = self.residuals[index : index + 1]
-        row.last = self.last and self.last.rows(slice(index, index + 1))
+        kept_tokens.take_rows(row, self, [index])
         return row
 
     def prepare(self, **kwargs: Any) -> None:
         """Prepare for a padded prompt, as mlx-lm's batch caches do."""
-        if self.formats.recent_tokens and max(kwargs.get("right_padding") or [0]) > 0:
-            last = self.last or LastTokens(self.formats.recent_tokens)
-            self.last = replace(last, ahead=tuple(kwargs["lengths"]))
+        if max(kwargs.get("right_padding") or [0]) > 0:
+            kept_tokens.expect(self, kwargs["lengths"])
         for plane in self.planes:
             plane.prepare(**kwargs)
 
@@ -262,13 +221,11 @@ class PackedKVCache:
         )
         for cache in caches:
             merged._learn(cache)
-        merged.residuals = joined([(cache.residuals, cache._rows) for cache in caches])
-        merged.last = _together(caches)
-        merged.complete = all(cache.complete for cache in caches)
+        kept_tokens.unite(merged, caches)
         return merged
 
     @property
-    def _rows(self) -> int:
+    def rows(self) -> int:
         """Rows of a batch; an empty cache counts as one."""
         padding = getattr(self.planes[0], "left_padding", None)
         if padding is not None:
@@ -305,8 +262,8 @@ class PackedKVCache:
             states.append(transform_file.stored(keys.transform))
         if self.residuals is not None:
             states.append([self.residuals])
-        if self.last is not None and self.last.arrays:
-            states.append(self.last.arrays)
+        if self.last is not None and self.last.sides.arrays:
+            states.append(self.last.sides.arrays)
         if symbols.cache_has_meta_state(self.planes[0]):
             return states
         return [states, described(self)]
@@ -331,14 +288,6 @@ class PackedKVCache:
             description, metas = meta_state
             restore(cache, state, metas, description)
         return cache
-
-
-def _together(caches: Sequence[PackedKVCache]) -> LastTokens | None:
-    """The last tokens of several caches, one behind the other; None if none keeps any."""
-    count = max(cache.formats.recent_tokens for cache in caches)
-    if not count or all(cache.last is None for cache in caches):
-        return None
-    return together([(cache.last or cache._found_last(count), cache._rows) for cache in caches])
 
 
 def _plain(array: Packed | mx.array) -> mx.array:

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from ..kernels import Platform
 from .attention.kernels import pack_kernel
-from .first_keys import FirstKeys
 from .formats import Affine, Format, Interleaving
+from .kept.first_keys import FirstKeys
 from .packed_array import Packed, Stack
 from .plan import LayerFormat
 

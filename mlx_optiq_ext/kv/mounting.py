@@ -88,6 +88,19 @@ def _mounted(model: nn.Module, plan: KVPlan, mergeable: bool) -> Mounted:
     return Mounted(known, found, dense, mergeable, alike)
 
 
+def attends_itself(
+    model: nn.Module, formats: Mapping[Slot, LayerFormat], found: Mapping[Slot, int]
+) -> bool:
+    """Whether a model cannot read packed keys and values, so that its caches must be dense."""
+    try:
+        _try(model, Mounted(formats, found, dense=False, mergeable=False), rows=1)
+    except OptiqError:
+        raise
+    except UNREADABLE:
+        return True
+    return False
+
+
 def _at(caches: list[Any], slot: Slot) -> Any:
     holder = caches[slot[0]]
     return holder if slot[1] is None else holder.caches[slot[1]]

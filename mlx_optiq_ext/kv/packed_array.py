@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..kernels import Platform
-from .first_keys import FirstKeys
 from .formats import Format
-from .recent import Recent
+from .kept.first_keys import FirstKeys
+from .kept.recent import Recent
 
 
 class Stack(NamedTuple):

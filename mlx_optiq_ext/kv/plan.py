@@ -189,11 +189,12 @@ def entries(plan: Mapping[int, LayerFormat]) -> list[dict[str, Any]]:
 
 def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
     sides = {"k": layer.keys, "v": layer.values}
-    first = {"sink_tokens": layer.sink_tokens} if layer.sink_tokens else {}
+    kept = {"sink_tokens": layer.sink_tokens, "recent_tokens": layer.recent_tokens}
+    kept = {name: count for name, count in kept.items() if count}
     known = [formats.to_json(format) for format in sides.values() if format is not None]
     if layer.keys == layer.values and not any(value is True for value in known[0].values()):
         shared = {name: value for name, value in known[0].items() if value is not False}
-        return {"layer_idx": index, **shared, **first}
+        return {"layer_idx": index, **shared, **kept}
     # Tools that read the published form see one width only: the larger one.
     widest = max(known, key=lambda fields: fields["bits"])
     entry = {
@@ -204,7 +205,7 @@ def _entry(index: int, layer: LayerFormat) -> dict[str, Any]:
     for side, format in sides.items():
         fields = {"bits": UNPACKED} if format is None else formats.to_json(format)
         entry |= {f"{side}_{name}": value for name, value in fields.items()}
-    return entry | first
+    return entry | kept
 
 
 def _layer_index(entry: Any, where: str) -> int:
@@ -220,7 +221,7 @@ def _layer_index(entry: Any, where: str) -> int:
 
 def _known_fields() -> set[str]:
     sides = {f"{side}{name}" for side in ("", "k_", "v_") for name in registry.fields()}
-    return {"layer_idx", "sink_tokens", *sides}
+    return {"layer_idx", "sink_tokens", "recent_tokens", *sides}
 
 
 def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
@@ -229,10 +230,12 @@ def _layer(entry: Mapping[str, Any], where: str) -> LayerFormat:
         raise InputError(f"{where}: values cannot be transformed: say k_transformed, of keys")
     if keys is None and values is None:
         raise InputError(f"{where} quantizes neither keys nor values: leave the layer out")
-    sinks = files.Fields(dict(entry), where).integer("sink_tokens", 0, MOST_SINKS, default=0)
+    fields = files.Fields(dict(entry), where)
+    sinks = fields.integer("sink_tokens", 0, MOST_SINKS, default=0)
+    recent = fields.integer("recent_tokens", 0, MOST_RECENT, default=0)
     if sinks and keys is None:
         raise InputError(f"{where}: sink_tokens says nothing of keys that are not quantized")
-    return LayerFormat(keys, values, sinks)
+    return LayerFormat(keys, values, sinks, recent)
 
 
 def _side(entry: Mapping[str, Any], side: str, where: str) -> Format | None:

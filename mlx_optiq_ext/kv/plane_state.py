@@ -12,8 +12,8 @@ from ..errors import InputError
 from . import transform_file
 from .encoding import LAYOUTS, layout_of, planes_of, rows_of
 from .formats import Affine, KeyTransform, from_json, to_json
+from .kept.last_tokens import LastTokens, Sides
 from .plan import MOST_RECENT, MOST_SINKS, LayerFormat
-from .recent import LastTokens
 
 _AGAIN = "save the prompt cache again"
 
@@ -38,7 +38,7 @@ def described(cache: Any) -> str:
             "layer": cache.layer,
             "sink_tokens": cache.formats.sink_tokens,
             "recent_tokens": cache.formats.recent_tokens,
-            "recent": None if cache.last is None else [s is not None for s in cache.last.sides],
+            "recent": cache.last is not None and bool(cache.last.sides.arrays),
             "transform": keys is not None and keys.transform is not None,
             "residuals": cache.residuals is not None,
         }
@@ -78,10 +78,10 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
         cache.formats = cache.formats.fitted(*cache.dims)
     cache.dense, cache.mergeable = found.flag("dense"), found.flag("mergeable")
     cache.platform, cache.layer = None, found.integer("layer", default=None)
-    cache.residuals, cache.complete, cache.last = None, False, None
-    if any(kept := found.entry.get("recent") or ()):
-        states, arrays = states[:-1], iter(states[-1])
-        cache.last = LastTokens(near, tuple(next(arrays) if has else None for has in kept))
+    cache.residuals, cache.complete, cache.last, cache.marks = None, False, None, None
+    if found.flag("recent", default=False):
+        states, arrays = states[:-1], states[-1]
+        cache.last = _last(arrays, cache.formats)
     if found.flag("residuals", default=False):
         states, arrays = states[:-1], states[-1]
         cache.residuals = _residuals(arrays)
@@ -115,6 +115,11 @@ def restore(cache: Any, states: Any, metas: Any, description: str) -> None:
         rows = (cache.keys.shape[0], cache.heads) if cache.keys is not None else (0, 0)
         if cache.residuals.shape != (*rows, sinks, (cache.dims or (0, 0))[0]):
             raise InputError(f"a packed layer's first keys are of another shape: {_AGAIN}")
+    if cache.last is not None:
+        rows = None if cache.keys is None else (cache.keys.shape[0], cache.heads)
+        for side, dim in zip(cache.last.sides, cache.dims or (), strict=False):
+            if rows is None or (side is not None and side.shape != (*rows, near, dim)):
+                raise InputError(f"a packed layer's last tokens are of another shape: {_AGAIN}")
     turned = transformed(cache.formats)
     if turned is not None and turned.transform is None and cache.keys is not None:
         raise InputError(f"a packed layer lacks the transform of its keys: {_AGAIN}")
@@ -147,6 +152,17 @@ def _residuals(arrays: Any) -> mx.array:
     if not bool(mx.isfinite(found[0]).all()):
         raise InputError(f"a packed layer's first keys are not finite: {_AGAIN}")
     return found[0]
+
+
+def _last(arrays: Any, formats: LayerFormat) -> LastTokens:
+    found = list(arrays) if isinstance(arrays, list | tuple) else []
+    packed = [side is not None for side in (formats.keys, formats.values)]
+    if len(found) != sum(packed) or not all(map(_is_rows, found)):
+        raise InputError(f"a packed layer lacks its last tokens: {_AGAIN}")
+    if not all(bool(mx.isfinite(array).all()) for array in found):
+        raise InputError(f"a packed layer's last tokens are not finite: {_AGAIN}")
+    own = iter(found)
+    return LastTokens(formats.recent_tokens, Sides(*(next(own) if has else None for has in packed)))
 
 
 def storable(state: Any) -> Any:

@@ -10,7 +10,18 @@ from ..errors import InputError
 from . import chain, tails
 from .block_file import Piece
 from .space import Space
-from .splitting import covered, cut, exact, has_snapshots, join, leaves, per_token, storable
+from .splitting import (
+    covered,
+    cut,
+    exact,
+    has_snapshots,
+    join,
+    knows,
+    leaves,
+    per_token,
+    storable,
+    whole_at,
+)
 from .store import BlockStore
 from .writer import Writer
 
@@ -78,6 +89,8 @@ class StoredPrompts:
             if self.writer.waits(key) or self.store.has(space.digest, key):
                 continue
             start = place * self.block
+            if not whole_at(caches, start + self.block):
+                return
             piece = cut(key, caches, start, start + self.block)
             own = () if snapshots else tokens[start : start + self.block]
             if not self.writer.offer(piece, partial(self._write, space.digest, keys[place], own)):
@@ -85,7 +98,7 @@ class StoredPrompts:
         if not snapshots:
             lengths = {length} if ends is None else {min(end, length) for end in ends}
             self._keep_ends(space, tokens, keys, caches, lengths)
-        elif exact(caches, length):
+        elif exact(caches, length) and whole_at(caches, length):
             self._keep_snapshot(space, tokens[:length], keys, caches)
 
     def _write(self, space: str, parent: str, tokens: Sequence[int], piece: Piece) -> None:
@@ -104,7 +117,7 @@ class StoredPrompts:
         holder: tails.Holder | None = None
         for end in sorted(ends, reverse=True):
             place, rest = divmod(end, self.block)
-            if rest < 2:  # a token is computed anyway
+            if rest < 2 or not whole_at(caches, end):  # a token is computed anyway
                 continue
             parent, start = keys[place], end - rest
             own = tokens[start:end]
@@ -162,6 +175,8 @@ class StoredPrompts:
             found = tails.read(self.store, space.digest, parent, end)
             if found is not None:
                 piece, (rest, key) = found
+                if not knows(caches, [*pieces, piece], min(start + end[0], most)):
+                    continue
                 pieces.append(piece)
                 start += end[0]
                 held = [(parent, *end), *([(parent, rest, key)] if rest else [])]

@@ -97,7 +97,7 @@ class Sequences:
         tokens, known = [*before, *prompt], len(before)
         if not before:
             found, known = longest(
-                lambda most: self._stored.find(space, prompt, most=most) or (caches, 0),
+                lambda most: self._stored.find(space, prompt, most=most) or (space.make(), 0),
                 len(prompt) - 1,
             )
             caches[:] = found

@@ -10,7 +10,9 @@ import numpy as np
 
 from .. import distributed
 from ..kv import PackedKVCache
+from ..kv.kept import tokens as kept
 from ..kv.plane_state import described, transformed
+from . import chain
 from .splitting import leaves, planes
 
 #: Changes with the meaning of our files.
@@ -34,7 +36,10 @@ class Space:
 
 
 def space_of(
-    make: Callable[[], list[Any]], model: str, adapters: Sequence[tuple[str, float]] = ()
+    make: Callable[[], list[Any]],
+    model: str,
+    adapters: Sequence[tuple[str, float]] = (),
+    block: int = chain.BLOCK,
 ) -> Space:
     """The space of a model, or of the part of it that this process runs.
 
@@ -42,6 +47,7 @@ def space_of(
         make: Makes the empty caches of one row, as the KV plan says.
         model: Digest of the model's files.
         adapters: Digest and scale of each adapter in use.
+        block: Tokens of a block, at whose ends caches keep all that goes on behind them.
     """
     from importlib.metadata import version
 
@@ -50,7 +56,15 @@ def space_of(
     part = [distributed.rank(), distributed.size()]
     content = [LAYOUT, version("mlx-lm"), model, [list(each) for each in adapters], part, caches]
     digest.update(json.dumps(content).encode())
-    return Space(digest.hexdigest()[:16], make)
+
+    def marked() -> list[Any]:
+        caches = make()
+        for cache in leaves(caches):
+            if isinstance(cache, PackedKVCache):
+                kept.mark_ends(cache, block)
+        return caches
+
+    return Space(digest.hexdigest()[:16], marked)
 
 
 def _layout(cache: Any, digest: Any) -> list[Any]:

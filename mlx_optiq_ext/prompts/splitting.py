@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..kv import PackedKVCache
+from ..kv.kept import tokens as kept
 from .block_file import Piece, held, restored
 
 _MISFIT = "blocks of a prompt cache do not fit each other"
@@ -81,6 +82,37 @@ def exact(caches: Sequence[Any], length: int) -> bool:
     return all(getattr(cache, "offset", length) == length for cache in used)
 
 
+def whole_at(caches: Sequence[Any], length: int) -> bool:
+    """Whether all that the first ``length`` tokens need can be cut out of caches of one row."""
+    packed = [cache for cache in leaves(caches) if isinstance(cache, PackedKVCache)]
+    return all(kept.last_at(cache, length) is not None for cache in packed)
+
+
+def rewind(caches: Sequence[Any], length: int) -> int:
+    """Trim caches that do not know their last tokens to the end of a block, where they do.
+
+    So what is computed behind them is what would be computed behind the whole prompt.
+
+    Args:
+        caches: One row's, which mlx-lm may have trimmed.
+        length: Tokens that they hold.
+
+    Returns:
+        Tokens that they hold then; 0 if they are of no use.
+    """
+    packed = [cache for cache in leaves(caches) if isinstance(cache, PackedKVCache)]
+    vague = [cache for cache in packed if kept.last_at(cache, length) is None]
+    if not vague:
+        return length
+    places = set.intersection(*(kept.places(cache) for cache in vague))
+    place = max((each for each in places if each < length), default=0)
+    if not place or not all(cache.is_trimmable() for cache in leaves(caches)):
+        return 0
+    for cache in leaves(caches):
+        cache.trim(length - place)
+    return place
+
+
 def cut(key: str, caches: Sequence[Any], start: int, stop: int, *, snapshot: bool = False) -> Piece:
     """The tokens of a range of a prompt cache, which may go on meanwhile.
 
@@ -109,6 +141,12 @@ def cut(key: str, caches: Sequence[Any], start: int, stop: int, *, snapshot: boo
             continue
         if isinstance(cache, PackedKVCache):
             notes[f"{number}.layer"] = {"dims": cache.dims, "dtype": cache.dtype}
+            places = {stop, *(each for each in kept.places(cache) if start < each < stop)}
+            for place in sorted(places):
+                last = kept.last_at(cache, place) or kept.Sides()
+                for name, side in last._asdict().items():
+                    if side is not None:
+                        arrays[f"{number}.last.{stop - place}.{name}"] = side
             if cache.residuals is not None and start == 0:
                 arrays[f"{number}.residuals"] = cache.residuals
     mx.eval(arrays)
@@ -145,6 +183,8 @@ def join(caches: Sequence[Any], pieces: Sequence[Piece], length: int) -> None:
         elif f"{number}.states" in last.notes:
             for plane, state in zip(planes(cache), last.notes[f"{number}.states"], strict=True):
                 plane.state = _unpacked(state, last)
+        if isinstance(cache, PackedKVCache) and kept.keeps_last(cache) and not cache.empty():
+            _take_up(cache, number, pieces, length)
     mx.eval([cache.state for cache in caches if not cache.empty()])
 
 
@@ -159,6 +199,40 @@ def _describe(cache: PackedKVCache, number: int, pieces: Sequence[Piece]) -> Non
     cache.formats = cache.formats.fitted(*dims)
     own = pieces[0].arrays.get(f"{number}.residuals")
     cache.residuals = None if own is None else restored(*own)
+
+
+def knows(caches: Sequence[Any], pieces: Sequence[Piece], length: int) -> bool:
+    """Whether consecutive blocks hold the last tokens of so many, where new caches need them."""
+    return all(
+        length in _ends(number, pieces)
+        for number, cache in enumerate(leaves(caches))
+        if isinstance(cache, PackedKVCache)
+        and kept.keeps_last(cache)
+        and any(f"{number}.layer" in piece.notes for piece in pieces)
+    )
+
+
+def _ends(number: int, pieces: Sequence[Piece]) -> dict[int, kept.Sides]:
+    """Length -> the last tokens of one layer, of consecutive blocks."""
+    found: dict[int, kept.Sides] = {}
+    stop = 0
+    for piece in pieces:
+        stop += piece.notes["tokens"]
+        for name, array in piece.arrays.items():
+            match name.split("."):
+                case [own, "last", place, side] if own == str(number):
+                    length = stop - int(place)
+                    known = found.get(length, kept.Sides())
+                    found[length] = known._replace(**{side: restored(*array)})
+    return found
+
+
+def _take_up(cache: PackedKVCache, number: int, pieces: Sequence[Piece], length: int) -> None:
+    """Give a filled cache the last tokens of each place where they are known."""
+    ends = {place: sides for place, sides in _ends(number, pieces).items() if place <= length}
+    if not kept.fits(cache, ends.get(length)):
+        raise InputError(f"{_MISFIT}: one lacks its last tokens")
+    kept.take_up(cache, length, ends)
 
 
 def _along(pieces: Sequence[Piece], name: str, length: int) -> mx.array | None:

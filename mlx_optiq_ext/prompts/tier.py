@@ -8,7 +8,7 @@ from typing import Any
 from .agreement import longest
 from .reuse import StoredPrompts
 from .space import Space
-from .splitting import align, covered, exact, has_snapshots
+from .splitting import align, covered, exact, has_snapshots, rewind
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class TieredPromptCache:
             return ((caches, memory), memory) if found is None else ((found[0], 0), found[1])
 
         (caches, memory), known = longest(find, len(tokens) - 1)
+        if not known:
+            caches = self._space(model).make()
         _log.info(
             "[optiq] prompt of %d tokens: %d from memory, %d from disk, %d computed",
             *(len(tokens), memory, known - memory, len(tokens) - known),
@@ -67,9 +69,9 @@ class TieredPromptCache:
         # mlx-lm leaves a token to compute where it can trim what it has.
         caches, rest = self._memory.fetch_nearest_cache(model, tokens[: most + 1])
         if caches is not None and not rest:
-            caches, rest = self._memory.fetch_nearest_cache(model, tokens[:most])
-            return caches, most - len(rest)
-        return caches, most + 1 - len(rest)
+            most -= 1
+            caches, rest = self._memory.fetch_nearest_cache(model, tokens[: most + 1])
+        return caches, 0 if caches is None else rewind(caches, most + 1 - len(rest))
 
     def insert_cache(
         self, model: Any, tokens: Sequence[int], prompt_cache: list[Any], **kwargs: Any

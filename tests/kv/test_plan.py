@@ -8,11 +8,11 @@ from mlx_optiq_ext.kv.formats import Affine, TurboQuant
 from mlx_optiq_ext.kv.plan import check_layers, entries
 
 SPECS = {
-    "4": LayerFormat(Affine(4, transformed=True), Affine(4, rotated=None), 1),
+    "4": LayerFormat(Affine(4, transformed=True), Affine(4, rotated=None), 1, 4),
     "4p": LayerFormat(Affine(4), Affine(4)),
     "k4pv8": LayerFormat(Affine(4), Affine(8)),
     "8": LayerFormat(Affine(8), Affine(8)),
-    "8x": LayerFormat(Affine(8, transformed=True), Affine(8), 1),
+    "8x": LayerFormat(Affine(8, transformed=True), Affine(8), 1, 4),
     "k8v4": LayerFormat(Affine(8), Affine(4, rotated=None)),
     "k8v4g32": LayerFormat(Affine(8, 32), Affine(4, 32, None)),
     "4r": LayerFormat(Affine(4, None, True), Affine(4, None, True)),

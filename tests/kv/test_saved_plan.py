@@ -61,7 +61,7 @@ SAME = {
 OTHER = {
     "width": ("8", "4", "layer 0 has k8g64v8g64, not k4g64xv4g64rs1"),
     "rotation": ("8", "8r", "layer 0 has k8g64v8g64, not k8g64rv8g64r"),
-    "format": ("4", "4t", "layer 0 has k4g64xv4g64rs1, not k4tv4t"),
+    "format": ("4", "4t", "layer 0 has k4g64xv4g64rs1n4, not k4tv4t"),
     "values": ("8", "k8v4", "layer 0 has k8g64v8g64, not k8g64v4g64"),
     "group size": ("8", "8g32", "layer 0 has k8g64v8g64, not k8g32v8g32"),
     "16 bits": ("8", "16", "layer 0 has k8g64v8g64, not k16v16"),

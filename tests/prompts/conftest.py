@@ -13,10 +13,14 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_optiq_ext import kv, prompts
-from mlx_optiq_ext.prompts.splitting import leaves, planes
+from mlx_optiq_ext.kv.kept.tokens import last_at
+from mlx_optiq_ext.prompts.splitting import leaves, per_token, planes
 
 #: Full attention, linear attention beside it, and sliding windows.
 FAMILIES = ("qwen3", "qwen3_5", "gemma3_text")
+
+#: Tokens of a block.
+BLOCK = 4
 
 #: Ends a message.
 ENDER = 0
@@ -41,7 +45,7 @@ class Toy:
 
     @property
     def space(self) -> prompts.Space:
-        return prompts.space_of(self.make, self.name)
+        return prompts.space_of(self.make, self.name, block=BLOCK)
 
     def answer(self, tokens: Sequence[int], count: int, cache: Any = None) -> list[int]:
         """Greedy tokens."""
@@ -107,7 +111,7 @@ def toy(name: str, spec: str = "16") -> Toy:
     return Toy(model, f"{name} {spec}")
 
 
-def stored(folder: Path, block: int = 4, limit: int = 10**9) -> prompts.StoredPrompts:
+def stored(folder: Path, block: int = BLOCK, limit: int = 10**9) -> prompts.StoredPrompts:
     return prompts.StoredPrompts(prompts.BlockStore.open(folder, limit), block=block)
 
 
@@ -125,7 +129,18 @@ def states(caches: list[Any], length: int) -> list[Any]:
             found += [plane.keys[:, :, :length], plane.values[:, :, :length]]
         elif not plane.empty():
             found += flat(plane.state)
+    for cache in leaves(caches):
+        known = per_token(cache) or getattr(cache, "offset", None) == length
+        if isinstance(cache, kv.PackedKVCache) and known:
+            found += last_of(cache, length)
     return found
+
+
+def last_of(cache: kv.PackedKVCache, length: int) -> list[mx.array]:
+    """The last of a cache's first tokens, as they were computed."""
+    last = last_at(cache, length)
+    assert last is not None
+    return last.arrays
 
 
 def flat(state: Any) -> list[Any]:

@@ -61,7 +61,7 @@ def test_a_conversation_answers_as_without_a_cache(own: Toy, system, steps):
 
 def test_what_was_saved_comes_back_bit_for_bit(own, tmp_path):
     at, tokens = stored(tmp_path), [(7 * i) % 29 for i in range(42)]
-    caches = own.make()
+    caches = own.space.make()
     mx.eval(own.model(mx.array([tokens]), cache=caches))
     at.keep(own.space, tokens, caches)
     assert at.writer.flush()
@@ -109,7 +109,7 @@ def test_nothing_is_shared_with_another_plan_model_or_adapter(tmp_path):
     ]
     assert len({each.digest for each in spaces}) == len(spaces)
     at, tokens = stored(tmp_path), list(range(1, 22))
-    caches = one.make()
+    caches = one.space.make()
     mx.eval(one.model(mx.array([tokens]), cache=caches))
     at.keep(one.space, tokens, caches)
     assert at.writer.flush()
@@ -168,7 +168,7 @@ def test_an_end_whose_holder_is_gone_is_forgotten(tmp_path):
 
 def test_what_waits_to_be_written_stays_as_it_was(own, tmp_path):
     at, tokens = stored(tmp_path), [(7 * i) % 29 for i in range(42)]
-    caches = own.make()
+    caches = own.space.make()
     mx.eval(own.model(mx.array([tokens]), cache=caches))
     expected = states(copy.deepcopy(caches), 40)
     gate = threading.Event()

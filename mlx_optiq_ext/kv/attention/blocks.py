@@ -11,8 +11,8 @@ from typing import TypeGuard
 import mlx.core as mx
 
 from ..formats import Multiplying
+from ..kept.recent import outputs_with
 from ..packed_array import Packed
-from ..recent import outputs_with
 from .composed import product
 from .scores import grouped, mended, probabilities, rows_of
 

@@ -3,8 +3,8 @@
 import mlx.core as mx
 
 from ..formats import Multiplying
+from ..kept.recent import outputs_with
 from ..packed_array import Packed
-from ..recent import outputs_with
 from .scores import grouped, mended, probabilities, rows_of
 
 

@@ -2,8 +2,8 @@
 
 import mlx.core as mx
 
+from ..kept.recent import scores_with
 from ..packed_array import Packed
-from ..recent import scores_with
 
 
 def grouped(queries: mx.array, heads: int) -> mx.array:

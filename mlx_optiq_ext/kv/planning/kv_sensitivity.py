@@ -25,8 +25,8 @@ from ..formats import Affine, Format, KeyTransform, to_json
 from ..formats.affine import GROUP_SIZE, candidates
 from ..key_statistics import pieces, transforms
 from ..layout import Mounted, Slot, owners
-from ..mounting import UNREADABLE
-from ..plan import LayerFormat, sinks_of
+from ..mounting import attends_itself
+from ..plan import RECENT_TOKENS, LayerFormat, sinks_of
 from .replay import Replay
 
 #: Bits of the anchor: few enough for an effect above rounding noise.
@@ -34,7 +34,9 @@ ANCHOR = 3
 #: Bits beyond which each further bit is taken to quarter the error, as in a uniform quantizer.
 FINEST = 4
 #: Version of the measurements; raised when formats are measured in another way.
-VERSION = 3
+VERSION = 4
+#: Tokens of context over which the bits of tokens in 16 bits are spread.
+CONTEXT = 2048
 #: Under which a journal keeps that everything of a model is in it.
 COMPLETE = "complete"
 
@@ -51,12 +53,14 @@ class KVSensitivity:
         shapes: Side -> (1, heads, positions, dim) of each of them at the measured length.
         kl: Side -> format -> expected KL in nats per token.
         held_out: Runs to judge whole plans on.
+        context: Tokens of context that plans are made for.
     """
 
     slots: Mapping[int, tuple[Slot, ...]]
     shapes: Mapping[Side, list[tuple[int, ...]]]
     kl: Mapping[Side, Mapping[Affine, float]]
     held_out: list[Replay]
+    context: int = CONTEXT
 
     def elements(self, side: Side) -> int:
         """Elements of one side at the measured length."""
@@ -68,9 +72,9 @@ class KVSensitivity:
         return sum(self.stored(side, format) for side, format in choice.items()) / total
 
     def stored(self, side: Side, format: Format) -> float:
-        """Bits of one side at the measured length, with first keys that are kept in 16 bits."""
-        kept = 16 * sinks_of(format) * sum(s[1] * s[3] for s in self.shapes[side])
-        return self.elements(side) * format.bits_per_element + kept
+        """Bits of one side, with its share of first keys and last tokens, which take 16 bits."""
+        kept = RECENT_TOKENS + (sinks_of(format) if side[1] == "k" else 0)
+        return self.elements(side) * (format.bits_per_element + 16 * kept / self.context)
 
     def formats(self, choice: Mapping[Side, Format]) -> dict[Slot, LayerFormat]:
         """A choice as formats of the caches."""
@@ -86,6 +90,7 @@ def measure(
     fitted: np.ndarray | None = None,
     journal: Journal | None = None,
     rotation: bool = True,
+    context: int = CONTEXT,
     progress: bool = True,
 ) -> KVSensitivity:
     """Measure every affine format of every layer's keys and values.
@@ -99,6 +104,7 @@ def measure(
         fitted: int32 (n, length) to fit transforms of keys to; None for ``sequences``.
         journal: Where measurements are kept and found; see `journal_of`. None keeps none.
         rotation: Whether to consider rotated formats and transformed keys.
+        context: Tokens of context that plans are made for.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -121,8 +127,12 @@ def measure(
             "no layer of this model keeps keys and values in groups that MLX can pack: leave "
             "--optiq-kv-budget out"
         )
+    plain = {s: candidates(_dims(own), rotation=False)[0] for s, own in shapes.items()}
+    layers = as_layers(plain)
+    dense = attends_itself(model, {s: layers[n] for n in layers for s in slots[n]}, found)
+    runs = [run.reading(dense=dense) for run in runs]
     text = sequences if fitted is None else fitted
-    known = _transforms(model, found, text, shapes) if rotation else {}
+    known = _transforms(model, found, text, shapes, dense=dense) if rotation else {}
     own: dict[Side, dict[Affine, float]] = {}
     for side in tqdm(
         distributed.share(list(shapes)), desc="Measuring keys and values", disable=not progress
@@ -132,8 +142,8 @@ def measure(
         own[side] = _measured(runs, slots[side[0]], side, formats, journal)
     journal.exchange()
     parts = {side: kl for part in distributed.gathered(own) for side, kl in part.items()}
-    judges = [Replay(model, mx.array(sequence)[None], found) for sequence in held_out]
-    return KVSensitivity(slots, shapes, {side: parts[side] for side in shapes}, judges)
+    judges = [Replay(model, mx.array(s)[None], found).reading(dense=dense) for s in held_out]
+    return KVSensitivity(slots, shapes, {side: parts[side] for side in shapes}, judges, context)
 
 
 def _transforms(
@@ -141,18 +151,14 @@ def _transforms(
     found: Mapping[Slot, int],
     sequences: np.ndarray,
     shapes: Mapping[Side, list[tuple[int, ...]]],
+    *,
+    dense: bool,
 ) -> dict[int, KeyTransform]:
     """Decoder layer -> the transform of its keys, from the text in pieces."""
     keys = LayerFormat(Affine(ANCHOR, transformed=True), None)
     formats = {slot: keys for slot, layer in found.items() if (layer, "k") in shapes}
-    try:
-        known = transforms(
-            model, Mounted(formats, found, dense=False, mergeable=False), pieces(sequences)
-        )
-    except UNREADABLE:  # it computes attention itself
-        known = transforms(
-            model, Mounted(formats, found, dense=True, mergeable=False), pieces(sequences)
-        )
+    mounted = Mounted(formats, found, dense=dense, mergeable=False)
+    known = transforms(model, mounted, pieces(sequences))
     return {found[slot]: transform for slot, transform in known.items()}
 
 
@@ -222,7 +228,7 @@ def as_layers(choice: Mapping[Side, Format]) -> dict[int, LayerFormat]:
     """Both sides of each layer together."""
     result: dict[int, LayerFormat] = {}
     for (layer, which), format in choice.items():
-        known = result.get(layer, LayerFormat(None, None))
+        known = result.get(layer, LayerFormat(None, None, recent_tokens=RECENT_TOKENS))
         result[layer] = replace(known, **{"keys" if which == "k" else "values": format})
         if which == "k":
             result[layer] = replace(result[layer], sink_tokens=sinks_of(format))

@@ -18,7 +18,7 @@ from ...planning.calibration import Calibration, Sampling, cut, load_tokens, spr
 from .. import transform_file
 from ..formats import Affine, to_json
 from ..plan import FILE, entries
-from .kv_sensitivity import COMPLETE, KVSensitivity, journal_of, measure
+from .kv_sensitivity import COMPLETE, CONTEXT, KVSensitivity, journal_of, measure
 from .plan_search import Found, search
 
 #: File beside the plan with the measurements.
@@ -38,6 +38,7 @@ def plan_kv(
     *,
     calibration: Path | None = None,
     sampling: Sampling = LONG,
+    context: int = CONTEXT,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -52,6 +53,7 @@ def plan_kv(
         budget: Stored bits per element of the caches, scales and biases included.
         calibration: A text or JSON-lines file, or None for mlx-lm's own text.
         sampling: Length and number of the calibration sequences.
+        context: Tokens of context over which tokens that take 16 bits are counted.
         revision: Revision of the repository.
         trust_remote_code: Whether to run a repository's own code, as in mlx-lm.
         progress: Whether to show a progress bar.
@@ -83,7 +85,9 @@ def plan_kv(
         f"{measured.size} tokens ({source}){where}"
     )
     bar = progress and not kept
-    found = measure(model, measured, held_out, fitted=fitted, journal=journal, progress=bar)
+    found = measure(
+        model, measured, held_out, fitted=fitted, journal=journal, context=context, progress=bar
+    )
     if not kept:
         journal.add(COMPLETE, 1.0)
         journal.exchange()

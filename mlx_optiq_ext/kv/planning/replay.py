@@ -1,6 +1,7 @@
 """Runs one sequence through a model repeatedly, with one cache changed each time."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -32,12 +33,13 @@ class Replay:
     Attributes:
         owners: Slot -> decoder layer that writes to it.
         reference: Its output distribution at every position.
+        dense: Whether the model's attention gets plain arrays.
         shapes: Slot -> shapes (1, heads, positions, dim) of its keys and of its values.
     """
 
     def __init__(self, model: nn.Module, tokens: mx.array, found: Mapping[Slot, int] | None = None):
         """Run ``tokens`` (1, length) and record each decoder layer's arguments and result."""
-        self.model, self.tokens = model, tokens
+        self.model, self.tokens, self.dense = model, tokens, True
         self.owners = dict(owners(model) if found is None else found)
         self._calls: list[_Call] = []
         caches = self._caches({})
@@ -55,8 +57,17 @@ class Replay:
         self.reference = Reference.of(logits)
         self.shapes = {slot: _shapes(caches, slot) for slot in self.owners}
 
+    def reading(self, *, dense: bool) -> "Replay":
+        """The same run, of a model whose attention reads plain arrays or packed ones.
+
+        Only where it reads packed ones the last tokens are seen as they were computed.
+        """
+        other = copy(self)
+        other.dense = dense
+        return other
+
     def _caches(self, formats: Mapping[Slot, LayerFormat]) -> list[Any]:
-        mounted = Mounted(formats, self.owners, dense=True, mergeable=False)
+        mounted = Mounted(formats, self.owners, self.dense, mergeable=False)
         return packed_caches(stock_caches(self.model), mounted)
 
     @cached_property

@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,15 +107,21 @@ class Windows:
         return np.concatenate(losses)
 
 
-def bits_of(mounted: Mounted, held: list[Any]) -> float:
-    """Stored bits per element of packed caches that hold something; unpacked sides count 16."""
+def bits_of(mounted: Mounted, held: list[Any], tokens: int) -> float:
+    """Stored bits per element of packed caches that hold something; unpacked sides count 16.
+
+    First keys and last tokens that are kept in 16 bits are spread over so many ``tokens``.
+    """
     elements = stored = 0.0
     for slot, formats in mounted.formats.items():
         cache = held[slot[0]] if slot[1] is None else held[slot[0]].caches[slot[1]]
-        for dim, side in zip(cache.dims, (formats.keys, formats.values), strict=True):
-            size = cache.keys.shape[1] * dim
+        recent = 0 if mounted.dense else formats.recent_tokens
+        kept = (recent + formats.sink_tokens, recent)
+        for dim, side, count in zip(cache.dims, (formats.keys, formats.values), kept, strict=True):
+            size = cache.heads * dim
             elements += size
-            stored += size * (16 if side is None else side.fitted(dim).bits_per_element)
+            extra = 16 * count / tokens
+            stored += size * (16 if side is None else side.fitted(dim).bits_per_element + extra)
     return stored / elements
 
 
@@ -125,12 +131,11 @@ def row(windows: Windows, name: str, plan: KVPlan, prepared: float = 0.0) -> Row
     mounted = mount(windows.model, plan)
     prepared += time.perf_counter() - started
     unmount(windows.model)
-    dense = mounted
-    held = packed_caches(stock_caches(windows.model), dense)
+    held = packed_caches(stock_caches(windows.model), mounted)
     mx.eval(windows.model(mx.zeros((1, 2), mx.int32), cache=held))
-    bits = bits_of(mounted, held)
+    bits = bits_of(mounted, held, windows.windows.shape[1] - 1)
     return windows.row(
-        name, lambda: packed_caches(stock_caches(windows.model), dense), bits, prepared
+        name, lambda: packed_caches(stock_caches(windows.model), mounted), bits, prepared
     )
 
 

@@ -7,7 +7,7 @@ from kernel_shim import kernel_factory
 
 from mlx_optiq_ext.kernels import Platform
 from mlx_optiq_ext.kv.attention import blocks, kernels
-from mlx_optiq_ext.kv.recent import Recent
+from mlx_optiq_ext.kv.kept.recent import Recent
 
 from .test_kernels import BLOCKS, CASES, problem
 
@@ -22,12 +22,22 @@ def gpu(request, tmp_path) -> Platform:
 
 @pytest.mark.parametrize("name", [name for name in CASES if "1, affine" not in name])
 def test_kernels_see_the_last_tokens_as_they_were_computed(name, gpu):
+    check(name, gpu)
+
+
+@pytest.mark.parametrize("end", [2, 6, 30])
+@pytest.mark.parametrize("name", ["4 bits", "3 and 8, left padding"])
+def test_in_a_sliding_window(name, end, gpu):
+    check(name, gpu, end, 1)
+
+
+def check(name, gpu, end=None, floor=0):
     queries, keys, values, mask = problem(name)
     length, scale = queries.shape[2], queries.shape[3] ** -0.5
     for side in (keys, values):
         batch, heads, _, dim = side.shape
         exact = mx.random.normal((batch, heads, COUNT + length, dim)).astype(queries.dtype)
-        side.recent = Recent(exact, COUNT)
+        side.recent = Recent(exact, COUNT, end, floor)
     sinks = mx.random.normal((queries.shape[1],))
     assert kernels.supports(queries, keys, values, mask)
     call = (queries, keys, values, scale, mask, sinks)

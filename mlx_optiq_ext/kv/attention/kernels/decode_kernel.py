@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 
@@ -34,7 +34,7 @@ def supports(
     if not (isinstance(keys, Packed) and isinstance(values, Packed)):
         return False
     tokens, dim = keys.shape[2:]
-    if keys.recent is not None and tokens < queries.shape[2] + keys.recent.count:
+    if (near := keys.recent) is not None and tokens - near.floor < queries.shape[2] + near.count:
         return False
     return (
         tokens >= TILE
@@ -97,7 +97,9 @@ def attend(
         query_heads // heads, length, scale, kind, sinks is not None,
         0 if keys.first is None else keys.first.count, queries.dtype, out, rotated,
         stack is not None, 0 if keys.recent is None else keys.recent.count,
+        keys.recent is not None and keys.recent.end is not None,
     )  # fmt: skip
+    lost, starts = _firsts(queries, keys)
     splits = blocks // (batch * heads * call.chunks)
     splits = max(1, min(splits, -(-tokens // (TILE * WARPS))))
     shape = (batch, heads, splits, call.rows)
@@ -105,7 +107,8 @@ def attend(
         inputs=[
             *(queries, *(stack[:2] if stack else (*_parts(keys), *_parts(values)))),
             queries if rows is None else rows,
-            *_firsts(queries, keys),
+            lost,
+            starts,
         ],
         grid=(splits * WARPS * 32, heads, batch * call.chunks),
         threadgroup=(WARPS * 32, 1, 1),
@@ -120,6 +123,7 @@ def attend(
             queries,
             queries if rows is None else rows,
             *_near(queries, keys, values),
+            starts,
         ],
         grid=(call.joiners * call.dim, heads * call.rows, batch),
         threadgroup=(call.joiners * call.dim, 1, 1),
@@ -140,11 +144,16 @@ def _parts(side: Packed) -> tuple[mx.array, ...]:
 
 
 def _firsts(queries: mx.array, keys: Packed) -> tuple[mx.array, mx.array]:
-    """What the first keys lost, in the queries' dtype, and where each row begins."""
+    """What the first keys lost, in the queries' dtype, and where each row begins.
+
+    A sliding window keeps no first keys; in place of rows' beginnings it says where it ends.
+    """
+    if keys.recent is not None and keys.recent.end is not None:
+        return queries, _ints(keys.recent.end, keys.recent.floor)
     if keys.first is None:
         return queries, queries
     starts = keys.first.starts
-    starts = _zeros(queries.shape[0]) if starts is None else starts
+    starts = _ints(*[0] * queries.shape[0]) if starts is None else starts
     return keys.first.residuals.astype(queries.dtype), starts.astype(mx.int32)
 
 
@@ -155,9 +164,9 @@ def _near(queries: mx.array, keys: Packed, values: Packed) -> tuple[mx.array, mx
     return keys.recent.exact.astype(queries.dtype), values.recent.exact.astype(queries.dtype)
 
 
-@cache
-def _zeros(count: int) -> mx.array:
-    return mx.array([0] * count, mx.int32)
+@lru_cache(maxsize=256)
+def _ints(*numbers: int) -> mx.array:
+    return mx.array(numbers, mx.int32)
 
 
 def _mask(mask: mx.array | str, shape: tuple[int, ...]) -> tuple[str, mx.array | None]:
@@ -197,6 +206,7 @@ def _call(
     rotated: bool,
     stacked: bool,
     recent: int,
+    ring: bool,
 ) -> _Call:
     names = tuple(str(d).removeprefix("mlx.core.") for d in (dtype, out))
     family = Family(
@@ -212,6 +222,7 @@ def _call(
         names[1],
         stacked,
         recent,
+        ring,
     )
     make = platform.compile
     assert make is not None

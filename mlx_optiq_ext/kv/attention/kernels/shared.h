@@ -64,13 +64,23 @@ struct Softmax {
   }
 };
 
+// Where the newest token of a sliding window ends, and where the tokens begin that it goes around.
+struct Ring {
+  int end, floor;
+};
+
 // A score in powers of two under the mask. `row` counts the queries of a head, `mask` points at the
 // first token of its row. The last tokens before a query are left to the kernel that joins the splits.
 template <int MASK, typename M>
 INLINE float masked(
-    float score, GLOBAL const M* mask, long stride, int row, int length, int token, int tokens) {
+    float score, GLOBAL const M* mask, long stride, int row, int length, int token, int tokens,
+    Ring ring) {
   const int own = tokens - length + row;
-  if (RECENT && token > own - RECENT && token <= own) return LOWEST;
+  if (RECENT) {
+    int back = (RING ? ring.end - 1 : own) - token;
+    if (RING && back < 0 && token >= ring.floor) back += tokens - ring.floor;
+    if (back >= 0 && back < RECENT && (!RING || token >= ring.floor)) return LOWEST;
+  }
   if (MASK == MASK_CAUSAL) return token <= own ? score : LOWEST;
   if (MASK == MASK_BOOL) return float(mask[token * stride]) != 0.0f ? score : LOWEST;
   if (MASK == MASK_ADDED) {

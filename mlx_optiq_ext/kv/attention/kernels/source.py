@@ -16,7 +16,7 @@ TILE = 8
 PARTS = ("k_codes", "k_scales", "k_biases", "v_codes", "v_scales", "v_biases")
 DECODE = (("queries", *PARTS, "mask", "residuals", "starts"), ("states", "parts"))
 STACKED = (("queries", "codes", "words", *DECODE[0][7:]), DECODE[1])
-NEAR = ("queries", "mask", "near_keys", "near_values")
+NEAR = ("queries", "mask", "near_keys", "near_values", "starts")
 COMBINE = (("states", "parts", "sinks", *NEAR), ("out",))
 
 MASKS = {"none": 0, "causal": 1, "bool": 2, "added": 3}
@@ -41,6 +41,7 @@ class Family:
         sinks: Whether each head has an attention sink.
         firsts: Keys at the beginning of a row of which something was kept.
         recent: Tokens before each query, its own among them, that it sees as they were computed.
+        ring: Whether these are in a sliding window, which one token may come to.
         dtype: Dtype of the scales, a key of `TYPES`.
         out: Type of the output.
         stacked: Whether keys and values lie in one stack, see `Stack`.
@@ -58,6 +59,7 @@ class Family:
     out: str
     stacked: bool = False
     recent: int = 0
+    ring: bool = False
 
     @property
     def rows(self) -> int:
@@ -111,6 +113,7 @@ def constants(family: Family, platform: str) -> str:
         "SINKS": int(family.sinks),
         "FIRSTS": family.firsts,
         "RECENT": family.recent,
+        "RING": int(family.ring),
     }
     lines = [
         "namespace family {}",

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .formats import Format
+from ..formats import Format
 
 #: mlx-lm's caches that never lose a sequence's first tokens.
 KEEPING = ("KVCache", "BatchKVCache")

@@ -1,0 +1,1 @@
+"""Tokens that are kept as they were computed, beside what is packed."""

@@ -53,6 +53,8 @@ class Recent:
         at = spans(end, self.floor, tokens, self.count + stop - start - 1)
         own = self.exact[:, :, : stop + self.count]
         own = own[:, :, own.shape[2] - sum(each.stop - each.start for each in at) :]
+        if stop - start == 1:
+            return at, mx.ones((1, own.shape[2]), mx.bool_), own
         last = mx.arange(stop - start)[:, None] + own.shape[2] - (stop - start)
         back = last - mx.arange(own.shape[2])[None]
         return at, mx.logical_and(back >= 0, back < self.count), own
@@ -99,7 +101,9 @@ def scores_with(scores: mx.array, queries: mx.array, recent: Recent | None, star
     at, sees, own = recent.near(start, start + scores.shape[-2], scores.shape[-1])
     grouped = mx.unflatten(queries.astype(own.dtype), 1, scores.shape[1:3])
     exact = (grouped @ own[:, :, None].swapaxes(-1, -2)).astype(scores.dtype)
-    return replaced(scores, at, mx.where(sees, exact, taken(scores, at)))
+    if scores.shape[-2] > 1:
+        exact = mx.where(sees, exact, taken(scores, at))
+    return replaced(scores, at, exact)
 
 
 def outputs_with(
@@ -117,5 +121,9 @@ def outputs_with(
         return weigh(weights)
     at, sees, own = recent.near(start, start + weights.shape[-2], weights.shape[-1])
     near = taken(weights, at)
-    far = weigh(replaced(weights, at, mx.where(sees, 0, near)))
-    return far + (mx.where(sees, near, 0).astype(own.dtype) @ own[:, :, None]).astype(far.dtype)
+    if weights.shape[-2] > 1:
+        rest, near = mx.where(sees, 0, near), mx.where(sees, near, 0)
+    else:
+        rest = mx.zeros(near.shape, near.dtype)
+    far = weigh(replaced(weights, at, rest))
+    return far + (near.astype(own.dtype) @ own[:, :, None]).astype(far.dtype)

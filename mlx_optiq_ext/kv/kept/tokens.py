@@ -1,8 +1,8 @@
-"""Which tokens a packed cache keeps as they were computed: the first keys, and the last of both."""
+"""What a `PackedKVCache` keeps as it was computed: the first keys, and the last keys and values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,14 +13,11 @@ from .first_keys import FirstKeys
 from .last_tokens import LastTokens, Marks, Row, Sides
 from .recent import Recent, spans, taken
 
-if TYPE_CHECKING:
-    from ..cache import PackedKVCache
-
 #: What new queries see of the last keys and of the last values.
 Seen = Sequence[Recent | None]
 
 
-def keep_first(cache: "PackedKVCache", keys: mx.array, rows: Rows) -> None:
+def keep_first(cache: Any, keys: mx.array, rows: Rows) -> None:
     """Keep what the first keys of a row lost, if some are among those that come."""
     count, format = cache.formats.sink_tokens, cache.formats.keys
     if not count or format is None or _name(cache) not in first_keys.KEEPING:
@@ -37,14 +34,14 @@ def keep_first(cache: "PackedKVCache", keys: mx.array, rows: Rows) -> None:
             )
 
 
-def keeps_last(cache: "PackedKVCache") -> bool:
+def keeps_last(cache: Any) -> bool:
     """Whether a cache keeps its last tokens."""
     packs = cache.formats.keys or cache.formats.values
     known = _name(cache) in last_tokens.KEEPING
     return bool(cache.formats.recent_tokens and packs and known and not cache.dense)
 
 
-def last_of(cache: "PackedKVCache") -> LastTokens | None:
+def last_of(cache: Any) -> LastTokens | None:
     """The last tokens of a cache, unpacked where they are known no more; None of an empty one."""
     if cache.last is not None and cache.last.sides.arrays:
         return cache.last
@@ -69,7 +66,7 @@ def _padded(last: mx.array, count: int) -> mx.array:
     return mx.pad(last, [(0, 0), (0, 0), (count - last.shape[2], 0), (0, 0)])
 
 
-def keep_last(cache: "PackedKVCache", keys: mx.array, values: mx.array) -> Sides:
+def keep_last(cache: Any, keys: mx.array, values: mx.array) -> Sides:
     """Keep the last tokens, with those that come.
 
     Returns:
@@ -92,7 +89,7 @@ def keep_last(cache: "PackedKVCache", keys: mx.array, values: mx.array) -> Sides
     return whole
 
 
-def seen_of(cache: "PackedKVCache", whole: Sides) -> Seen:
+def seen_of(cache: Any, whole: Sides) -> Seen:
     """What the queries of tokens that came last see of keys and of values."""
     if not whole.arrays:
         return None, None
@@ -114,14 +111,14 @@ def end_of(plane: Any) -> int:
     return plane.offset - getattr(plane, "start_position", 0)
 
 
-def expect(cache: "PackedKVCache", lengths: Sequence[int]) -> None:
+def expect(cache: Any, lengths: Sequence[int]) -> None:
     """Prepare for a prompt padded on the right, which has so many tokens of each row."""
     if keeps_last(cache):
         last = last_of(cache) or LastTokens(cache.formats.recent_tokens)
         cache.last = replace(last, ahead=tuple(lengths))
 
 
-def unite(cache: "PackedKVCache", caches: Sequence["PackedKVCache"]) -> None:
+def unite(cache: Any, caches: Sequence[Any]) -> None:
     """Give a cache what several keep whose rows it takes."""
     cache.residuals = first_keys.joined([(each.residuals, each.rows) for each in caches])
     marks = [(each.marks, each.rows) for each in caches]
@@ -130,7 +127,7 @@ def unite(cache: "PackedKVCache", caches: Sequence["PackedKVCache"]) -> None:
     cache.complete = all(each.complete for each in caches)
 
 
-def take_rows(cache: "PackedKVCache", whole: "PackedKVCache", index: list[int]) -> None:
+def take_rows(cache: Any, whole: Any, index: list[int]) -> None:
     """Give a cache what another keeps of some rows."""
     if whole.residuals is not None:
         cache.residuals = whole.residuals[mx.array(index, mx.int32)]
@@ -138,7 +135,7 @@ def take_rows(cache: "PackedKVCache", whole: "PackedKVCache", index: list[int]) 
     cache.marks = whole.marks and whole.marks.of(index)
 
 
-def trimmed(cache: "PackedKVCache", count: int) -> None:
+def trimmed(cache: Any, count: int) -> None:
     """Forget the last tokens of a cache that lost some; at the end of a block they are known."""
     cache.complete, cache.last = False, None
     if cache.marks is None:
@@ -150,13 +147,13 @@ def trimmed(cache: "PackedKVCache", count: int) -> None:
             cache.last = LastTokens(cache.formats.recent_tokens, sides)
 
 
-def mark_ends(cache: "PackedKVCache", every: int) -> None:
+def mark_ends(cache: Any, every: int) -> None:
     """Have a new cache keep what stands before each multiple of ``every`` tokens."""
     if keeps_last(cache):
         cache.marks = Marks(every, (Row(),) * cache.rows)
 
 
-def last_at(cache: "PackedKVCache", length: int) -> Sides | None:
+def last_at(cache: Any, length: int) -> Sides | None:
     """The last tokens of the first ``length`` of a cache of one row, as they were computed.
 
     None if they are not known; nothing of a cache that keeps none.
@@ -171,12 +168,12 @@ def last_at(cache: "PackedKVCache", length: int) -> Sides | None:
     return row.ends.get(length)
 
 
-def places(cache: "PackedKVCache") -> set[int]:
+def places(cache: Any) -> set[int]:
     """Lengths of a cache of one row whose last tokens are known."""
     return set() if cache.marks is None else set(cache.marks.rows[0].ends)
 
 
-def fits(cache: "PackedKVCache", last: Sides | None) -> bool:
+def fits(cache: Any, last: Sides | None) -> bool:
     """Whether these are the last tokens of a filled cache of one row, as far as shapes say."""
     if last is None or cache.dims is None:
         return False
@@ -186,7 +183,7 @@ def fits(cache: "PackedKVCache", last: Sides | None) -> bool:
     return [side if side is None else side.shape for side in last] == wanted
 
 
-def take_up(cache: "PackedKVCache", length: int, ends: Mapping[int, Sides]) -> None:
+def take_up(cache: Any, length: int, ends: Mapping[int, Sides]) -> None:
     """Give a cache of one row that was filled from elsewhere its last tokens.
 
     Args:
@@ -199,5 +196,5 @@ def take_up(cache: "PackedKVCache", length: int, ends: Mapping[int, Sides]) -> N
         cache.marks = replace(cache.marks, rows=(Row(length, True, ends),))
 
 
-def _name(cache: "PackedKVCache") -> str:
+def _name(cache: Any) -> str:
     return type(cache.planes[0]).__name__

@@ -117,7 +117,9 @@ class StoredPrompts:
         holder: tails.Holder | None = None
         for end in sorted(ends, reverse=True):
             place, rest = divmod(end, self.block)
-            if rest < 2 or not whole_at(caches, end):  # a token is computed anyway
+            if rest < 2:  # a token is computed anyway
+                continue
+            if not (whole_at(caches, end) or whole_at(caches, end - 1)):
                 continue
             parent, start = keys[place], end - rest
             own = tokens[start:end]

@@ -119,13 +119,13 @@ class Row:
         length: Its tokens.
         exact: Whether the last ones are as they were computed, all of them.
         ends: Length -> the last tokens of that many, (1, heads, count, dim).
-        chunk: Whether several tokens came last, so that one more may end a prompt.
+        open: Next tokens that may end a prompt, if they come one at a time.
     """
 
     length: int = 0
     exact: bool = True
     ends: Mapping[int, Sides] = field(default_factory=dict)
-    chunk: bool = True
+    open: int = 2
 
     def trimmed(self, count: int) -> "Row":
         """Without the last tokens."""
@@ -162,14 +162,16 @@ class Marks:
             stop = row.length + (length if ahead is None else min(ahead[number], length))
             first = (row.length // self.every + 1) * self.every
             places = {*range(first, stop + 1, self.every)}
-            if stop > row.length and (length > 1 or row.chunk):
+            if stop > row.length and (length > 1 or row.open):
                 places.add(stop)
             if not row.exact:
                 places.clear()
             found = {place: _at(whole, number, place - row.length, length) for place in places}
             new += [array for sides in found.values() for array in sides.arrays]
             ends = self._bounded({**row.ends, **found}) if found else row.ends
-            rows.append(replace(row, length=stop, ends=ends, chunk=length > 1))
+            rows.append(
+                replace(row, length=stop, ends=ends, open=2 if length > 1 else max(row.open - 1, 0))
+            )
         return replace(self, rows=tuple(rows)), new
 
     def _bounded(self, ends: dict[int, Sides]) -> dict[int, Sides]:

@@ -63,8 +63,10 @@ def end(*_: object) -> None:
     """End this process before it has done anything."""
     import os
 
-    os.write(2, b"mlx_lm: interrupted: nothing was done yet\n")
-    os._exit(130)
+    try:
+        os.write(2, b"mlx_lm: interrupted: nothing was done yet\n")
+    finally:
+        os._exit(130)
 
 
 def switched_off() -> bool:

@@ -36,9 +36,11 @@ GUARD = """
 import os, select, signal, sys, time
 seconds, message, parent = sys.argv[1:]
 if not select.select([0], [], [], float(seconds))[0]:
-    print(f"[optiq] error: {message}", file=sys.stderr, flush=True)
-    time.sleep(0.3)
-    os.kill(int(parent), signal.SIGKILL)
+    try:
+        print(f"[optiq] error: {message}", file=sys.stderr, flush=True)
+        time.sleep(0.3)
+    finally:
+        os.kill(int(parent), signal.SIGKILL)
 """
 
 
@@ -57,10 +59,16 @@ def guarded(seconds: float, message: str) -> Iterator[None]:
 
 
 def leave(message: str, status: int = 2) -> None:
-    """End this process at once, even if other threads are waiting."""
-    print(f"[optiq] error: {message}", file=sys.stderr, flush=True)
+    """End this process at once, even if other threads are waiting or nobody reads its stderr."""
+    line = f"[optiq] error: {message}"
+    threading.Thread(target=_print, args=(line,), daemon=True).start()
     time.sleep(0.3)  # older launchers do not read the last output of a process
     os._exit(status)
+
+
+def _print(line: str) -> None:
+    with suppress(OSError, ValueError):  # its reader has gone, or it is closed
+        print(line, file=sys.stderr, flush=True)
 
 
 def explain_termination(message: str) -> None:

@@ -1,5 +1,8 @@
 """A rank that dies, disagrees or is not there ends the run on every rank, with the reason."""
 
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -157,3 +160,48 @@ def run():
 """
     done = ended(launch, 2, body + TOLD)
     assert "rank 1 runs something else than rank 0" in done.stdout
+
+
+TERMINATED = """
+import sys, threading
+from mlx_optiq_ext.distributed.watch import explain_termination
+explain_termination("another rank failed")
+print("ready", flush=True)
+threading.Event().wait()
+"""
+OVERDUE = """
+import time
+from mlx_optiq_ext.distributed.watch import guarded
+print("ready", flush=True)
+with guarded(0.5, "the others do not answer"):
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize(
+    ("program", "message", "status"),
+    [
+        (TERMINATED, "another rank failed", 128 + signal.SIGTERM),
+        (OVERDUE, "the others do not answer", -signal.SIGKILL),
+    ],
+)
+def test_a_process_ends_though_nobody_reads_its_error(program, message, status, read):
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        try:
+            assert running.stdout.readline() == "ready\n"
+            if not read:
+                running.stderr.close()
+            if program is TERMINATED:
+                running.terminate()
+            assert running.wait(20) == status
+            assert not read or message in running.stderr.read()
+        finally:
+            running.kill()

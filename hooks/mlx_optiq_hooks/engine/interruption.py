@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from mlx_optiq_ext import _activation, files
@@ -153,5 +153,6 @@ def _outlast(grace: float) -> None:
 
 def _say(command: str, message: str) -> None:
     # A progress bar may not have ended its line yet.
-    start = "\n" if sys.stderr.isatty() else ""
-    print(f"{start}mlx_lm.{command}: {message}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # nobody may read it any more, and the process must end
+        start = "\n" if sys.stderr.isatty() else ""
+        print(f"{start}mlx_lm.{command}: {message}", file=sys.stderr, flush=True)

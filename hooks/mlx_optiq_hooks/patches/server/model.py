@@ -80,8 +80,10 @@ def _end(running: session.Session, error: OptiqError) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         _thread.interrupt_main()
     else:  # a background job ignores interrupts
-        print(f"mlx_lm.server: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        try:
+            print(f"mlx_lm.server: error: {error}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(2)
     # mlx-lm logs any Exception with its traceback.
     raise SystemExit(2) from error
 

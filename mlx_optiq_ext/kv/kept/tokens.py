@@ -98,9 +98,9 @@ def seen_of(cache: Any, whole: Sides) -> Seen:
     if "Rotating" in type(plane).__name__:
         if whole.arrays[0].shape[2] == count + 1:
             end = plane._idx
-        held = plane.keys.shape[2]
-        passed = plane.offset if isinstance(plane.offset, int) else plane._offset
-        floor = getattr(plane, "keep", 0) if passed > held else 0
+        # Only windows of a single sequence keep its first tokens.
+        keep = getattr(plane, "keep", 0)
+        floor = keep if keep and plane.offset > plane.keys.shape[2] else 0
     return [side if side is None else Recent(side, count, end, floor) for side in whole]
 
 

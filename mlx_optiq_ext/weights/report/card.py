@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...planning.calibration import on
 from ..plan import Plan
 from . import words
 
@@ -157,6 +158,17 @@ def _measured(plan: Plan) -> Iterable[str]:
             said += f" (SHA-256 of the tokens: `{digest[:16]}`)"
         said += "."
     yield said
+    if (found := plan.certificate) is not None:
+        kinds = ", ".join(
+            f"{kl:.4g} on text {on(kind)}" for kind, kl in found["kl_by_kind"].items()
+        )
+        yield (
+            f"With {found['confidence']:.0%} confidence it is at most {found['kl_bound']:.4g} on "
+            f"text like the calibration text ({found['tokens']:,} held-out tokens). The same next "
+            f"token is most likely for {found['same_top_token']:.1%} of them, and the 99th "
+            f"percentile of their KL is {found['kl_99th_percentile']:.3g}. KL by kind of text: "
+            f"{kinds}."
+        )
 
 
 def _fenced(code: str) -> str:

@@ -74,8 +74,8 @@ class Certificate:
         source = next(iter(self.by_kind))
         return (
             f"[optiq] KL {self.kl:.4g} nats per token, with {CONFIDENCE:.0%} confidence at most "
-            f"{self.bound:.4g}, on {self.tokens:,} held-out tokens of {on(source)}; same top token "
-            f"{self.same_top:.1%}, 99th percentile {self.p99:.3g}"
+            f"{self.bound:.4g}, on {self.tokens:,} tokens of held-out text {on(source)}; same top "
+            f"token {self.same_top:.1%}, 99th percentile {self.p99:.3g}"
         )
 
 

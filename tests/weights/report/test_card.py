@@ -8,9 +8,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 
+from mlx_optiq_ext.planning.calibration import SAMPLED
 from mlx_optiq_ext.weights.plan import Plan, Uniform
 from mlx_optiq_ext.weights.precision import Precision
 from mlx_optiq_ext.weights.report import card
+from mlx_optiq_ext.weights.targets import Certificate
 
 pytestmark = pytest.mark.newest
 
@@ -63,6 +65,25 @@ def test_what_was_not_measured_is_not_there(folder):
     assert "| this model | 4.432 | not measured |" in text
     for word in ("uniform", "KL(", "Versions", "convert", "kv_config.json", "huggingface.co"):
         assert word not in text
+
+
+def test_a_certificate_is_told(folder):
+    found = Certificate(
+        kl=0.0123,
+        bound=0.0145,
+        same_top=0.9,
+        p99=0.2,
+        by_kind={"text.jsonl": 0.0123, SAMPLED: 0.02},
+        sequences=32,
+        tokens=8192,
+        text="ab" * 32,
+    )
+    text = card.text(replace(PLAN, certificate=found.entry()), ORIGIN, "me/it", folder)
+    assert "With 95% confidence it is at most 0.0145" in text
+    assert "most likely for 90.0%" in text
+    assert "0.0123 on text of text.jsonl, 0.02 on text sampled from the model itself." in text
+    line = found.summary()
+    assert "at most 0.0145, on 8,192 tokens of held-out text of text.jsonl; same top" in line
 
 
 def test_a_kv_plan_beside_the_weights_is_told(folder):

@@ -70,6 +70,11 @@ class Reference:
         rest = mx.maximum(self.rest, 1e-9)
         return kept + rest * (mx.log(rest) - mx.log(tail))
 
+    def part(self, start: int, count: int) -> "Reference":
+        """That of some of the positions, which are the first axis."""
+        at = slice(start, start + count)
+        return Reference(self.indices[at], self.log_probs[at], self.rest[at])
+
     @classmethod
     def run(cls, parts: Parts, tokens: mx.array, layer: LayerCall | None = None) -> "Reference":
         """The distribution of each of a batch's tokens (rows,), with a chunk of logits at a time.
@@ -103,10 +108,8 @@ class Reference:
         """
         found, start = [], 0
         for logits in parts.logits(tokens, layer):
-            at = slice(start, start + len(logits))
-            own = Reference(self.indices[at], self.log_probs[at], self.rest[at])
-            found.append(own.divergence(logits))
+            found.append(self.part(start, len(logits)).divergence(logits))
             mx.eval(found[-1])
-            start = at.stop
+            start += len(logits)
             del logits
         return mx.concatenate(found).reshape(tokens.shape)

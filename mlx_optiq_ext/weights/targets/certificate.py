@@ -204,13 +204,12 @@ def _rows(parts: Parts, tokens: mx.array, reference: Reference) -> tuple[np.ndar
     """KL and agreement of each token of a batch, (batch, length) each."""
     kl, same, start = [], [], 0
     for logits in parts.logits(tokens):
-        at = slice(start, start + len(logits))
-        own = Reference(reference.indices[at], reference.log_probs[at], reference.rest[at])
+        own = reference.part(start, len(logits))
         best = mx.take_along_axis(own.indices, own.log_probs.argmax(axis=-1, keepdims=True), -1)
         kl.append(own.divergence(logits))
         same.append(logits.argmax(axis=-1) == best[..., 0])
         mx.eval(kl[-1], same[-1])
-        start = at.stop
+        start += len(logits)
         del logits
     return (
         np.array(mx.concatenate(kl).reshape(tokens.shape)),

@@ -49,6 +49,7 @@ def search_quality(
         BudgetError: Not even the largest candidates come so near; the message says how near.
     """
     low, high = _range(study)
+    say(f"[optiq] Up to {MOST} conversions are tried, each as long as one by budget")
     failing, passing, factor, tried = low - STEP, high, 1.0, 0
     best: tuple[T, Certificate] | None = None
     while best is None or (passing > low and passing - failing > STEP and tried < MOST):
